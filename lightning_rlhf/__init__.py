@@ -1,0 +1,1 @@
+"""InstructGPT's three stages as PyTorch Lightning modules."""

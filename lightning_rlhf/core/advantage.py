@@ -1,0 +1,118 @@
+"""Advantages: how much better an action was than expected."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.baseline import Baseline, NoBaseline
+from lightning_rlhf.core.checks import check_unit_interval
+from lightning_rlhf.core.masked import AllSum, whiten
+
+
+class Credit(NamedTuple):
+    """What an estimator gives.
+
+    Attributes:
+        advantages: Â, (B, T), reward units, 0 where masked.
+        returns: targets of the value network, (B, T), reward units, 0 where masked.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageEstimator(ABC):
+    """Turns rewards into advantages."""
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether V(s) enters, so that a value network must be trained."""
+        return False
+
+    @abstractmethod
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """Advantages and returns.
+
+        Args:
+            rewards: per action, (B, T), 0 where masked.
+            values: V of the state before each action, (B, T); zeros without a value network.
+            mask: actions that count, (B, T), bool.
+            groups: which prompt each row answers, (B,), int64.
+            all_sum: sums a tensor over processes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BanditAdvantage(AdvantageEstimator):
+    """A = r − β·log(π_old/π_SFT) − b(x), the same for every action of a response.
+
+    The contextual bandit of Ouyang et al. 2022, §3.5: one prompt, one response, one reward. With the default
+    b = 0 there is no value baseline at all.
+    """
+
+    baseline: Baseline = field(default_factory=NoBaseline)
+    """b(x)."""
+
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """Σ_t r_t − b(x) on every action."""
+        totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
+        centred = totals - self.baseline(totals, groups, all_sum)
+        spread = mask.to(rewards.dtype)
+        return Credit(centred.unsqueeze(1) * spread, totals.unsqueeze(1) * spread)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAE(AdvantageEstimator):
+    """Generalised advantage estimation (Schulman et al. 2016; PPO eqs. 11-12).
+
+    δₜ = rₜ + γ·V(sₜ₊₁) − V(sₜ);  Âₜ = δₜ + γλ·Âₜ₊₁;  R̂ₜ = Âₜ + V(sₜ)
+    """
+
+    gamma: float = 1.0
+    """Discount, in [0, 1]; InstructGPT does not discount."""
+    lam: float = 0.95
+    """λ in [0, 1]: 1 is reward-to-go less V, 0 the one-step error."""
+
+    def __post_init__(self) -> None:
+        check_unit_interval(gamma=self.gamma, lam=self.lam)
+
+    @property
+    def needs_value(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """Âₜ by a backward sweep; the state after the last action is worth 0."""
+        advantages = torch.zeros_like(rewards)
+        following = torch.zeros_like(rewards[:, 0])
+        next_value = torch.zeros_like(rewards[:, 0])
+        for t in reversed(range(rewards.shape[1])):
+            delta = rewards[:, t] + self.gamma * next_value - values[:, t]
+            following = torch.where(mask[:, t], delta + self.gamma * self.lam * following, 0.0)
+            next_value = torch.where(mask[:, t], values[:, t], 0.0)
+            advantages[:, t] = following
+        return Credit(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitened(AdvantageEstimator):
+    """Another estimator's advantages at mean 0 and variance 1 over the rollout of all processes."""
+
+    estimator: AdvantageEstimator = field(default_factory=GAE)
+    """What is whitened; its returns stay as they are."""
+
+    @property
+    def needs_value(self) -> bool:
+        """As the inner estimator."""
+        return self.estimator.needs_value
+
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """(Â − mean) / √(var + 1e-8)."""
+        credit = self.estimator(rewards, values, mask, groups=groups, all_sum=all_sum)
+        return credit._replace(advantages=whiten(credit.advantages, mask, all_sum=all_sum))

@@ -1,0 +1,26 @@
+"""Checks of the numbers an object is built with; each says what came and what is needed."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_positive(**numbers: float) -> None:
+    """Raises ValueError unless every named number is finite and > 0."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` must be a number above 0: got {value}")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raises ValueError unless every named number is finite and ≥ 0."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be a number of at least 0: got {value}")
+
+
+def check_unit_interval(**numbers: float) -> None:
+    """Raises ValueError unless every named number lies in [0, 1]."""
+    for name, value in numbers.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1]: got {value}")

@@ -1,0 +1,90 @@
+"""What one action is: a token, or the whole response (the contextual bandit)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionLevel(ABC):
+    """Turns per-token quantities (B, R) into per-action quantities (B, T).
+
+    The losses see (B, T) and nothing else, so the bandit is a shape and no branch.
+    """
+
+    @abstractmethod
+    def mask(self, response: Tensor) -> Tensor:
+        """Actions that count, (B, T), bool.
+
+        Args:
+            response: tokens the policy chose, (B, R), bool.
+        """
+
+    @abstractmethod
+    def total(self, x: Tensor, response: Tensor) -> Tensor:
+        """An additive quantity (log-probs, KL) of each action, (B, T).
+
+        Args:
+            x: per token, (B, R).
+            response: (B, R), bool.
+        """
+
+    @abstractmethod
+    def state_value(self, values: Tensor, response: Tensor) -> Tensor:
+        """V of the state in which each action is chosen, (B, T).
+
+        Args:
+            values: V before each token, (B, R), reward units.
+            response: (B, R), bool.
+        """
+
+    def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
+        """log π_θ(a|s) − log π_old(a|s) of each action, (B, T), nats.
+
+        Args:
+            logprobs: log π_θ per token, (B, R), nats.
+            old_logprobs: log π_old per token, (B, R), nats.
+            response: (B, R), bool.
+        """
+        return self.total(logprobs - old_logprobs, response)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLevel(ActionLevel):
+    """One action per token, T = R: the Markov decision process of token-level PPO."""
+
+    def mask(self, response: Tensor) -> Tensor:
+        """The response's tokens."""
+        return response
+
+    def total(self, x: Tensor, response: Tensor) -> Tensor:
+        """`x`, 0 outside the response."""
+        return torch.where(response, x, torch.zeros_like(x))
+
+    def state_value(self, values: Tensor, response: Tensor) -> Tensor:
+        """V before each token, 0 outside the response."""
+        return torch.where(response, values, torch.zeros_like(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLevel(ActionLevel):
+    """One action per response, T = 1: the contextual bandit (Ouyang et al. 2022, §3.5).
+
+    log π(y|x) = Σ_t log π(y_t | x, y_<t)
+    """
+
+    def mask(self, response: Tensor) -> Tensor:
+        """(B, 1), True for every response of at least one token."""
+        return response.any(1, keepdim=True)
+
+    def total(self, x: Tensor, response: Tensor) -> Tensor:
+        """Σ_t x over the response, (B, 1)."""
+        return torch.where(response, x, torch.zeros_like(x)).sum(1, keepdim=True)
+
+    def state_value(self, values: Tensor, response: Tensor) -> Tensor:
+        """V at the prompt's last token, (B, 1): what is known before the response."""
+        return values[:, :1]

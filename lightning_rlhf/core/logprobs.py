@@ -1,0 +1,47 @@
+"""What logits say of chosen tokens, at the temperature they were sampled with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 if it came so: the dtype of log-probs, ratios and losses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log π(token) = logit_token/τ − log Σ exp(logits/τ), in nats.
+
+    The same τ divides the logits when sampling and in every log-prob (Ziegler et al. 2019, code).
+
+    Args:
+        logits: (..., V), any float dtype.
+        tokens: (...), int64, in [0, V).
+        temperature: τ > 0.
+
+    Returns:
+        log-probs (...), float32 (float64 if the logits are), ≤ 0.
+
+    Raises:
+        ValueError: the shapes do not match.
+    """
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(f"`tokens` must have the shape of `logits` without its last axis: got {tuple(tokens.shape)}")
+    scaled = full_precision(logits) / temperature
+    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """H = −Σ_v π_v log π_v of the next-token distribution at temperature τ.
+
+    Args:
+        logits: (..., V), any float dtype.
+        temperature: τ > 0.
+
+    Returns:
+        entropy (...), float32 (float64 if the logits are), nats, in [0, log V].
+    """
+    logprobs = (full_precision(logits) / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)

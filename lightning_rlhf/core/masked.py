@@ -1,0 +1,86 @@
+"""Statistics of the entries that count: sums, means, variances and whitening under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AllSum = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all processes. On one process it is `local`."""
+
+
+def local(x: Tensor) -> Tensor:
+    """The tensor itself: the sum over all processes where there is one."""
+    return x
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Σ x over the entries that count; what stands in masked slots, NaN included, has no influence.
+
+    Args:
+        x: any shape.
+        mask: same shape as `x`, bool, True = counts.
+
+    Returns:
+        scalar of `x`'s dtype.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x.shape != mask.shape:
+        raise ValueError(f"`mask` must have the shape of `x`: got {tuple(mask.shape)} for {tuple(x.shape)}")
+    return torch.where(mask, x, torch.zeros_like(x)).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor, all_sum: AllSum = local) -> Tensor:
+    """Mean over the entries that count, of all processes; 0 where none counts.
+
+    Args:
+        x: any shape.
+        mask: same shape, bool.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        scalar.
+    """
+    sums = all_sum(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    return torch.div(sums[0], sums[1].clamp(min=1))
+
+
+def masked_variance(x: Tensor, mask: Tensor, all_sum: AllSum = local) -> Tensor:
+    """Biased variance Σ(x − mean)² / n over the entries that count, of all processes.
+
+    Args:
+        x: any shape.
+        mask: same shape, bool.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        scalar ≥ 0.
+    """
+    return masked_mean((x - masked_mean(x, mask, all_sum)).square(), mask, all_sum)
+
+
+def whiten(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, epsilon: float = 1e-8, all_sum: AllSum = local
+) -> Tensor:
+    """(x − mean) / √(var + ε), biased variance, over the entries that count of all processes.
+
+    Ziegler et al. 2019, code: advantages are shifted to mean 0, rewards keep their mean (`shift_mean=False`).
+
+    Args:
+        x: any shape.
+        mask: same shape, bool.
+        shift_mean: False puts the mean back after scaling.
+        epsilon: added to the variance, > 0, so that equal entries give 0 and not NaN.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        the shape of `x`; 0 where masked.
+    """
+    mean = masked_mean(x, mask, all_sum)
+    white = (x - mean) * torch.rsqrt(masked_variance(x, mask, all_sum) + epsilon)
+    white = white if shift_mean else white + mean
+    return torch.where(mask, white, torch.zeros_like(white))

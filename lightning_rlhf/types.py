@@ -1,0 +1,138 @@
+"""What flows through the library, from the data loader to the update.
+
+Shapes: B sequences, P prompt tokens, R response tokens, T actions (R per token, 1 per sequence), L text tokens,
+K responses of one prompt. What crosses a data loader is a `NamedTuple` (Lightning moves and casts those); what lives
+inside one step is a frozen dataclass. A stage never edits its input, it wraps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from torch import Tensor
+
+Row = Mapping[str, Any]
+"""One raw record as it stood in the file: the reward sees its columns."""
+
+
+class PromptBatch(NamedTuple):
+    """Prompts, padded on the left so that every response starts at the same column.
+
+    Attributes:
+        tokens: (B, P), int64.
+        mask: (B, P), bool, True on real tokens.
+        counts: (B,), bool, False on a row repeated only to fill the last evaluation batch of a rank.
+        rows: the B raw records.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    counts: Tensor
+    rows: list[Row]
+
+
+class TextBatch(NamedTuple):
+    """Texts, padded on the right: demonstrations or pretraining blocks.
+
+    Attributes:
+        tokens: (B, L), int64.
+        mask: (B, L), bool, True on real tokens.
+        target: (B, L), bool, True on tokens whose log-probability counts; never the first. A row without any
+            target fills the last evaluation batch of a rank and counts nowhere.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    target: Tensor
+
+
+class ComparisonBatch(NamedTuple):
+    """K ranked responses to each prompt; every entry is prompt + response + end token, padded on the right.
+
+    Attributes:
+        tokens: (B, K, L), int64.
+        mask: (B, K, L), bool, True on real tokens.
+        rank: (B, K), int64, 0 is best, equal ranks are ties, -1 marks an absent response (ragged K). A row
+            whose ranks are all equal has no pair and counts nowhere.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    rank: Tensor
+
+
+class PPOBatch(TypedDict):
+    """What the prompt loader serves: prompts, and pretraining texts where there is a stream (PPO-ptx)."""
+
+    prompts: PromptBatch
+    pretrain: NotRequired[TextBatch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Responses sampled from π_old, with what π_old and π_ref say of their tokens.
+
+    Attributes:
+        tokens: prompt and response, (B, P + R), int64.
+        attention: real tokens of both, (B, P + R), bool.
+        response: tokens the policy chose, the end token included, (B, R), bool; True is always a prefix of the row.
+        ended: the response closed with an end token, (B,), bool.
+        logprobs: log π_old(token | before), (B, R), nats, 0 where `response` is False.
+        ref_logprobs: log π_ref of the same tokens, (B, R), nats.
+        entropy: entropy of π_old's next-token distribution, (B, R), nats.
+        values: V(state before each token), (B, R); zeros where there is no value network.
+    """
+
+    tokens: Tensor
+    attention: Tensor
+    response: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+    @property
+    def prompt_width(self) -> int:
+        """P, the column at which responses begin."""
+        return self.tokens.shape[1] - self.response.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response lengths in tokens, end token included, (B,)."""
+        return self.response.sum(1)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A rollout with its credit: what the update learns from.
+
+    Attributes:
+        rollout: B sequences.
+        mask: actions that count, (B, T), bool.
+        advantages: Â, (B, T), reward units.
+        returns: targets of the value network, (B, T), reward units.
+    """
+
+    rollout: Rollout
+    mask: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def select(self, index: Tensor) -> Experience:
+        """The sequences at `index`, (b,), int64, as a smaller experience."""
+        rollout = Rollout(**{field.name: getattr(self.rollout, field.name)[index] for field in fields(Rollout)})
+        return Experience(
+            rollout=rollout,
+            mask=self.mask[index],
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+        )
