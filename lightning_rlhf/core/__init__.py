@@ -17,7 +17,7 @@ from lightning_rlhf.core.pretrain import next_token_loss
 from lightning_rlhf.core.reduction import Reduction, SequenceMean, TokenMean
 from lightning_rlhf.core.reward import penalised_rewards
 from lightning_rlhf.core.schedule import Constant, Cosine, Linear, Schedule
-from lightning_rlhf.core.surrogate import Clip, KLPenalty, PerAction, Surrogate
+from lightning_rlhf.core.surrogate import Clip, KLPenalty, PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Whitened",
     "entropy",
     "full_precision",
+    "importance_ratio",
     "k1",
     "k2",
     "k3",

@@ -21,7 +21,7 @@ class Adaptive:
         """The same setting with the moving fields of a checkpoint.
 
         Raises:
-            ValueError: `state` was saved by another kind of object.
+            ValueError: `state` names other fields than this object moves.
         """
         if state.keys() != self.state().keys():
             raise ValueError(

@@ -43,7 +43,7 @@ class AdvantageEstimator(ABC):
             rewards: per action, (B, T), 0 where masked.
             values: V of the state before each action, (B, T); zeros without a value network.
             mask: actions that count, (B, T), bool.
-            groups: which prompt each row answers, (B,), int64.
+            groups: which prompt each row answers, (B,), int64, for baselines per prompt.
             all_sum: sums a tensor over processes.
         """
 

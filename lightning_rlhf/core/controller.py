@@ -64,6 +64,12 @@ class AdaptiveKL(KLController):
         return {"coef": self.coef}
 
     def adapted(self, kl: float, episodes: int) -> Self:
-        """β·(1 + e·episodes/horizon): larger after a KL above the target, smaller after one below."""
+        """β·(1 + e·episodes/horizon): larger after a KL above the target, smaller after one below.
+
+        Raises:
+            ValueError: the rollout is so large against `horizon` that β could fall to 0.
+        """
+        if episodes >= 5 * self.horizon:
+            raise ValueError(f"`horizon` must exceed episodes/5: got {self.horizon} for {episodes} episodes")
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return replace(self, coef=self.coef * (1.0 + error * episodes / self.horizon))

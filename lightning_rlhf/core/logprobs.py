@@ -28,7 +28,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         ValueError: the shapes do not match.
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(f"`tokens` must have the shape of `logits` without its last axis: got {tuple(tokens.shape)}")
+        needed, got = tuple(logits.shape[:-1]), tuple(tokens.shape)
+        raise ValueError(f"`tokens` must have the shape of `logits` without its last axis, {needed}: got {got}")
     scaled = full_precision(logits) / temperature
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
@@ -44,4 +45,4 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
         entropy (...), float32 (float64 if the logits are), nats, in [0, log V].
     """
     logprobs = (full_precision(logits) / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)

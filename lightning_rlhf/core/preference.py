@@ -19,9 +19,7 @@ def preferred_pairs(rank: Tensor) -> Tensor:
     Returns:
         (B, K, K), bool.
     """
-    present = rank >= 0
-    better = rank.unsqueeze(2) < rank.unsqueeze(1)
-    return better & present.unsqueeze(2) & present.unsqueeze(1)
+    return (rank.unsqueeze(2) < rank.unsqueeze(1)) & (rank >= 0).unsqueeze(2)
 
 
 def score_margins(scores: Tensor) -> Tensor:
@@ -62,7 +60,13 @@ class RankingLoss(PreferenceLoss):
     """
 
     def __call__(self, scores: Tensor, rank: Tensor) -> Tensor:
-        """Mean over the prompt's pairs."""
+        """Mean over the prompt's pairs.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if scores.shape != rank.shape:
+            raise ValueError(f"`rank` must have the shape of `scores`, {tuple(scores.shape)}: got {tuple(rank.shape)}")
         pairs = preferred_pairs(rank)
         margins = torch.where(pairs, score_margins(scores), torch.zeros_like(scores).unsqueeze(2))
         losses = torch.where(pairs, -logsigmoid(margins), torch.zeros_like(margins))

@@ -22,8 +22,11 @@ def next_token_loss(logprobs: Tensor, target: Tensor, *, count: Tensor | int) ->
         scalar, nats per token (a share of it, where `count` spans more rows than these).
 
     Raises:
-        ValueError: `target` counts a first token.
+        ValueError: `target` counts a first token, or the shapes do not match.
     """
+    if logprobs.shape != target[:, 1:].shape:
+        needed = (target.shape[0], target.shape[1] - 1)
+        raise ValueError(f"`logprobs` must be (B, L − 1), here {needed}: got {tuple(logprobs.shape)}")
     if bool(target[:, 0].any()):
         raise ValueError("`target` counts the first token of a row, which nothing predicts: set column 0 to False")
     return -masked_sum(logprobs, target[:, 1:]) / max(int(count), 1)

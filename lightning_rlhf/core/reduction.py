@@ -18,14 +18,14 @@ from lightning_rlhf.core.masked import masked_sum
 class Reduction(ABC):
     """A weighted mean over the actions of an optimizer step."""
 
-    @abstractmethod
     def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Numerator of some rows, scalar.
+        """Numerator of some rows, scalar: Σ over actions.
 
         Args:
             losses: (b, T).
             mask: actions that count, (b, T), bool.
         """
+        return masked_sum(losses, mask)
 
     @abstractmethod
     def count(self, mask: Tensor) -> Tensor:
@@ -35,10 +35,6 @@ class Reduction(ABC):
 @dataclass(frozen=True, kw_only=True)
 class TokenMean(Reduction):
     """Every action weighs the same: Σ loss / number of actions."""
-
-    def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Σ over actions."""
-        return masked_sum(losses, mask)
 
     def count(self, mask: Tensor) -> Tensor:
         """How many actions count."""
@@ -51,10 +47,6 @@ class SequenceMean(Reduction):
 
     At token level the only reduction, up to a constant, that is ∇J.
     """
-
-    def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Σ over actions."""
-        return masked_sum(losses, mask)
 
     def count(self, mask: Tensor) -> Tensor:
         """How many responses have an action that counts."""

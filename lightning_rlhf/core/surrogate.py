@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -12,6 +13,23 @@ from torch import Tensor
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.checks import check_not_negative, check_positive
 from lightning_rlhf.core.kl import k3
+
+LARGEST_LOG_RATIO = 40.0
+"""Above it a ratio is held, so that neither it, its square nor a clipped gradient overflows float32."""
+PENALTY_BOUNDS = (1e-6, 1e6)
+"""Between them an adaptive penalty moves: halving for ever would end at 0, which no doubling leaves."""
+
+
+def importance_ratio(log_ratio: Tensor) -> Tensor:
+    """ρ = π_θ(a|s) / π_old(a|s), held at e⁴⁰.
+
+    Args:
+        log_ratio: log π_θ − log π_old, any shape, nats.
+
+    Returns:
+        the same shape, > 0 and finite.
+    """
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 class PerAction(NamedTuple):
@@ -71,7 +89,7 @@ class Clip(Surrogate):
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
         """The pessimistic bound; an action is clipped where the bound has no gradient."""
-        ratio = log_ratio.exp()
+        ratio = importance_ratio(log_ratio)
         plain = -ratio * advantages
         bounded = -ratio.clamp(1 - self.epsilon, 1 + self.epsilon) * advantages
         return PerAction(torch.maximum(plain, bounded), {"policy/clipfrac_avg": (bounded > plain).to(plain.dtype)})
@@ -107,20 +125,26 @@ class KLPenalty(Surrogate):
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
         """−ρÂ + b·k3."""
-        kl_old = k3(-log_ratio)
+        kl_old = k3(-log_ratio.clamp(max=LARGEST_LOG_RATIO))
         return PerAction(
-            -log_ratio.exp() * advantages + self.coef * kl_old,
+            -importance_ratio(log_ratio) * advantages + self.coef * kl_old,
             {"policy/kl_penalty": self.coef * kl_old.detach()},
         )
 
     def state(self) -> dict[str, float]:
-        """The penalty coefficient b."""
-        return {"coef": self.coef}
+        """The penalty coefficient b where it adapts."""
+        return {} if self.target is None else {"coef": self.coef}
 
     def adapted(self, kl_old: float) -> Self:
-        """b halved, doubled or kept."""
+        """b halved, doubled or kept, within `PENALTY_BOUNDS`.
+
+        Raises:
+            ValueError: `kl_old` is not finite.
+        """
         if self.target is None:
             return self
-        if kl_old < self.target / 1.5:
-            return replace(self, coef=self.coef / 2)
-        return replace(self, coef=self.coef * 2) if kl_old > self.target * 1.5 else self
+        if not math.isfinite(kl_old):
+            raise ValueError(f"KL(π_old‖π_θ) after the update is {kl_old}: lower the learning rate or raise `coef`")
+        factor = 0.5 if kl_old < self.target / 1.5 else 2.0 if kl_old > self.target * 1.5 else 1.0
+        smallest, largest = PENALTY_BOUNDS
+        return replace(self, coef=min(max(self.coef * factor, min(smallest, self.coef)), max(largest, self.coef)))

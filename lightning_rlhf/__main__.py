@@ -1,0 +1,5 @@
+"""`python -m lightning_rlhf` is the console script."""
+
+from lightning_rlhf.cli import console
+
+console()

@@ -1,0 +1,7 @@
+"""What happens around the training loop: averaging, export, prediction files."""
+
+from lightning_rlhf.callbacks.ema import EMA
+from lightning_rlhf.callbacks.export import Export
+from lightning_rlhf.callbacks.predictions import PredictionWriter
+
+__all__ = ["EMA", "Export", "PredictionWriter"]

@@ -1,0 +1,106 @@
+"""Exponential moving average of the policy's weights (Ouyang et al. 2022, C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+
+class EMA(Callback):
+    """θ̄ ← d·θ̄ + (1 − d)·θ after every optimizer step, of the trained weights of the policy alone.
+
+    Validation, test and export see θ̄; training goes on with θ. The average is float32 at least and stands in the
+    checkpoint, so a resumed run continues it.
+
+    Args:
+        decay: d in [0, 1); the paper's is 0.992, a half-life of 86 steps.
+    """
+
+    def __init__(self, decay: float = 0.992) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1): got {decay}")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._live: dict[str, Tensor] = {}
+        self._handle: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the policy's weights, or go on with the checkpoint's average; follow the optimizer."""
+        weights = _weights(pl_module)
+        begun = self.average or weights
+        if begun.keys() != weights.keys():
+            raise ValueError("the checkpoint's average is of another model: its trained parameters have other names")
+        self.average = {name: _precise(begun[name]).to(weight.device) for name, weight in weights.items()}
+        self._handle = trainer.optimizers[0].register_step_post_hook(lambda *_: self.update(pl_module))
+
+    @torch.no_grad()
+    def update(self, pl_module: LightningModule) -> None:
+        """One step of the average."""
+        for name, weight in _weights(pl_module).items():
+            average = self.average[name]
+            average.lerp_(weight.to(average.dtype), 1 - self.decay)
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+        """Inside it the policy has the averaged weights."""
+        self._swap_in(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_out(pl_module)
+
+    @torch.no_grad()
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self._live or not self.average:
+            return
+        for name, weight in _weights(pl_module).items():
+            self._live[name] = weight.detach().clone()
+            weight.copy_(self.average[name])
+
+    @torch.no_grad()
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        for name, weight in _weights(pl_module).items():
+            if name in self._live:
+                weight.copy_(self._live[name])
+        self._live = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the average."""
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the live weights."""
+        self._swap_out(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the live weights behind."""
+        if self._live:
+            self._swap_out(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop following the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, by parameter name."""
+        return {"average": {name: tensor.detach().clone() for name, tensor in self.average.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The average of a checkpoint."""
+        self.average = dict(state_dict["average"])
+
+
+def _weights(pl_module: LightningModule) -> dict[str, nn.Parameter]:
+    """Trained parameters of the policy, or of the model in the other stages."""
+    network = getattr(pl_module, "policy", None) or pl_module.model
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def _precise(weight: Tensor) -> Tensor:
+    return weight.detach().clone().to(torch.promote_types(weight.dtype, torch.float32))

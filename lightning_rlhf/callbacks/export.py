@@ -1,0 +1,33 @@
+"""Each stage's output as the next stage's input: a Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks.ema import EMA
+
+logger = logging.getLogger(__name__)
+
+
+class Export(Callback):
+    """Calls the module's `save_pretrained` when training ends; with the averaged weights where an `EMA` runs.
+
+    Args:
+        folder: written whole or not at all; what stood there before is replaced.
+        merge_adapter: fold a LoRA adapter into the weights.
+    """
+
+    def __init__(self, folder: str, merge_adapter: bool = False) -> None:
+        self.folder, self.merge_adapter = folder, merge_adapter
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder, on the first process."""
+        average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            with average.applied(pl_module) if average else nullcontext():
+                pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
+            logger.info("exported %s to %s", type(pl_module).__name__, self.folder)
+        trainer.strategy.barrier("export")

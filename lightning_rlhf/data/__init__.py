@@ -1,0 +1,17 @@
+"""Files of text to batches of tokens."""
+
+from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.comparisons import ComparisonDataModule
+from lightning_rlhf.data.demonstrations import DemonstrationDataModule
+from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.prompts import PromptDataModule
+from lightning_rlhf.data.schedule import BatchSchedule
+
+__all__ = [
+    "BatchSchedule",
+    "Columns",
+    "ComparisonDataModule",
+    "DemonstrationDataModule",
+    "PromptDataModule",
+    "ResumableLoader",
+]

@@ -1,0 +1,56 @@
+"""Examples as one padded batch.
+
+Each function takes the examples and, for each, whether it counts: one that does not is a repeat that fills the last
+evaluation batch of a rank.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.data.examples import ComparisonExample, PromptExample, TextExample
+from lightning_rlhf.text import Tokens
+from lightning_rlhf.types import ComparisonBatch, PromptBatch, TextBatch
+
+
+def collate_prompts(examples: Sequence[PromptExample], counts: Sequence[bool], *, pad: int) -> PromptBatch:
+    """Prompts, padded on the left with `pad`."""
+    tokens, mask = _padded([example.tokens for example in examples], pad, left=True)
+    rows = [example.row for example in examples]
+    return PromptBatch(tokens=tokens, mask=mask, counts=torch.tensor(counts, dtype=torch.bool), rows=rows)
+
+
+def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pad: int) -> TextBatch:
+    """Texts, padded on the right with `pad`; targets are the tokens after each context."""
+    tokens, mask = _padded([example.tokens for example in examples], pad)
+    context = torch.tensor([example.context for example in examples])
+    predicted = torch.arange(mask.shape[1]) >= context[:, None]
+    return TextBatch(
+        tokens=tokens, mask=mask, target=mask & predicted & torch.tensor(counts, dtype=torch.bool)[:, None]
+    )
+
+
+def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[bool], *, pad: int) -> ComparisonBatch:
+    """Ranked responses, padded on the right with `pad`; absent ones have rank -1, a filler's are all tied."""
+    k = max(len(example.texts) for example in examples)
+    texts = [text for example in examples for text in [*example.texts, *[array("i")] * (k - len(example.texts))]]
+    tokens, mask = _padded(texts, pad)
+    rank = torch.full((len(examples), k), -1)
+    for place, example, counted in zip(rank, examples, counts, strict=True):
+        place[: len(example.ranks)] = torch.tensor(example.ranks) if counted else 0
+    shape = (len(examples), k, tokens.shape[1])
+    return ComparisonBatch(tokens=tokens.view(shape), mask=mask.view(shape), rank=rank)
+
+
+def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """The rows as (B, L) int64, padded on one side, and where they are real, (B, L) bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    columns = torch.arange(int(lengths.max()))
+    mask = columns >= len(columns) - lengths[:, None] if left else columns < lengths[:, None]
+    tokens = torch.full(mask.shape, pad)
+    tokens[mask] = torch.tensor([token for row in rows for token in row])
+    return tokens, mask

@@ -1,0 +1,30 @@
+"""Names of the keys in a JSONL file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which key of a record holds what, so that a file need not be rewritten to be read.
+
+    Args:
+        prompt: the prompt, a text or a list of messages.
+        response: the answer of a demonstration, a text or messages that end with the assistant's.
+        chosen: the preferred response of a pair.
+        rejected: the other response of a pair.
+        responses: K responses to one prompt.
+        scores: one number per response, higher is better.
+        ranks: one number per response, lower is better.
+        text: a pretraining document.
+    """
+
+    prompt: str = "prompt"
+    response: str = "response"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    responses: str = "responses"
+    scores: str = "scores"
+    ranks: str = "ranks"
+    text: str = "text"

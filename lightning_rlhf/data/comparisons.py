@@ -1,0 +1,103 @@
+"""Ranked responses, for the reward model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.collate import collate_comparisons, collate_texts
+from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.datamodule import TextDataModule, at_least
+from lightning_rlhf.data.examples import comparison_examples, demonstration_examples
+from lightning_rlhf.data.loader import ResumableLoader
+
+
+class ComparisonDataModule(TextDataModule):
+    """Batches of prompts with K ranked responses each, `ComparisonBatch`; all K of a prompt are in one batch.
+
+    Files are JSONL with `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses",
+    "scores" | "ranks"}` or NeMo-RL's `{"context", "completions"}`. Paths may be several, patterns, or end in `.gz`.
+    Evaluation serves a list of loaders: comparisons, then `TextBatch`es where `demonstrations` is given.
+
+    Args:
+        train: comparisons to train on.
+        val: comparisons to validate on.
+        test: comparisons to test on.
+        demonstrations: answers, `{"prompt", "response"}`, whose mean score is to be 0 (Ouyang et al. 2022, §3.5).
+        batch_size: prompts per process and batch.
+        eval_batch_size: prompts, or demonstrations, per process and evaluation batch; None for `batch_size`.
+        max_tokens: longest prompt + response + end token, tokens; longer ones are dropped and counted.
+        prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
+        columns: names of the keys in the files.
+        tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
+        num_workers: processes that assemble batches; 0 for none.
+        seed: seed of the order of the prompts.
+
+    Raises:
+        ValueError: a size is too small.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        demonstrations: str | list[str] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        max_tokens: int = 1024,
+        prompt_role: str | None = None,
+        columns: Columns = Columns(),
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            prompt_role=prompt_role,
+            columns=columns,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.train, self.val, self.test, self.demonstrations = train, val, test, demonstrations
+        self.max_tokens = at_least(2, max_tokens=max_tokens)
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs: `fit`, `validate` or `test`.
+
+        Raises:
+            ValueError: its files were not named or cannot be read.
+        """
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(stage, [])
+        for name in needed:
+            self.load(name, comparison_examples, limit="max_tokens", required=name == needed[0])
+        if needed:
+            self.load("demonstrations", demonstration_examples, limit="max_tokens")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Comparisons."""
+        return self.training_loader(self.training_stream("train", collate_comparisons, batch_size=self.batch_size))
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Comparisons, then demonstrations; nothing where there is no `val`."""
+        return [] if self.val is None else self._evaluation("val")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Comparisons, then demonstrations."""
+        return self._evaluation("test")
+
+    def demonstration_dataloader(self) -> DataLoader[Any]:
+        """Demonstrations, each once over the processes.
+
+        Raises:
+            ValueError: `demonstrations` was not given.
+        """
+        return self.evaluation_loader("demonstrations", collate_texts)
+
+    def _evaluation(self, name: str) -> list[DataLoader[Any]]:
+        demonstrations = [] if self.demonstrations is None else [self.demonstration_dataloader()]
+        return [self.evaluation_loader(name, collate_comparisons), *demonstrations]

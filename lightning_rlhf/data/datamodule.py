@@ -1,0 +1,150 @@
+"""What the data modules share: files to examples once, examples to loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.loader import ResumableLoader, make_loader
+from lightning_rlhf.data.order import FileOrder, ShuffledOrder
+from lightning_rlhf.data.records import Record, read_records
+from lightning_rlhf.data.stream import JointStream, Stream
+from lightning_rlhf.data.tally import Tally
+from lightning_rlhf.text import Encoder, load_tokenizer
+
+Paths = str | list[str] | None
+Reader = Callable[[Sequence[Record], Encoder, Columns, Tally], Sequence[Any]]
+Collate = Callable[..., Any]
+
+
+class TextDataModule(LightningDataModule):
+    """Files named by arguments, read and tokenised when a stage first needs them, served by step number.
+
+    Args:
+        tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
+        prompt_role: role under which a text prompt becomes a message; None leaves it plain text.
+        columns: names of the keys in the files.
+        batch_size: rows per batch and process, training.
+        eval_batch_size: rows per batch and process, evaluation; None for `batch_size`.
+        num_workers: processes that assemble batches; 0 for none.
+        seed: seed of the order of the rows.
+
+    Attributes:
+        tallies: what was dropped, by argument name.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        prompt_role: str | None,
+        columns: Columns,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.prompt_role = prompt_role
+        self.columns = columns
+        self.batch_size = at_least(1, batch_size=batch_size)
+        self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
+        self.num_workers = at_least(0, num_workers=num_workers)
+        self.seed = seed
+        self.tallies: dict[str, Tally] = {}
+        self._encoder: Encoder | None = None
+        self._examples: dict[str, Sequence[Any]] = {}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped, by argument name."""
+        return {name: tally.dropped for name, tally in self.tallies.items()}
+
+    @property
+    def encoder(self) -> Encoder:
+        """Text to tokens, with the given tokenizer or that of the module being trained.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        if self._encoder is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            source = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
+            if source is None:
+                raise ValueError(
+                    f"{type(self).__name__} has no tokenizer: pass tokenizer=<folder, hub name or tokenizer>, or train "
+                    "a module that has a `tokenizer`"
+                )
+            self._encoder = Encoder(load_tokenizer(source), prompt_role=self.prompt_role)
+        return self._encoder
+
+    def load(self, name: str, read: Reader, *, limit: str, required: bool = False) -> None:
+        """Reads and tokenises the files of argument `name`, once.
+
+        Args:
+            name: the argument that holds the paths.
+            read: records to examples.
+            limit: the argument that holds the longest length that is kept.
+            required: whether the argument must be given.
+
+        Raises:
+            ValueError: it must be and is not, or the files cannot be read.
+        """
+        paths: Paths = getattr(self, name)
+        if paths is None and required:
+            raise ValueError(f"{type(self).__name__} needs `{name}` for this: pass {name}=<path of a JSONL file>")
+        if paths is None or name in self._examples:
+            return
+        tally = Tally(name=name, limit_name=limit, limit=getattr(self, limit))
+        self._examples[name] = read(read_records(paths), self.encoder, self.columns, tally)
+        self.tallies[name] = tally
+
+    def training_stream(self, name: str, collate: Collate, *, batch_size: int) -> Stream:
+        """Endless shuffled batches of this process from the examples of `name`."""
+        rank, world = self._place()
+        examples = self._loaded(name)
+        order = ShuffledOrder(len(examples), batch_size=batch_size, rank=rank, world=world, seed=self.seed, stream=name)
+        return Stream(examples, order, partial(collate, pad=self.encoder.pad))
+
+    def training_loader(self, stream: Stream | JointStream) -> ResumableLoader:
+        """A loader of `stream` whose position is saved with a checkpoint."""
+        return make_loader(ResumableLoader, stream, num_workers=self.num_workers)
+
+    def evaluation_loader(self, name: str, collate: Collate) -> DataLoader[Any]:
+        """Every example of `name` once over the processes, in the order of the file."""
+        rank, world = self._place()
+        examples = self._loaded(name)
+        order = FileOrder(len(examples), batch_size=self.eval_batch_size, rank=rank, world=world)
+        stream = Stream(examples, order, partial(collate, pad=self.encoder.pad))
+        return make_loader(DataLoader, stream, num_workers=self.num_workers)
+
+    def _loaded(self, name: str) -> Sequence[Any]:
+        if name not in self._examples:
+            missing = getattr(self, name) is None
+            todo = f"pass {name}=<path of a JSONL file>" if missing else "call setup() with the stage first"
+            raise ValueError(f"{type(self).__name__} has no examples of `{name}`: {todo}")
+        return self._examples[name]
+
+    def _place(self) -> tuple[int, int]:
+        """This process among those that share the data, and how many there are."""
+        place = None if self.trainer is None else self.trainer.distributed_sampler_kwargs  # None on a single device
+        return (0, 1) if place is None else (place["rank"], place["num_replicas"])
+
+
+def at_least(least: int, **argument: int) -> int:
+    """The one keyword argument, if it is large enough.
+
+    Raises:
+        ValueError: it is not; names it.
+    """
+    ((name, value),) = argument.items()
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}")
+    return value

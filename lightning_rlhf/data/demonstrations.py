@@ -1,0 +1,91 @@
+"""Demonstrations to imitate, for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.collate import collate_texts
+from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.datamodule import TextDataModule, at_least
+from lightning_rlhf.data.examples import demonstration_examples
+from lightning_rlhf.data.loader import ResumableLoader
+
+
+class DemonstrationDataModule(TextDataModule):
+    """Batches of prompt + response + end token, `TextBatch`, whose targets are the response and the end token.
+
+    Files are JSONL with `{"prompt", "response"}`. Paths may be several, patterns, or end in `.gz`. Evaluation serves a
+    list of one loader.
+
+    Args:
+        train: demonstrations to train on.
+        val: demonstrations to validate on.
+        test: demonstrations to test on.
+        loss_on_prompt: predict the prompt as well, not the response alone.
+        batch_size: demonstrations per process and batch.
+        eval_batch_size: demonstrations per process and evaluation batch; None for `batch_size`.
+        max_tokens: longest prompt + response + end token, tokens; longer ones are dropped and counted.
+        prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
+        columns: names of the keys in the files.
+        tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
+        num_workers: processes that assemble batches; 0 for none.
+        seed: seed of the order of the demonstrations.
+
+    Raises:
+        ValueError: a size is too small.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        loss_on_prompt: bool = False,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        max_tokens: int = 1024,
+        prompt_role: str | None = None,
+        columns: Columns = Columns(),
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            prompt_role=prompt_role,
+            columns=columns,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.train, self.val, self.test = train, val, test
+        self.loss_on_prompt = loss_on_prompt
+        self.max_tokens = at_least(2, max_tokens=max_tokens)
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs: `fit`, `validate` or `test`.
+
+        Raises:
+            ValueError: its files were not named or cannot be read.
+        """
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(stage, [])
+        read = partial(demonstration_examples, loss_on_prompt=self.loss_on_prompt)
+        for name in needed:
+            self.load(name, read, limit="max_tokens", required=name == needed[0])
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Demonstrations."""
+        return self.training_loader(self.training_stream("train", collate_texts, batch_size=self.batch_size))
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Demonstrations; nothing where there is no `val`."""
+        return [] if self.val is None else [self.evaluation_loader("val", collate_texts)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Demonstrations."""
+        return [self.evaluation_loader("test", collate_texts)]

@@ -1,0 +1,78 @@
+"""Data loaders over streams of batches, one of which resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.data.schedule import BatchSchedule
+from lightning_rlhf.data.stream import JointStream, Stream
+
+Loader = TypeVar("Loader", bound="DataLoader[Any]")
+
+
+def make_loader(kind: type[Loader], stream: Stream | JointStream, *, num_workers: int = 0) -> Loader:
+    """A loader of `kind` that serves the batches of `stream` as they are.
+
+    It draws from a generator of its own, so that starting an epoch leaves the global random state alone.
+    """
+    return kind(
+        stream,
+        batch_size=None,
+        sampler=BatchSchedule(len(stream)),
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose position Lightning saves and restores: a resumed epoch goes on with the next unseen batch.
+
+    Batches are counted as they are handed out, not as workers prefetch them. The sampler is a `BatchSchedule`.
+    """
+
+    _epoch = 0  # of the position below
+    _served = 0  # batches of that epoch already handed out
+    _resuming = False  # whether the next iteration starts from that position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches of the sampler's epoch; its body starts with the first batch, after Lightning's `set_epoch`."""
+        epoch = getattr(self.sampler, "epoch", 0)
+        if not (self._resuming and self._epoch == epoch):
+            self._epoch, self._served = epoch, 0
+        self._resuming = False
+        if isinstance(self.sampler, BatchSchedule):  # `overfit_batches` puts a plain one in its place
+            self.sampler.start = self._served
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: epoch, batches of it already handed out, and batches of a whole epoch."""
+        if self._served >= len(self):
+            return {"epoch": self._epoch + 1, "served": 0, "steps": len(self)}
+        return {"epoch": self._epoch, "served": self._served, "steps": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration go on from `state`.
+
+        Raises:
+            ValueError: it points into the middle of an epoch of another length.
+        """
+        if state["served"] and state["steps"] != len(self):
+            raise ValueError(
+                f"the checkpoint stopped after {state['served']} of {state['steps']} batches, but an epoch now has "
+                f"{len(self)}: resume with the same data, batch size and number of processes, or from a checkpoint "
+                "written at the end of an epoch"
+            )
+        self._epoch, self._served, self._resuming = state["epoch"], state["served"], True
+        if isinstance(self.sampler, BatchSchedule):
+            self.sampler.set_epoch(self._epoch)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,117 @@
+"""Records of JSONL files, each with the place it was read from."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_rlhf.types import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One JSON object and where it stood.
+
+    Attributes:
+        row: the object as it stood in the file.
+        file: path of the file.
+        line: line number, from 1.
+    """
+
+    row: Row
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """`file, line n`: how every error names this record."""
+        return f"{self.file}, line {self.line}"
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors raised inside, with the place of this record in front.
+
+        Raises:
+            ValueError: the one raised inside, now naming file and line; other errors carry the place as a note.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while reading {self.where}")
+            raise
+
+
+def read_records(paths: str | list[str]) -> list[Record]:
+    """The records of JSONL files (UTF-8, `.gz` or plain), in the order of the paths and lines; blank lines are skipped.
+
+    Args:
+        paths: one path or several; a path with `*`, `?` or `[…]` that names no file is a pattern, read in sorted order.
+
+    Returns:
+        records, at least one.
+
+    Raises:
+        ValueError: a missing or empty file, a line that is not UTF-8, not JSON or not an object; names file and line.
+    """
+    if not paths:
+        raise ValueError("no path was given: name at least one JSONL file")
+    files = [file for path in ([paths] if isinstance(paths, str) else paths) for file in _expand(path)]
+    return [record for file in files for record in _read_file(file)]
+
+
+def _expand(path: str) -> list[str]:
+    if Path(path).is_file():
+        return [path]
+    found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    if not found:
+        kind = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise ValueError(
+            f"{path} {kind} (working directory {Path.cwd()}): give the path of a JSONL file, plain or .gz, or a "
+            "pattern such as 'data/*.jsonl'"
+        )
+    return found
+
+
+def _read_file(file: str) -> list[Record]:
+    records = [record for number, line in _lines(file) if (record := _parse(line, file, number)) is not None]
+    if not records:
+        raise ValueError(f'{file} holds no record: it needs one JSON object per line, for example {{"prompt": "Hi"}}')
+    return records
+
+
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    opened = gzip.open if file.endswith(".gz") else open
+    with opened(file, "rb") as stream:
+        try:
+            yield from enumerate(stream, start=1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{file} is not a whole gzip file ({error}): copy it again, or drop .gz from its name"
+            ) from error
+
+
+def _parse(line: bytes, file: str, number: int) -> Record | None:
+    where = f"{file}, line {number}"
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: broken JSON ({error}); each line needs one whole JSON object, found {text[:80]!r}"
+        ) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a JSON {type(row).__name__}; each line needs one JSON object with named keys")
+    return Record(row=row, file=file, line=number)

@@ -1,0 +1,35 @@
+"""Steps of an epoch, for a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import DistributedSampler
+
+
+class BatchSchedule(DistributedSampler[int]):
+    """The steps of one epoch, e · steps + start … (e + 1) · steps - 1: whole batches, not rows.
+
+    A `DistributedSampler` by type only: that is how Lightning knows to put no sampler of its own in its place. The
+    batch of a step already belongs to one rank, so every rank has the same steps.
+
+    Args:
+        steps: batches of one epoch.
+
+    Attributes:
+        start: batches of the next epoch to skip; the loader sets it when it resumes.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(range(steps), num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        self.steps = steps
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Steps of the epoch last given to `set_epoch`."""
+        first = self.epoch * self.steps
+        return iter(range(first + self.start, first + self.steps))
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also where the epoch is resumed in its middle."""
+        return self.steps

@@ -1,0 +1,56 @@
+"""Batches by step number: what a data loader reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from lightning_rlhf.data.order import Order
+
+
+class Stream(Dataset[Any]):
+    """Batches of examples; the key of a batch is its step, counted from the start of training.
+
+    Args:
+        examples: rows as tokens.
+        order: which of them make up the batch of a step on this rank.
+        collate: examples, and whether each counts, to a batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        order: Order,
+        collate: Callable[[Sequence[Any], Sequence[bool]], Any],
+    ) -> None:
+        self.examples, self.order, self.collate = examples, order, collate
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return self.order.steps
+
+    def __getitem__(self, step: int) -> Any:
+        """The batch of this rank at `step`."""
+        keys = self.order(step)
+        return self.collate([self.examples[max(key, ~key)] for key in keys], [key >= 0 for key in keys])
+
+
+class JointStream(Dataset[dict[str, Any]]):
+    """Several streams in step with the first, so that one position says where all of them are.
+
+    Args:
+        streams: by name; the first gives the epoch its length, the others never end.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        self.streams = dict(streams)
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return len(next(iter(self.streams.values())))
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """The batch of each stream at `step`, by name."""
+        return {name: stream[step] for name, stream in self.streams.items()}

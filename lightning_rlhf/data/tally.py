@@ -1,0 +1,71 @@
+"""Count of what was read and what was dropped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities import rank_zero_only
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What became of the rows of one set of files.
+
+    Attributes:
+        name: the argument that named the files.
+        limit_name: the argument that limits lengths.
+        limit: the longest that is kept, tokens.
+        rows: rows read.
+        long_rows: rows dropped because too long, or because fewer than 2 of their responses were not.
+        tied_rows: rows dropped because their responses are all tied.
+        responses: responses read.
+        long_responses: responses dropped because too long, those of dropped rows included.
+        longest: length of the longest, tokens.
+    """
+
+    name: str
+    limit_name: str
+    limit: int
+    rows: int = 0
+    long_rows: int = 0
+    tied_rows: int = 0
+    responses: int = 0
+    long_responses: int = 0
+    longest: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Rows dropped, for whatever reason."""
+        return self.long_rows + self.tied_rows
+
+    def fits(self, length: int) -> bool:
+        """Whether `length` tokens are within the limit; remembers the longest."""
+        self.longest = max(self.longest, length)
+        return length <= self.limit
+
+    def report(self) -> None:
+        """Warns, on rank 0, of what was dropped.
+
+        Raises:
+            ValueError: every row was dropped.
+        """
+        parts = []
+        if self.long_rows or self.long_responses:
+            responses = f" and {self.long_responses} of {self.responses} responses" if self.responses else ""
+            parts.append(
+                f"dropped {self.long_rows} of {self.rows} rows{responses} longer than {self.limit_name}={self.limit} "
+                f"tokens; the longest was {self.longest}: raise `{self.limit_name}` to keep them"
+            )
+        if self.tied_rows:
+            parts.append(
+                f"dropped {self.tied_rows} of {self.rows} rows whose responses are all tied: they rank nothing"
+            )
+        if not parts:
+            return
+        message = f"`{self.name}`: {'; '.join(parts)}"
+        if self.dropped == self.rows:
+            raise ValueError(f"no row is left. {message}")
+        rank_zero_only(_log.warning)(message)

@@ -1,0 +1,32 @@
+"""Writing a folder whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name and place when the block ends without an error.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_file():
+        raise ValueError(f"can't write a folder to {folder}: a file has that name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        target = work / "new"
+        target.mkdir()
+        yield target
+        if folder.exists():
+            folder.rename(work / "old")
+        target.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""A network that gives every token a number: the reward model and the value network."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core.logprobs import full_precision
+from lightning_rlhf.models.folder import write_folder
+from lightning_rlhf.models.policy import positions
+from lightning_rlhf.models.source import ModelSource, is_adapted, scalar_head
+
+
+def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
+    """The score at the last real token of each row, found by length and never by the padding id.
+
+    Args:
+        scores: per token, (B, L).
+        mask: real tokens, (B, L), bool, at least one per row.
+
+    Returns:
+        (B,).
+    """
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return scores.gather(1, torch.where(mask, steps, -1).amax(1, keepdim=True)).squeeze(1)
+
+
+class ScalarModel(nn.Module):
+    """Backbone, linear head d → 1, and the bias that puts labeler demonstrations at 0 on average.
+
+    Args:
+        network: a transformers sequence-classification model with one label, bare or in a PEFT adapter. Its pooling,
+            which looks for the padding id, is not used.
+        tokenizer: for export and for text; None where the caller handles token ids only.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        scalar_head(self._bare())
+        self.bias = float(getattr(network.config, "demonstration_bias", 0.0))
+        """Added to the raw score: −(mean raw score of the demonstrations). A Python float (see `Adaptive`)."""
+
+    @classmethod
+    def load(cls, source: ModelSource) -> ScalarModel:
+        """The model of a folder, bias included; or one with a new head on a language model's backbone."""
+        return cls(source.scorer(), source.tokenizer())
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Scores of every token, bias included, (B, L), float32 or float64.
+
+        Args:
+            tokens: (B, L), int64, padded on either side.
+            mask: real tokens, (B, L), bool.
+        """
+        bare = self._bare()
+        backbone = getattr(bare, bare.base_model_prefix)
+        hidden = backbone(
+            input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+        ).last_hidden_state
+        head = getattr(bare, "score", None) or bare.classifier
+        return full_precision(head(hidden)).squeeze(-1) + self.bias
+
+    def _bare(self) -> Any:
+        """The sequence-classification model under an adapter."""
+        return self.network.get_base_model() if is_adapted(self.network) else self.network
+
+    def get_extra_state(self) -> dict[str, float]:
+        """The demonstration bias, as `state_dict` carries it."""
+        return {"demonstration_bias": self.bias}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """The demonstration bias of a checkpoint."""
+        self.bias = float(state["demonstration_bias"])
+
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+        """Write a folder that `AutoModelForSequenceClassification` loads, `demonstration_bias` in its config.
+
+        Args:
+            folder: written whole or not at all.
+            merge_adapter: fold a LoRA adapter into the weights.
+        """
+        network = self.network
+        if merge_adapter and is_adapted(network):
+            network = copy.deepcopy(network).merge_and_unload()
+        network.config.demonstration_bias = self.bias
+        if self.tokenizer is not None and network.config.pad_token_id is None:
+            network.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        with write_folder(folder) as target:
+            network.save_pretrained(target)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(target)

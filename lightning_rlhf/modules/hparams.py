@@ -1,0 +1,27 @@
+"""What a checkpoint remembers of a module's arguments: plain values that load without pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+
+def keep_hyperparameters(module: LightningModule, arguments: dict[str, Any]) -> None:
+    """Save the config the CLI parsed; in plain Python, those arguments that are plain values.
+
+    Live objects would be pickled, and such a checkpoint does not load under `weights_only=True`.
+
+    Args:
+        module: whose `hparams`.
+        arguments: of its constructor, by name.
+    """
+    if _given_hyperparameters.get() is not None:
+        module.save_hyperparameters()
+    else:
+        module.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

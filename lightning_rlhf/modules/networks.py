@@ -1,0 +1,58 @@
+"""The networks of the RL stage, built when Lightning asks for them."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.models.source import is_adapted, without_dropout
+from lightning_rlhf.rollout import LearnedReward, Reward
+
+
+def find_tokenizer(
+    model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerBase | str | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or the one beside the model's weights; None for a built module without one."""
+    if isinstance(tokenizer, str):
+        return ModelSource(path=tokenizer).tokenizer()
+    if tokenizer is None and isinstance(model, ModelSource):
+        return model.tokenizer()
+    return tokenizer
+
+
+def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PolicyModel:
+    """π_θ."""
+    network = model.causal_lm() if isinstance(model, ModelSource) else without_dropout(model)
+    return PolicyModel(network, tokenizer)
+
+
+def build_reference(policy: PolicyModel, source: ModelSource | None) -> PolicyModel | None:
+    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off."""
+    if source is not None:
+        return PolicyModel(source.causal_lm(), policy.tokenizer).eval().requires_grad_(False)
+    return None if is_adapted(policy.network) else policy.frozen_copy()
+
+
+def build_value(
+    source: ModelSource | None,
+    reward: Reward,
+    policy: ModelSource | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ScalarModel:
+    """V: from its source, else from the learned reward, else a new head on the policy's backbone.
+
+    Raises:
+        ValueError: the reward model reads other tokens than the policy, or the policy came as a built module.
+    """
+    if source is None and isinstance(reward, LearnedReward):
+        if not reward.shares_vocabulary:
+            raise ValueError(
+                "the value network starts from the reward model, but that has another vocabulary than the policy: set "
+                "`value` to a model with the policy's tokenizer"
+            )
+        return reward.load()
+    source = source or (policy if isinstance(policy, ModelSource) else None)
+    if source is None:
+        raise ValueError("the advantage needs a value network: set `value`, since the policy came as a built module")
+    return ScalarModel(source.scorer(), tokenizer)

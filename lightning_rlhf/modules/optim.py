@@ -1,0 +1,86 @@
+"""Optimizer and learning-rate schedule, asked of Lightning's trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_rlhf.core.schedule import Schedule
+
+
+def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
+    """What `configure_optimizers` returns: the optimizer and a schedule that steps once per step of `total`.
+
+    Args:
+        optimizer: at its peak learning rates.
+        schedule: the factor on them.
+        total: steps of the whole run, asked each time because a trainer may learn it late.
+    """
+    scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, total()))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def training_steps(module: LightningModule) -> int:
+    """Optimizer steps of the run under automatic optimisation; a run without end counts as very long."""
+    steps = module.trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else 10**9
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are trained.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter: was it frozen before it came here?")
+    return parameters
+
+
+def optimizer_of(build: OptimizerCallable, network: nn.Module) -> Optimizer:
+    """The optimizer of one network's trainable parameters."""
+    return build(trainable(network))
+
+
+def global_sum(module: LightningModule, x: Tensor) -> Tensor:
+    """Σ over all processes of the trainer, or `x` itself where there is none."""
+    trainer = module._trainer
+    return x if trainer is None or trainer.world_size == 1 else trainer.strategy.reduce(x, reduce_op="sum")
+
+
+def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """Norm of all gradients before clipping; afterwards it is at most `max_norm`.
+
+    Call it in `on_before_optimizer_step`, where fp16 gradients are unscaled.
+
+    Args:
+        module: whose strategy clips.
+        optimizer: whose parameters.
+        max_norm: None measures only.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        module.clip_gradients(optimizer, gradient_clip_val=max_norm, gradient_clip_algorithm="norm")
+    return norm.detach()
+
+
+def rollouts_of(module: LightningModule) -> int:
+    """Rollouts of the run under manual optimisation, where `max_steps` counts optimizer steps."""
+    trainer = module.trainer
+    done, steps = trainer.fit_loop.total_batch_idx + 1, trainer.global_step
+    limits = [10**9]
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(trainer.num_training_batches * trainer.max_epochs)
+    if trainer.max_steps > 0 and steps > 0:
+        limits.append(math.ceil(trainer.max_steps * done / steps))
+    return int(min(limits))

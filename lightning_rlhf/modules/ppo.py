@@ -1,0 +1,293 @@
+"""Stage 3: reinforcement learning against the reward, as a contextual bandit (Ouyang et al. 2022, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core import (
+    ActionLevel,
+    AdvantageEstimator,
+    BanditAdvantage,
+    Clip,
+    ClippedValueLoss,
+    Constant,
+    FixedKL,
+    KLController,
+    MissingEOS,
+    Reduction,
+    ReplaceScore,
+    Schedule,
+    SequenceLevel,
+    Surrogate,
+    TokenMean,
+    ValueLoss,
+    penalised_rewards,
+)
+from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.modules.evaluation import Evaluation, observe
+from lightning_rlhf.modules.hparams import keep_hyperparameters
+from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
+from lightning_rlhf.modules.objective import Objective
+from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.tally import Tally
+from lightning_rlhf.rollout import Collector, Generation, Reward, Updates, as_reward
+from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
+
+
+class PPOModule(LightningModule):
+    """PPO, or PPO-ptx with `ptx_coef` > 0, on prompts; one `training_step` is one rollout and its updates.
+
+    Args:
+        policy: π_θ at the start, as a source or a causal language model already built.
+        reward: a `Reward`, an `nn.Module` on token ids, or a function `fn(prompts, responses, **columns)`.
+        reference: π_SFT of the KL penalty; None is the policy at the start (the adapter off, under PEFT).
+        value: V's start, only where the advantage needs one; None is the learned reward model, else the policy's
+            backbone with a new head.
+        tokenizer: of a built policy; otherwise the one beside the weights.
+        generation: how responses are drawn.
+        updates: inner epochs, minibatches, microbatches, gradient clipping.
+        level: what an action is: the whole response (the bandit) or a token.
+        kl: β and how it adapts.
+        advantage: how rewards become advantages; the default is r − β·log(π/π_SFT) with no baseline.
+        surrogate: how far an update follows them.
+        value_loss: of V; None is `ClippedValueLoss()` where the advantage needs a value network.
+        reduction: from per-action losses to a number.
+        missing_eos: the score of a response that hit the length limit; None leaves it as it is.
+        ptx_coef: γ ≥ 0, weight of the pretraining loss; above 0 the data must serve a pretraining stream.
+        optimizer: a function of the parameter groups (policy first, then value).
+        value_lr: peak learning rate of V; None is the policy's.
+        schedule: of the learning rates, per rollout.
+
+    Raises:
+        ValueError: an argument is out of range, or a value loss is given to an advantage that trains no V.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource | nn.Module,
+        reward: Reward | Callable[..., Any],
+        reference: ModelSource | None = None,
+        value: ModelSource | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        generation: Generation = Generation(),
+        updates: Updates = Updates(),
+        level: ActionLevel = SequenceLevel(),
+        kl: KLController = FixedKL(),
+        advantage: AdvantageEstimator = BanditAdvantage(),
+        surrogate: Surrogate = Clip(),
+        value_loss: ValueLoss | None = None,
+        reduction: Reduction = TokenMean(),
+        missing_eos: MissingEOS | None = ReplaceScore(),
+        ptx_coef: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
+        value_lr: float | None = None,
+        schedule: Schedule = Constant(warmup=10),
+    ) -> None:
+        super().__init__()
+        if ptx_coef < 0:
+            raise ValueError(f"`ptx_coef` must be at least 0: got {ptx_coef}")
+        if not advantage.needs_value and (value_loss, value, value_lr) != (None, None, None):
+            raise ValueError(
+                "`value`, `value_lr` and `value_loss` belong to a value network, but "
+                f"{type(advantage).__name__} uses none: leave them out, or take an advantage such as GAE"
+            )
+        keep_hyperparameters(self, {"tokenizer": tokenizer, "ptx_coef": ptx_coef, "value_lr": value_lr})
+        self.automatic_optimization = False
+        self.tokenizer = find_tokenizer(policy, tokenizer)
+        self.generation, self.updates, self.level = generation, updates, level
+        self.kl, self.advantage, self.surrogate, self.reduction = kl, advantage, surrogate, reduction
+        self.value_loss = value_loss or ClippedValueLoss()
+        self.reward, self.missing_eos, self.ptx_coef = as_reward(reward), missing_eos, ptx_coef
+        self.optimizer, self.value_lr, self.schedule = optimizer, value_lr, schedule
+        self.iteration = self.episodes = 0
+        self.policy: PolicyModel | None = None
+        self.value: ScalarModel | None = None
+        self.collector: Collector | None = None
+        self.evaluation = Evaluation(self)
+        self._sources = (policy, reference, value)
+
+    def configure_model(self) -> None:
+        """Build policy, reference, reward and value network, once."""
+        if self.policy is not None:
+            return
+        policy, reference, value = self._sources
+        self.policy = build_policy(policy, self.tokenizer)
+        self.reward.prepare(self.tokenizer)
+        if self.advantage.needs_value:
+            self.value = build_value(value, self.reward, policy, self.tokenizer)
+        self.collector = Collector(
+            self.policy,
+            build_reference(self.policy, reference),
+            self.value,
+            self.reward,
+            generation=self.generation,
+            microbatch=self.updates.microbatch,
+        )
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen networks, which strategies do not see, to the process's device."""
+        self.collector.to(self.device)
+
+    def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
+        """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
+        tally, text = Tally(), self._pretraining(batch)
+        rollout = self.roll_out(batch["prompts"], stream="train", iteration=self.iteration)  # y ~ π_old(·|x)
+        scores = self.score(rollout, batch["prompts"])  # r_φ(x, y)                               (B,)
+        experience = self.credit(rollout, scores, tally)  # Â = r − β·log(π_old/π_ref) − b          (B, T)
+
+        for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
+            self.update(minibatch, share, tally)  # surrogate + value loss − γ·log π(text)
+
+        if self.surrogate.adaptive:
+            for piece, _ in self.updates.microbatches(experience, None):
+                self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
+        self.conclude(tally, episodes=len(rollout) * self.trainer.world_size)
+
+    def roll_out(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Rollout:
+        """One response of the policy to each prompt, drawn with the random numbers of (stream, iteration)."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return self.collector(prompts, stream=stream, iteration=iteration, rank=rank, world=world)
+
+    def score(self, rollout: Rollout, prompts: PromptBatch) -> Tensor:
+        """r_φ(x, y) after the rule for missing end tokens, (B,), reward units."""
+        scores = self.reward(rollout, prompts.rows).to(rollout.logprobs)
+        return scores if self.missing_eos is None else self.missing_eos(scores, rollout.ended)
+
+    def credit(self, rollout: Rollout, scores: Tensor, tally: Tally) -> Experience:
+        """Rewards less β·KL to the reference, and the advantages they give.
+
+        Args:
+            rollout: B responses of π_old.
+            scores: (B,), reward units.
+            tally: takes the objective's metrics.
+        """
+        mask = self.level.mask(rollout.response)
+        kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response)
+        rewards = penalised_rewards(scores, kl_ref, mask, coef=self.kl.coef)
+        values = self.level.state_value(rollout.values, rollout.response)
+        groups = torch.arange(len(rollout), device=mask.device)
+        credit = self.advantage(rewards, values, mask, groups=groups, all_sum=self.all_sum)
+        observe(tally, rollout, scores, torch.ones_like(rollout.ended), "objective")
+        tally.add("objective/rlhf_reward", rewards.sum(1))
+        tally.add("objective/non_score_reward", rewards.sum(1) - scores)
+        tally.add("policy/entropy_avg", rollout.entropy, rollout.response)
+        return Experience(rollout=rollout, mask=mask, advantages=credit.advantages, returns=credit.returns)
+
+    def update(self, minibatch: Experience, text: TextBatch | None, tally: Tally) -> None:
+        """One optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
+        optimizer = self.optimizers()
+        counts = [self.reduction.count(minibatch.mask), 0 * minibatch.mask.sum() if text is None else text.target.sum()]
+        actions, words = self.all_sum(torch.stack(counts)).clamp(min=1)
+        pieces = self.updates.microbatches(minibatch, text)
+        optimizer.zero_grad()
+        for number, (piece, share) in enumerate(pieces, start=1):
+            with optimizer.toggle_model(sync_grad=number == len(pieces)):
+                loss = self.objective.actions(piece, tally) / actions
+                if share is not None:
+                    loss = loss + self.ptx_coef * self.objective.text(share, tally, count=words)
+                self.manual_backward(loss * self.trainer.world_size)  # strategies average over processes
+        optimizer.step()
+        tally.add("policy/grad_norm", self._grad_norm)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss with today's surrogate."""
+        return Objective(
+            policy=self.policy,
+            collector=self.collector,
+            level=self.level,
+            surrogate=self.surrogate,
+            value_loss=self.value_loss,
+            reduction=self.reduction,
+        )
+
+    def conclude(self, tally: Tally, *, episodes: int) -> None:
+        """Log the iteration, adapt β and the surrogate, step the schedule."""
+        stats = tally.means(self.all_sum)
+        stats["val/ratio_var"] = max(stats.pop("val/ratio_square") - stats["val/ratio"] ** 2, 0.0)
+        self.iteration, self.episodes = self.iteration + 1, self.episodes + episodes
+        stats |= {"objective/kl_coef": self.kl.coef, "episode": float(self.episodes)}
+        stats |= {"lr": self.optimizers().param_groups[0]["lr"]}
+        stats |= {f"surrogate/{name}": number for name, number in self.surrogate.state().items()}
+        self.log_dict(stats, batch_size=episodes)
+        bar = {"score": stats["objective/scores"], "kl": stats["objective/kl"]}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
+        self.kl = self.kl.adapted(stats["objective/kl"], episodes)
+        self.surrogate = self.surrogate.adapted(stats["policy/kl_old"]) if self.surrogate.adaptive else self.surrogate
+        self.lr_schedulers().step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip: here the gradients of fp16 are unscaled."""
+        self._grad_norm = clip_gradients(self, optimizer, self.updates.max_grad_norm)
+
+    def validation_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Generate on held-out prompts and score; or measure the held-out pretraining loss."""
+        self.evaluation.step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `eval/…`."""
+        self.evaluation.log("eval")
+
+    def test_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation."""
+        self.evaluation.step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/…`."""
+        self.evaluation.log("test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Each prompt's response with its score, KL and length, as JSON-ready records."""
+        return self.evaluation.predict(batch, batch_idx)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer, a parameter group for each trained network; the schedule steps once per rollout."""
+        groups: list[dict[str, Any]] = [{"params": trainable(self.policy)}]
+        if self.value is not None:
+            groups.append({"params": trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr}))
+        return scheduled(self.optimizer(groups), self.schedule, lambda: rollouts_of(self))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counters, β and the surrogate's coefficient, as Python numbers."""
+        counters = {"iteration": self.iteration, "episodes": self.episodes}
+        checkpoint["rlhf"] = counters | {"kl": self.kl.state(), "surrogate": self.surrogate.state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from what `on_save_checkpoint` kept."""
+        state = checkpoint["rlhf"]
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.kl, self.surrogate = self.kl.restored(state["kl"]), self.surrogate.restored(state["surrogate"])
+
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+        """Write the policy as a Hugging Face folder, whole or not at all; `merge_adapter` folds a LoRA adapter in."""
+        self.configure_model()
+        self.policy.save_pretrained(folder, merge_adapter=merge_adapter)
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Σ over all processes."""
+        return global_sum(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PPOModule:
+        super()._apply(fn, recurse)
+        if self.collector is not None:
+            self.collector.apply(fn)
+        return self
+
+    def _pretraining(self, batch: PPOBatch) -> TextBatch | None:
+        if self.ptx_coef == 0:
+            return None
+        if "pretrain" not in batch:
+            raise ValueError(
+                f"`ptx_coef` is {self.ptx_coef}, but the data serves no pretraining texts: set the data's `pretrain`, "
+                "or `ptx_coef` to 0"
+            )
+        return batch["pretrain"]

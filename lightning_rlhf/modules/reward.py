@@ -1,0 +1,167 @@
+"""Stage 2: a reward model from rankings of K responses, 0 on labeler demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAccuracy
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
+from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.modules.hparams import keep_hyperparameters
+from lightning_rlhf.modules.networks import find_tokenizer
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.types import ComparisonBatch, TextBatch
+
+
+class RewardModule(LightningModule):
+    """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
+
+    The loss does not see a constant added to r_θ, so after every validation that served demonstrations the bias becomes
+    −(their mean raw score), over all processes. Doing it again changes nothing.
+
+    Args:
+        model: a sequence-classification folder, or a language model whose head is replaced by a scalar one; or a
+            transformers sequence-classification module already built.
+        tokenizer: of a built module; otherwise the one beside the weights. A folder or hub name, or the object.
+        loss: of the scores of one prompt's responses.
+        optimizer: a function of the parameters; the paper's learning rate.
+        schedule: of the learning rate, per optimizer step; the paper decays to 10 %.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        loss: PreferenceLoss = RankingLoss(),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9e-6, weight_decay=0.0),
+        schedule: Schedule = Cosine(),
+    ) -> None:
+        super().__init__()
+        keep_hyperparameters(self, {"tokenizer": tokenizer})
+        self.tokenizer = find_tokenizer(model, tokenizer)
+        self.model: ScalarModel | None = None
+        self.loss, self.optimizer, self.schedule = loss, optimizer, schedule
+        self.accuracy, self.margin, self.eval_loss = BinaryAccuracy(), MeanMetric(), MeanMetric()
+        self.demonstrations = MeanMetric()
+        self._source = (model,)  # in a tuple, so that a built module is not registered twice
+
+    def configure_model(self) -> None:
+        """Build the network, once."""
+        if self.model is None:
+            source = self._source[0]
+            network = source.scorer() if isinstance(source, ModelSource) else without_dropout(source)
+            self.model = ScalarModel(network, self.tokenizer)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """r_θ at the last token, bias included, (B,).
+
+        Args:
+            tokens: prompt, response and end token, (B, L), int64.
+            mask: real tokens, (B, L), bool.
+        """
+        return score_at_end(self.model(tokens, mask), mask)
+
+    def rank(self, batch: ComparisonBatch) -> Tensor:
+        """Scores of K responses to each prompt, (B, K), by one forward pass per response; 0 where one is absent."""
+        present = batch.rank >= 0
+        scores = self(batch.tokens[present], batch.mask[present])
+        return torch.zeros(present.shape, dtype=scores.dtype, device=scores.device).masked_scatter(present, scores)
+
+    def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
+        """Mean over the prompts that have a pair, times the processes over which the strategy will average."""
+        counts = preferred_pairs(batch.rank).any(2).any(1)
+        count = global_sum(self, counts.sum()).clamp(min=1)
+        loss = torch.where(counts, self.loss(self.rank(batch), batch.rank), 0.0).sum() / count
+        self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.rank))
+        return loss * self.trainer.world_size
+
+    def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Comparisons add to accuracy, margin and loss; demonstrations to the mean that becomes the bias."""
+        self._observe(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log, and set the bias."""
+        self._conclude("eval")
+
+    def test_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation; the bias stays."""
+        self._observe(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log."""
+        self._conclude("test")
+
+    def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
+        if isinstance(batch, TextBatch):
+            real = batch.target.any(1)
+            if real.any():
+                self.demonstrations.update(self(batch.tokens[real], batch.mask[real]) - self.model.bias)
+            return
+        scores, pairs = self.rank(batch), preferred_pairs(batch.rank)
+        if pairs.any():
+            margins = score_margins(scores)[pairs]
+            self.accuracy.update((margins > 0).long(), torch.ones_like(margins, dtype=torch.long))
+            self.margin.update(margins)
+            self.eval_loss.update(self.loss(scores, batch.rank)[pairs.any(2).any(1)])
+
+    def _conclude(self, stage: str) -> None:
+        named = {"accuracy": self.accuracy, "margin": self.margin, "loss": self.eval_loss}
+        for name, metric in named.items():
+            if metric.update_called:
+                self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "accuracy")
+            metric.reset()
+        if self.demonstrations.update_called:
+            raw = float(self.demonstrations.compute())
+            if stage == "eval" and not self.trainer.sanity_checking:
+                self.model.bias = -raw
+            self.log(f"{stage}/demonstrations", raw + self.model.bias)
+            self.log(f"{stage}/demonstration_bias", self.model.bias)
+        self.demonstrations.reset()
+
+    @torch.no_grad()
+    def normalise(self, demonstrations: Iterable[TextBatch]) -> float:
+        """Set the bias on demand, without a trainer: afterwards the demonstrations score 0 on average.
+
+        Args:
+            demonstrations: batches of prompt, response and end token.
+
+        Returns:
+            the bias, reward units.
+
+        Raises:
+            ValueError: there is no demonstration.
+        """
+        self.configure_model()
+        total, count = 0.0, 0
+        for batch in demonstrations:
+            tokens, mask, target = (field.to(self.device) for field in batch)
+            real = target.any(1)
+            total += float((self(tokens[real], mask[real]) - self.model.bias).double().sum())
+            count += int(real.sum())
+        if count == 0:
+            raise ValueError("`demonstrations` is empty: the bias needs at least one demonstration")
+        self.model.bias = -total / count
+        return self.model.bias
+
+    def configure_optimizers(self) -> dict:
+        """The optimizer and its schedule."""
+        return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
+
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+        """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.
+
+        Args:
+            folder: written whole or not at all.
+            merge_adapter: fold a LoRA adapter into the weights.
+        """
+        self.configure_model()
+        self.model.save_pretrained(folder, merge_adapter=merge_adapter)

@@ -1,0 +1,92 @@
+"""Stage 1: supervised fine-tuning on labeler demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core import Cosine, Schedule, masked_sum, next_token_loss
+from lightning_rlhf.models import ModelSource, PolicyModel
+from lightning_rlhf.modules.hparams import keep_hyperparameters
+from lightning_rlhf.modules.networks import build_policy, find_tokenizer
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.types import TextBatch
+
+
+class SFTModule(LightningModule):
+    """Next-token prediction on demonstrations (Ouyang et al. 2022, §3.5 and C.1).
+
+    The loss is the mean over the tokens that count of the whole step, all processes together; which tokens count is the
+    data's choice (the response only, unless `loss_on_prompt`).
+
+    Args:
+        model: the language model, as a source or a module already built.
+        tokenizer: of a built module; otherwise the one beside the weights. A folder or hub name, or the object.
+        optimizer: a function of the parameters; the paper's learning rate for 1.3B to 6B.
+        schedule: of the learning rate, per optimizer step; the paper decays to 10 % without warm-up.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, weight_decay=0.0),
+        schedule: Schedule = Cosine(),
+    ) -> None:
+        super().__init__()
+        keep_hyperparameters(self, {"tokenizer": tokenizer})
+        self.tokenizer = find_tokenizer(model, tokenizer)
+        self.model: PolicyModel | None = None
+        self.optimizer, self.schedule = optimizer, schedule
+        self.eval_loss = MeanMetric()
+        self._source = (model,)  # in a tuple, so that a built module is not registered twice
+
+    def configure_model(self) -> None:
+        """Build the network, once."""
+        if self.model is None:
+            self.model = build_policy(self._source[0], self.tokenizer)
+
+    def forward(self, batch: TextBatch) -> Tensor:
+        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats."""
+        return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1).logprobs
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Nats per token that counts, times the processes over which the strategy will average."""
+        count = global_sum(self, batch.target.sum())
+        loss = next_token_loss(self(batch), batch.target, count=count)
+        self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.tokens))
+        return loss * self.trainer.world_size
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Adds to `eval/loss`, nats per token."""
+        self._evaluate(batch, "eval/loss")
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Adds to `test/loss`, nats per token."""
+        self._evaluate(batch, "test/loss")
+
+    def _evaluate(self, batch: TextBatch, name: str) -> None:
+        count = batch.target.sum()
+        if count:
+            self.eval_loss.update(-masked_sum(self(batch), batch.target[:, 1:]) / count, weight=count)
+        self.log(name, self.eval_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.tokens))
+
+    def configure_optimizers(self) -> dict:
+        """The optimizer and its schedule."""
+        return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
+
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+        """Write a Hugging Face folder: the `policy` of the RL stage and the backbone of the reward model.
+
+        Args:
+            folder: written whole or not at all.
+            merge_adapter: fold a LoRA adapter into the weights.
+        """
+        self.configure_model()
+        self.model.save_pretrained(folder, merge_adapter=merge_adapter)

@@ -1,0 +1,124 @@
+"""The decode loop: one prefill, then one token per pass, with the log-probs that the logits give for nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lightning_rlhf.core.logprobs import full_precision, token_logprobs
+from lightning_rlhf.models.policy import positions
+
+
+class Sampled(NamedTuple):
+    """Responses as they were drawn.
+
+    Attributes:
+        tokens: (B, R), int64, `pad` after the end.
+        response: (B, R), bool, True up to and including the end token.
+        ended: (B,), bool.
+        logprobs: of the drawn tokens under the weights that drew them, (B, R), nats, 0 after the end.
+    """
+
+    tokens: Tensor
+    response: Tensor
+    ended: Tensor
+    logprobs: Tensor
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens distributed as softmax(logits): the first whose cumulative probability exceeds u.
+
+    The running sum is float64: in float32 up to 2e-4 of the probability mass can never be drawn.
+
+    Args:
+        logits: (B, V), already divided by the temperature.
+        uniforms: (B,), float64, in [0, 1).
+
+    Returns:
+        (B,), int64.
+    """
+    cumulative = full_precision(logits).softmax(-1).cumsum(-1, dtype=torch.float64)
+    targets = uniforms.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+class _Decoder:
+    """The network, its cache and the mask that grows with every token."""
+
+    def __init__(self, network: nn.Module, tokens: Tensor, mask: Tensor) -> None:
+        self.network, self.mask = network, mask
+        self.cache = DynamicCache(config=network.config)
+        self.logits = self._forward(tokens, positions(mask))
+
+    def _forward(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        output: Any = self.network(
+            input_ids=tokens,
+            attention_mask=self.mask.long(),
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token to every row."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        self.logits = self._forward(tokens.unsqueeze(1), self.mask.sum(1, keepdim=True) - 1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+@torch.no_grad()
+def decode(
+    network: nn.Module,
+    tokens: Tensor,
+    mask: Tensor,
+    uniforms: Tensor | None,
+    *,
+    length: int,
+    temperature: float,
+    end_tokens: list[int],
+    pad: int,
+) -> Sampled:
+    """Responses drawn token by token; ended rows leave the batch once they are a quarter of it.
+
+    Args:
+        network: a causal language model with a key-value cache.
+        tokens: prompts, (B, P), int64, padded on the left.
+        mask: real prompt tokens, (B, P), bool.
+        uniforms: (B, length), float64; None decodes greedily.
+        length: R, the most tokens of a response.
+        temperature: τ.
+        end_tokens: ids that end a response.
+        pad: id written after the end.
+    """
+    rows = torch.arange(len(tokens), device=tokens.device)
+    ends = torch.tensor(end_tokens, device=tokens.device)
+    drawn = torch.full((len(tokens), length), pad, device=tokens.device)
+    logprobs = torch.zeros(drawn.shape, dtype=torch.float64, device=tokens.device)
+    response = torch.zeros_like(drawn, dtype=torch.bool)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    decoder = _Decoder(network, tokens, mask)
+    for t in range(length):
+        scaled = full_precision(decoder.logits) / temperature
+        choice = scaled.argmax(-1) if uniforms is None else inverse_cdf(scaled, uniforms[rows.cpu(), t])
+        alive = ~ended[rows]
+        live = rows[alive]
+        drawn[live, t], response[live, t] = choice[alive], True
+        logprobs[live, t] = token_logprobs(scaled, choice)[alive].double()
+        ended[live] = torch.isin(choice[alive], ends)
+        alive = ~ended[rows]
+        if t + 1 == length or not alive.any():
+            break
+        if alive.sum() <= 0.75 * len(rows):
+            decoder.keep(alive.nonzero().squeeze(1))
+            rows, choice = rows[alive], choice[alive]
+        decoder.advance(choice)
+    return Sampled(drawn, response, ended, logprobs.to(scaled.dtype))

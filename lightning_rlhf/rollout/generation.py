@@ -1,0 +1,54 @@
+"""How responses are sampled."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.checks import check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Pure sampling at a temperature.
+
+    There is no top-k, top-p or minimum length: they sample from another distribution than the one whose log-probs
+    the update uses, and the KL to the reference can come out negative.
+    """
+
+    max_new_tokens: int = 128
+    """Longest response, end token included."""
+    temperature: float = 1.0
+    """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Weights that sample. None: the dtype training computes in (bfloat16 under bf16-mixed), copied once a rollout."""
+    seed: int = 0
+    """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
+
+    def __post_init__(self) -> None:
+        check_positive(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+
+
+def row_uniforms(*, seed: int, stream: str, iteration: int, rows: range, length: int) -> Tensor:
+    """Random numbers in [0, 1), one per token, that depend on nothing but their names.
+
+    Args:
+        seed: of the run.
+        stream: what they are for, so that training and validation do not share numbers.
+        iteration: which rollout.
+        rows: positions of the rows in the batch of all processes.
+        length: R, tokens per row.
+
+    Returns:
+        (len(rows), R), float64, on CPU.
+    """
+    uniforms = torch.empty(len(rows), length, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        name = hashlib.blake2b(f"{seed}/{stream}/{iteration}/{row}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(name, "big") >> 1)
+        uniforms[i] = torch.rand(length, generator=generator, dtype=torch.float64)
+    return uniforms

@@ -1,0 +1,103 @@
+"""A trained reward model as the reward, with its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.source import DType
+from lightning_rlhf.rollout.reward import TextReward, checked_scores
+from lightning_rlhf.text import Encoder
+from lightning_rlhf.types import Rollout, Row
+
+
+class LearnedReward(TextReward):
+    """r_φ from a folder or checkpoint, demonstrations at 0 where it carries a bias.
+
+    Where its vocabulary is the policy's it scores the policy's very tokens; otherwise prompt and response go through
+    its own tokenizer and template.
+
+    Args:
+        path: a Hugging Face sequence-classification folder with one label, or a checkpoint of `RewardModule`.
+        dtype: of its weights.
+        prompt_role: role under which a text prompt becomes a message of its template, where it tokenises anew; None
+            leaves it plain text.
+    """
+
+    def __init__(self, path: str, dtype: DType = "float32", prompt_role: str | None = None) -> None:
+        self.path, self.dtype, self.prompt_role = path, dtype, prompt_role
+        self.model: ScalarModel | None = None
+        self.shares_vocabulary = True
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Load the network; find out whose tokens it reads."""
+        super().prepare(tokenizer)
+        if self.model is None:
+            self.model = self.load().eval().requires_grad_(False)
+        own = self.model.tokenizer
+        self.shares_vocabulary = own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab()
+
+    def load(self) -> ScalarModel:
+        """A new copy of the network: what a value network starts from."""
+        if Path(self.path).is_file():
+            return load_checkpoint(self.path)
+        return ScalarModel.load(ModelSource(path=self.path, dtype=self.dtype))
+
+    def networks(self) -> list[nn.Module]:
+        """The scalar model."""
+        return [] if self.model is None else [self.model]
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores at the last token of each response, (B,), float32."""
+        tokens, mask = rollout.tokens, rollout.attention
+        if not self.shares_vocabulary:
+            tokens, mask = self.encode(rollout, rows)
+        scores = score_at_end(self.model(tokens, mask), mask)
+        return checked_scores(scores, count=len(rollout), source=self.path)
+
+    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Tensor:
+        """Scores of text, (B,), each response taken as ended."""
+        tokens, mask = self._encode(prompts, responses, [True] * len(responses))
+        return score_at_end(self.model(tokens, mask), mask)
+
+    def encode(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Prompt and response in the reward model's own tokens, padded on the right: tokens and mask, (B, L)."""
+        return self._encode([row["prompt"] for row in rows], self.responses(rollout), rollout.ended.tolist())
+
+    def _encode(self, prompts: list[Any], responses: list[str], ended: list[bool]) -> tuple[Tensor, Tensor]:
+        encoder = Encoder(self.model.tokenizer, prompt_role=self.prompt_role)
+        device = next(self.model.parameters()).device
+        texts = []
+        for prompt, response, closed in zip(prompts, responses, ended, strict=True):
+            answer = list(encoder.response(response))
+            texts.append(torch.tensor(list(encoder.prompt(prompt)) + (answer if closed else answer[:-1])))
+        lengths = torch.tensor([len(text) for text in texts])
+        tokens = pad_sequence(texts, batch_first=True, padding_value=encoder.pad)
+        return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
+
+
+def load_checkpoint(path: str) -> ScalarModel:
+    """The scalar model inside a checkpoint of `RewardModule`.
+
+    Raises:
+        ValueError: the checkpoint does not say which model it continues, or belongs to another module.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    source = checkpoint.get("hyper_parameters", {}).get("model")
+    if not weights or source is None:
+        raise ValueError(
+            f"{path} is no checkpoint of a RewardModule built from a ModelSource: export the model with "
+            "`RewardModule.save_pretrained(folder)` and give the folder"
+        )
+    model = ScalarModel.load(ModelSource(**dict(source)))
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,178 @@
+"""Who scores a response: any function of text, any module on token ids, or a trained reward model."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.types import Rollout, Row
+
+
+class Reward(ABC):
+    """r_φ(x, y) of every response of a rollout."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The policy's tokenizer, once `prepare` ran."""
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Called once before training: build networks here.
+
+        Args:
+            tokenizer: the policy's; None where the policy was built without one.
+        """
+        self.tokenizer = tokenizer
+
+    def networks(self) -> list[nn.Module]:
+        """Frozen networks to move and cast with the module; they stay out of its checkpoints."""
+        return []
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores before any KL penalty, (B,), reward units.
+
+        Args:
+            rollout: B responses.
+            rows: the B raw records their prompts came from.
+        """
+
+
+class TextReward(Reward):
+    """A reward of text: subclass it and write `score`."""
+
+    @abstractmethod
+    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Sequence[float] | Tensor:
+        """One number per response.
+
+        Args:
+            prompts: text or messages, as in the data.
+            responses: text without special tokens.
+            columns: every other column of the records, by name.
+        """
+
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores, (B,), float32.
+
+        Raises:
+            ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
+            TypeError: `score` returned no numbers.
+        """
+        names = sorted({name for row in rows for name in row} - {"prompt"})
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        scores = self.score([row.get("prompt") for row in rows], self.responses(rollout), **columns)
+        return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
+
+    def responses(self, rollout: Rollout) -> list[str]:
+        """The responses as text, special tokens left out.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self._name()} scores text, but there is no tokenizer: pass PPOModule(tokenizer=...)")
+        texts = rollout.tokens[:, rollout.prompt_width :].tolist()
+        kept = [row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+class FunctionReward(TextReward):
+    """A plain Python function `fn(prompts, responses, **columns)`.
+
+    Args:
+        fn: returns one number per response. It gets the columns it names, or all of them if it takes `**kwargs`.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        parameters = inspect.signature(fn).parameters.values()
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        self._wanted = None if takes_all else {p.name for p in parameters}
+
+    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Sequence[float] | Tensor:
+        """What the function returns."""
+        if self._wanted is not None:
+            columns = {name: column for name, column in columns.items() if name in self._wanted}
+        return self.fn(prompts, responses, **columns)
+
+    def _name(self) -> str:
+        return getattr(self.fn, "__qualname__", type(self.fn).__name__)
+
+
+class ModuleReward(Reward):
+    """A module on the policy's token ids: `module(tokens, mask)` gives (B,) scores.
+
+    Args:
+        module: an `nn.Module`, for example a `RewardModule`, or a transformers sequence-classification model (an
+            output with `logits` is read as it is). Tokens are padded left and right; `mask` says which are real.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval().requires_grad_(False)
+
+    def networks(self) -> list[nn.Module]:
+        """The module."""
+        return [self.module]
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores, (B,), float32.
+
+        Raises:
+            ValueError: the module returned another shape, or something that is not finite.
+        """
+        output = self.module(rollout.tokens, rollout.attention)
+        scores = getattr(output, "logits", output)
+        scores = scores.squeeze(-1) if scores.dim() == 2 and scores.shape[1] == 1 else scores
+        return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
+
+
+def checked_scores(scores: Any, *, count: int, source: str) -> Tensor:
+    """Scores as a float tensor (count,).
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: their count is not `count`, or one is NaN or infinite.
+    """
+    try:
+        values = torch.as_tensor(scores)
+        values = values if values.dtype == torch.float64 else values.float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the reward {source} must return {count} numbers: got {type(scores).__name__}: {str(scores)[:80]}"
+        ) from error
+    if values.shape != (count,):
+        raise ValueError(
+            f"the reward {source} must return one number per response: got {tuple(values.shape)} for {count}"
+        )
+    if not values.isfinite().all():
+        first = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"the reward {source} returned {values[first].item()} for response {first}: return finite numbers"
+        )
+    return values
+
+
+def as_reward(reward: Reward | nn.Module | Callable[..., Any]) -> Reward:
+    """The reward itself, or the object that makes one of a module or a function.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, nn.Module):
+        return ModuleReward(reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(
+        f"`reward` must be a Reward, an nn.Module or a function fn(prompts, responses, **columns): "
+        f"got {type(reward).__name__}"
+    )

@@ -1,0 +1,87 @@
+"""Which sequences each optimizer step of a rollout learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.types import Experience, TextBatch
+
+Minibatch = tuple[Experience, TextBatch | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """Inner epochs, minibatches and microbatches of one rollout. All sizes count sequences per process."""
+
+    epochs: int = 1
+    """How often a rollout is learned from; InstructGPT's RL stage uses 1."""
+    minibatch: int | None = None
+    """Sequences per optimizer step; None takes the whole rollout. Must divide the rollout."""
+    microbatch: int | None = None
+    """Sequences per forward and backward; None takes the whole minibatch. Changes memory, never the result."""
+    max_grad_norm: float | None = 1.0
+    """Norm to which gradients are clipped; None does not clip."""
+
+    def __post_init__(self) -> None:
+        named = {"minibatch": self.minibatch, "microbatch": self.microbatch, "max_grad_norm": self.max_grad_norm}
+        check_positive(epochs=self.epochs, **{name: value for name, value in named.items() if value is not None})
+
+    def steps(self, episodes: int) -> int:
+        """Optimizer steps of a rollout of `episodes` sequences.
+
+        Raises:
+            ValueError: `minibatch` does not divide it.
+        """
+        size = self.minibatch or episodes
+        if episodes % size:
+            fits = [n for n in range(1, episodes + 1) if episodes % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - size))
+            raise ValueError(
+                f"`minibatch` must divide the rollout: got minibatch={size} for {episodes} sequences; use {nearest}"
+            )
+        return self.epochs * (episodes // size)
+
+    def minibatches(self, experience: Experience, text: TextBatch | None, *, seed: int) -> Iterator[Minibatch]:
+        """The experience and its share of the text, one optimizer step after the other.
+
+        The first epoch keeps the order of the prompts, which the data loader has shuffled, so that processes cut the
+        same minibatches as one process would; later epochs draw a fresh permutation. The text is cut alike in every
+        epoch.
+
+        Args:
+            experience: one process's rollout.
+            text: the pretraining texts of the whole rollout.
+            seed: of the permutations, equal on all processes.
+        """
+        count = self.steps(len(experience)) // self.epochs
+        generator = torch.Generator().manual_seed(seed)
+        device = experience.advantages.device
+        for epoch in range(self.epochs):
+            order = torch.arange(len(experience))
+            order = order if epoch == 0 else torch.randperm(len(experience), generator=generator)
+            texts = _split_text(text, count)
+            for index, part in zip(order.chunk(count), texts, strict=True):
+                yield experience.select(index.to(device)), part
+
+    def microbatches(self, experience: Experience, text: TextBatch | None) -> list[Minibatch]:
+        """A minibatch in pieces that fit in memory.
+
+        Args:
+            experience: a minibatch.
+            text: its pretraining texts.
+        """
+        size = self.microbatch or len(experience)
+        order = torch.arange(len(experience), device=experience.advantages.device).split(size)
+        return list(zip((experience.select(index) for index in order), _split_text(text, len(order)), strict=True))
+
+
+def _split_text(text: TextBatch | None, parts: int) -> list[TextBatch | None]:
+    """Consecutive, nearly equal shares of the rows; None for an empty share."""
+    if text is None:
+        return [None] * parts
+    shares = [TextBatch(*fields) for fields in zip(*(field.tensor_split(parts) for field in text), strict=True)]
+    return [share if len(share.tokens) else None for share in shares]

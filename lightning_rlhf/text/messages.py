@@ -1,0 +1,87 @@
+"""Dialogues as lists of `{"role", "content"}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+"""What a response answers: a text, or a dialogue that waits for the assistant."""
+
+
+def as_dialogue(prompt: Prompt, role: str = "user") -> list[Message]:
+    """The prompt as messages: itself, or one message of `role` around a text."""
+    return [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def checked_messages(value: Any, key: str) -> list[Message]:
+    """`value` if it is a dialogue.
+
+    Args:
+        value: what the record holds.
+        key: the key it came from, for the error.
+
+    Returns:
+        messages, at least one, each with a text `role` and a text `content`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    needed = 'a text or a list of messages {"role": ..., "content": ...}'
+    if not isinstance(value, list):
+        raise ValueError(f"`{key}` must be {needed}, found {type(value).__name__}: {str(value)[:80]}")
+    if not value:
+        raise ValueError(f"`{key}` must be {needed}, found an empty list")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"`{key}`[{number}] must be a message with role and content, found {str(message)[:80]!r}")
+        for part in ("role", "content"):
+            if not isinstance(message.get(part), str):
+                raise ValueError(
+                    f"`{key}`[{number}] needs a text under {part!r}, found {message.get(part)!r} "
+                    f"(keys: {sorted(message)})"
+                )
+    return value
+
+
+def checked_prompt(value: Any, key: str) -> Prompt:
+    """`value` if it is a text, or a dialogue that waits for an answer.
+
+    Raises:
+        ValueError: it is neither, or the assistant spoke last.
+    """
+    if isinstance(value, str):
+        return value
+    messages = checked_messages(value, key)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"`{key}` ends with an assistant message, so there is nothing to answer: end it with the user's turn"
+        )
+    return messages
+
+
+def answer(value: Any, key: str, prompt: Prompt) -> str:
+    """The text of a response.
+
+    Args:
+        value: a text, or messages whose last is the assistant's; earlier ones may only repeat the prompt.
+        key: the key it came from, for the error.
+        prompt: what it answers.
+
+    Returns:
+        text.
+
+    Raises:
+        ValueError: another type, another role, or earlier messages that are not the prompt and would be lost.
+    """
+    if isinstance(value, str):
+        return value
+    *before, last = checked_messages(value, key)
+    if last["role"] != "assistant":
+        raise ValueError(f"`{key}` must end with a message of role 'assistant', found role {last['role']!r}")
+    if before and before != as_dialogue(prompt):
+        raise ValueError(
+            f"`{key}` has {len(before)} messages before its last that are not the prompt and would be lost: "
+            "move them into the prompt"
+        )
+    return str(last["content"])

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+
+from lightning_rlhf.data.collate import collate_comparisons, collate_prompts, collate_texts
+from lightning_rlhf.data.examples import ComparisonExample, PromptExample, TextExample
+
+
+def ids(*tokens: int) -> array[int]:
+    return array("i", tokens)
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_prompts_are_padded_on_the_left(pad: int) -> None:
+    examples = [PromptExample(ids(5, 0, 6), {"prompt": "x", "id": 1}), PromptExample(ids(7), {"prompt": "y"})]
+    batch = collate_prompts(examples, [True, False], pad=pad)
+    assert batch.tokens.tolist() == [[5, 0, 6], [pad, pad, 7]]
+    assert batch.mask.tolist() == [[True, True, True], [False, False, True]]  # a real 0 counts though 0 may be the pad
+    assert batch.counts.tolist() == [True, False]
+    assert batch.rows == [{"prompt": "x", "id": 1}, {"prompt": "y"}]
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.counts.dtype) == (torch.int64, torch.bool, torch.bool)
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_texts_are_padded_on_the_right_and_targets_follow_the_context(pad: int) -> None:
+    examples = [TextExample(ids(5, 6, 7, 0), 2), TextExample(ids(8, 0), 1), TextExample(ids(5, 6, 0), 1)]
+    batch = collate_texts(examples, [True, True, False], pad=pad)
+    assert batch.tokens.tolist() == [[5, 6, 7, 0], [8, 0, pad, pad], [5, 6, 0, pad]]
+    assert batch.mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.target.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.target.dtype) == (torch.int64, torch.bool, torch.bool)
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_ragged_comparisons_mark_what_is_absent(pad: int) -> None:
+    examples = [
+        ComparisonExample([ids(5, 0), ids(5, 6, 0)], [1, 0]),
+        ComparisonExample([ids(7, 0), ids(7, 7, 0), ids(8, 0)], [0, 2, 1]),
+    ]
+    batch = collate_comparisons(examples, [True, True], pad=pad)
+    assert batch.tokens.tolist() == [
+        [[5, 0, pad], [5, 6, 0], [pad, pad, pad]],
+        [[7, 0, pad], [7, 7, 0], [8, 0, pad]],
+    ]
+    assert batch.mask.int().tolist() == [[[1, 1, 0], [1, 1, 1], [0, 0, 0]], [[1, 1, 0], [1, 1, 1], [1, 1, 0]]]
+    assert batch.rank.tolist() == [[1, 0, -1], [0, 2, 1]]
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.rank.dtype) == (torch.int64, torch.bool, torch.int64)
+
+
+def test_filler_comparison_is_all_tied() -> None:
+    examples = [ComparisonExample([ids(5), ids(6), ids(7)], [0, 1, 2]), ComparisonExample([ids(5), ids(6)], [1, 0])]
+    batch = collate_comparisons(examples, [True, False], pad=0)
+    assert batch.rank.tolist() == [[0, 1, 2], [0, 0, -1]]
