@@ -57,7 +57,7 @@ class ModelSource:
     def causal_lm(self) -> nn.Module:
         """A language model with a next-token head, dropout off, in the adapter where there is one."""
         network = AutoModelForCausalLM.from_pretrained(self.path, **self._options())
-        return with_adapter(without_dropout(dequantised(network)), self.peft, task="CAUSAL_LM")
+        return without_dropout(with_adapter(dequantised(network), self.peft, task="CAUSAL_LM"))
 
     def scorer(self) -> nn.Module:
         """A network with one scalar per token, dropout off; a missing head is drawn from N(0, 1/(d + 1)).
@@ -71,7 +71,7 @@ class ModelSource:
         if any(key.startswith(("score.", "classifier.")) for key in info["missing_keys"]):
             logger.info("%s has no scalar head: drawing one from N(0, 1/(d+1))", self.path)
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        return with_adapter(without_dropout(dequantised(network)), self.peft, task="SEQ_CLS")
+        return without_dropout(with_adapter(dequantised(network), self.peft, task="SEQ_CLS"))
 
 
 def scalar_head(network: nn.Module) -> nn.Linear:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from lightning_rlhf.core.logprobs import full_precision, token_logprobs
@@ -16,7 +17,7 @@ class Sampled(NamedTuple):
     """Responses as they were drawn.
 
     Attributes:
-        tokens: (B, R), int64, `pad` after the end.
+        tokens: (B, R), int64, `pad_token` after the end.
         response: (B, R), bool, True up to and including the end token.
         ended: (B,), bool.
         logprobs: of the drawn tokens under the weights that drew them, (B, R), nats, 0 after the end.
@@ -28,21 +29,34 @@ class Sampled(NamedTuple):
     logprobs: Tensor
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
     """Tokens distributed as softmax(logits): the first whose cumulative probability exceeds u.
 
-    The running sum is float64: in float32 up to 2e-4 of the probability mass can never be drawn.
+    First the block of the vocabulary, then the token in it, so that only one block is summed token by token. The
+    running sums are float64: in float32, over a whole vocabulary, up to 2e-4 of the mass can never be drawn.
 
     Args:
         logits: (B, V), already divided by the temperature.
         uniforms: (B,), float64, in [0, 1).
+        block: tokens per block.
 
     Returns:
-        (B,), int64.
+        (B,), int64; a token of probability 0 is never drawn.
     """
-    cumulative = full_precision(logits).softmax(-1).cumsum(-1, dtype=torch.float64)
-    targets = uniforms.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    blocks = pad(full_precision(logits).softmax(-1), (0, -logits.shape[1] % block)).unflatten(1, (-1, block))
+    mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    which, before = _first_above(mass, uniforms.to(mass.device).unsqueeze(1) * mass[:, -1:])
+    inside = blocks.gather(1, which.unsqueeze(2).expand(-1, -1, block)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    token, _ = _first_above(inside, before)
+    return (which * block + token).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first sum above the target, and what of the target is left at that index, (B, 1) each."""
+    below_all = torch.minimum(target, cumulative[:, -1:] * (1 - 2**-52))  # rounding must not run past the last sum
+    index = torch.searchsorted(cumulative, below_all, right=True)
+    sums = pad(cumulative, (1, 0))
+    return index, (below_all - sums.gather(1, index)).clamp(min=0)
 
 
 class _Decoder:
@@ -85,7 +99,7 @@ def decode(
     length: int,
     temperature: float,
     end_tokens: list[int],
-    pad: int,
+    pad_token: int,
 ) -> Sampled:
     """Responses drawn token by token; ended rows leave the batch once they are a quarter of it.
 
@@ -97,11 +111,11 @@ def decode(
         length: R, the most tokens of a response.
         temperature: τ.
         end_tokens: ids that end a response.
-        pad: id written after the end.
+        pad_token: id written after the end.
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     ends = torch.tensor(end_tokens, device=tokens.device)
-    drawn = torch.full((len(tokens), length), pad, device=tokens.device)
+    drawn = torch.full((len(tokens), length), pad_token, device=tokens.device)
     logprobs = torch.zeros(drawn.shape, dtype=torch.float64, device=tokens.device)
     response = torch.zeros_like(drawn, dtype=torch.bool)
     ended = torch.zeros_like(rows, dtype=torch.bool)

