@@ -19,5 +19,7 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def console() -> None:
-    """The console script: its exit status is 0 unless something raised."""
+    """The console script; like `python -m`, it finds your modules in the working directory."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     main()

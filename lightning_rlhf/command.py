@@ -46,6 +46,7 @@ class RLHFCLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")  # no `val`
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -55,8 +56,12 @@ class RLHFCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()},
             args=args,
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what is on the command line holds, also beside a checkpoint that remembers other arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--predictions.path` says where `predict` writes."""

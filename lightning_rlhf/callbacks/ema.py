@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class EMA(Callback):
     """θ̄ ← d·θ̄ + (1 − d)·θ after every optimizer step, of the trained weights of the policy alone.
 
-    Validation, test and export see θ̄; training goes on with θ. The average is float32 at least and stands in the
-    checkpoint, so a resumed run continues it.
+    Validation, test, prediction and export see θ̄; training goes on with θ. The average is float32 at least and stands
+    in the checkpoint, so a resumed run continues it.
 
     Args:
         decay: d in [0, 1); the paper's is 0.992, a half-life of 86 steps.
@@ -76,6 +76,9 @@ class EMA(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the live weights."""
         self._swap_out(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the live weights behind."""

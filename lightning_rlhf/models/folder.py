@@ -27,6 +27,11 @@ def write_folder(folder: str | Path) -> Iterator[Path]:
         yield target
         if folder.exists():
             folder.rename(work / "old")
-        target.rename(folder)
+        try:
+            target.rename(folder)
+        except OSError:
+            if (work / "old").exists():
+                (work / "old").rename(folder)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

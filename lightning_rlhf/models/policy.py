@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.logprobs import entropy, token_logprobs
+from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.folder import write_folder
-from lightning_rlhf.models.source import is_adapted
 
 
 class TokenStats(NamedTuple):
@@ -81,7 +81,7 @@ class PolicyModel(nn.Module):
         """
         for holder in (getattr(self.network, "generation_config", None), self.network.config, self.tokenizer):
             found = getattr(holder, "eos_token_id", None)
-            if found is not None:
+            if found not in (None, []):
                 return [found] if isinstance(found, int) else list(found)
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
@@ -103,11 +103,7 @@ class PolicyModel(nn.Module):
         Raises:
             ValueError: `merge_adapter` without an adapter.
         """
-        network = self.network
-        if merge_adapter:
-            if not is_adapted(network):
-                raise ValueError("`merge_adapter` was asked for, but the policy has no adapter: leave it out")
-            network = copy.deepcopy(network).merge_and_unload()
+        network = merged(self.network) if merge_adapter else self.network
         with write_folder(folder) as target:
             network.save_pretrained(target)
             if self.tokenizer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.logprobs import full_precision
+from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.folder import write_folder
 from lightning_rlhf.models.policy import positions
-from lightning_rlhf.models.source import ModelSource, is_adapted, scalar_head
+from lightning_rlhf.models.source import ModelSource, scalar_head
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ class ScalarModel(nn.Module):
         """Added to the raw score: −(mean raw score of the demonstrations). A Python float (see `Adaptive`)."""
 
     @classmethod
-    def load(cls, source: ModelSource) -> ScalarModel:
-        """The model of a folder, bias included; or one with a new head on a language model's backbone."""
-        return cls(source.scorer(), source.tokenizer())
+    def load(cls, source: ModelSource, *, new_head: bool) -> ScalarModel:
+        """The model of a folder, bias included; with `new_head` also on a language model's backbone."""
+        return cls(source.scorer(new_head=new_head), source.tokenizer())
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Scores of every token, bias included, (B, L), float32 or float64.
@@ -64,8 +64,7 @@ class ScalarModel(nn.Module):
         hidden = backbone(
             input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
-        head = getattr(bare, "score", None) or bare.classifier
-        return full_precision(head(hidden)).squeeze(-1) + self.bias
+        return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
 
     def _bare(self) -> Any:
         """The sequence-classification model under an adapter."""
@@ -87,12 +86,13 @@ class ScalarModel(nn.Module):
             merge_adapter: fold a LoRA adapter into the weights.
         """
         network = self.network
-        if merge_adapter and is_adapted(network):
-            network = copy.deepcopy(network).merge_and_unload()
+        if merge_adapter:
+            network = merged(network)
         network.config.demonstration_bias = self.bias
         if self.tokenizer is not None and network.config.pad_token_id is None:
             network.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         with write_folder(folder) as target:
             network.save_pretrained(target)
+            network.config.save_pretrained(target)  # an adapter folder would have none, and the bias stands in it
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.models.adapter import base_of, holds_adapter, merged_adapter, with_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ class ModelSource:
     """How to obtain a network and its tokenizer when Lightning asks for them."""
 
     path: str
-    """A local folder written by `save_pretrained`, a folder with a GGUF file, or a hub name."""
+    """A local folder written by `save_pretrained`, a folder with a GGUF file, or a hub name. An adapter found in a
+    folder is folded into its base model."""
     gguf_file: str | None = None
     """Name of the GGUF file in `path`; its weights are dequantised."""
     dtype: DType = "float32"
@@ -35,58 +38,99 @@ class ModelSource:
     trust_remote_code: bool = False
     """Run Python that ships with the model. Off unless you have read that code."""
 
-    def _options(self) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`: safetensors only, unless the file is GGUF."""
-        where = Path(self.path)
-        if where.is_absolute() and not where.is_dir():
-            raise ValueError(f"`path`: there is no folder {self.path}; give a model folder or a hub name")
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
-        if self.attention is not None:
-            options["attn_implementation"] = self.attention
-        if self.gguf_file is None:
-            return options | {"use_safetensors": True}
-        if where.is_dir() and not (where / self.gguf_file).is_file():
-            raise ValueError(f"`gguf_file`: there is no file {self.gguf_file} in {self.path}")
-        return options | {"gguf_file": self.gguf_file}
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that stands beside the weights."""
-        options = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        """The tokenizer that stands beside the weights.
+
+        Raises:
+            ValueError: there is no such folder or file.
+        """
+        self._check()
+        options = {} if self.gguf_file is None or holds_adapter(self.path) else {"gguf_file": self.gguf_file}
         return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **options)
 
     def causal_lm(self) -> nn.Module:
-        """A language model with a next-token head, dropout off, in the adapter where there is one."""
-        network = AutoModelForCausalLM.from_pretrained(self.path, **self._options())
-        return without_dropout(with_adapter(dequantised(network), self.peft, task="CAUSAL_LM"))
+        """A language model with a next-token head, dropout off, in the adapter where there is one.
 
-    def scorer(self) -> nn.Module:
-        """A network with one scalar per token, dropout off; a missing head is drawn from N(0, 1/(d + 1)).
-
-        The head's variance is Stiennon et al. 2020, appendix B.1.
+        Raises:
+            ValueError: there is no such folder or file.
         """
+        if holds_adapter(self.path):
+            network = merged_adapter(self._base().causal_lm(), self.path)
+        else:
+            network = dequantised(AutoModelForCausalLM.from_pretrained(self.path, **self._options()))
+        return without_dropout(with_adapter(network, self.peft, task="CAUSAL_LM"))
+
+    def scorer(self, *, new_head: bool) -> nn.Module:
+        """A network with one scalar per token, dropout off, in the adapter where there is one.
+
+        Args:
+            new_head: draw a missing head from N(0, 1/(d + 1)) (Stiennon et al. 2020, appendix B.1).
+
+        Raises:
+            ValueError: there is no such folder or file, or the head is missing and must not be drawn.
+        """
+        if holds_adapter(self.path):
+            network = merged_adapter(self._base().scorer(new_head=True), self.path)
+            network.config.demonstration_bias = getattr(
+                AutoConfig.from_pretrained(self.path), "demonstration_bias", 0.0
+            )
+        else:
+            network = self._whole_scorer(new_head=new_head)
+        return without_dropout(with_adapter(network, self.peft, task="SEQ_CLS"))
+
+    def _whole_scorer(self, *, new_head: bool) -> nn.Module:
         network, info = AutoModelForSequenceClassification.from_pretrained(
             self.path, num_labels=1, output_loading_info=True, **self._options()
         )
         head = scalar_head(network)
-        if any(key.startswith(("score.", "classifier.")) for key in info["missing_keys"]):
+        if any(key.startswith("score.") for key in info["missing_keys"]):
+            if not new_head:
+                raise ValueError(
+                    f"{self.path} has no trained scalar head: it is a language model; train a RewardModule on it "
+                    "and give the folder that its `save_pretrained` writes"
+                )
             logger.info("%s has no scalar head: drawing one from N(0, 1/(d+1))", self.path)
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        return without_dropout(with_adapter(dequantised(network), self.peft, task="SEQ_CLS"))
+        return dequantised(network)
+
+    def _base(self) -> ModelSource:
+        """The source of the model that this folder's adapter belongs to."""
+        return replace(self, path=base_of(self.path), peft=None)
+
+    def _options(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`: safetensors only, unless the file is GGUF."""
+        self._check()
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
+        if self.attention is not None:
+            options["attn_implementation"] = self.attention
+        return options | ({"use_safetensors": True} if self.gguf_file is None else {"gguf_file": self.gguf_file})
+
+    def _check(self) -> None:
+        folder = Path(self.path)
+        local = folder.is_absolute() or self.path.startswith(".") or (len(folder.parts) > 1 and folder.parent.is_dir())
+        if local and not folder.is_dir():
+            raise ValueError(f"`path`: there is no folder {self.path}; give a model folder or a hub name")
+        gguf = None if self.gguf_file is None or holds_adapter(folder) else folder / self.gguf_file
+        if gguf is not None and folder.is_dir() and not gguf.is_file():
+            raise ValueError(f"`gguf_file`: there is no file {self.gguf_file} in {self.path}")
 
 
 def scalar_head(network: nn.Module) -> nn.Linear:
-    """The linear map d → 1 of a sequence-classification network.
+    """The linear map d → 1 that a decoder's sequence-classification network applies to every token.
 
     Raises:
-        ValueError: there is none, or it has more than one output.
+        ValueError: there is none, as in encoders that classify a pooled token, or it has more than one output.
     """
-    for name in ("score", "classifier"):
-        head = getattr(network, name, None)
-        if isinstance(head, nn.Linear):
-            if head.out_features != 1:
-                raise ValueError(f"the reward head `{name}` has {head.out_features} outputs; one scalar is needed")
-            return head
-    raise ValueError(f"{type(network).__name__} has no linear head `score` or `classifier` to read a scalar from")
+    head = getattr(network, "score", None)
+    head = getattr(head, "original_module", head)  # PEFT wraps the head to train it
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(network).__name__} has no linear head `score`: a reward is read at the last token of a decoder "
+            "with a sequence-classification head, such as LlamaForSequenceClassification"
+        )
+    if head.out_features != 1:
+        raise ValueError(f"the reward head `score` has {head.out_features} outputs; one scalar is needed")
+    return head
 
 
 def without_dropout(network: nn.Module) -> nn.Module:
@@ -94,9 +138,10 @@ def without_dropout(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
     return network
 
 
@@ -109,26 +154,3 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
     return network
-
-
-def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Module:
-    """The network in a PEFT adapter, or as it is without `config`.
-
-    Raises:
-        ValueError: `peft` is not installed, or `config` is not one of its configurations.
-    """
-    if config is None:
-        return network
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("`peft` was set but the package is missing: pip install 'lightning-rlhf[peft]'") from error
-    if not isinstance(config, PeftConfig):
-        raise ValueError(f"`peft` must be a peft.PeftConfig such as peft.LoraConfig: got {type(config).__name__}")
-    config.task_type = config.task_type or task
-    return get_peft_model(network, config)
-
-
-def is_adapted(network: nn.Module) -> bool:
-    """Whether the network wears a PEFT adapter that can be switched off."""
-    return hasattr(network, "disable_adapter") and hasattr(network, "peft_config")

@@ -58,7 +58,7 @@ class Evaluation:
         self.tally = Tally()
         if "/scores" in means:
             means["/reward"] = means.pop("/scores")
-        self.module.log_dict({stage + name: value for name, value in means.items()}, prog_bar=False)
+        self.module.log_dict({stage + name: value for name, value in means.items()}, sync_dist=True)
 
     @torch.no_grad()
     def predict(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

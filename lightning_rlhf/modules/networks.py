@@ -6,7 +6,8 @@ from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
-from lightning_rlhf.models.source import is_adapted, without_dropout
+from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.source import without_dropout
 from lightning_rlhf.rollout import LearnedReward, Reward
 
 
@@ -55,4 +56,4 @@ def build_value(
     source = source or (policy if isinstance(policy, ModelSource) else None)
     if source is None:
         raise ValueError("the advantage needs a value network: set `value`, since the policy came as a built module")
-    return ScalarModel(source.scorer(), tokenizer)
+    return ScalarModel(source.scorer(new_head=True), tokenizer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -58,7 +60,7 @@ class RewardModule(LightningModule):
         """Build the network, once."""
         if self.model is None:
             source = self._source[0]
-            network = source.scorer() if isinstance(source, ModelSource) else without_dropout(source)
+            network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
             self.model = ScalarModel(network, self.tokenizer)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ class RewardModule(LightningModule):
         count = global_sum(self, counts.sum()).clamp(min=1)
         loss = torch.where(counts, self.loss(self.rank(batch), batch.rank), 0.0).sum() / count
         self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.rank))
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss * self.trainer.world_size
 
     def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -117,14 +120,14 @@ class RewardModule(LightningModule):
         named = {"accuracy": self.accuracy, "margin": self.margin, "loss": self.eval_loss}
         for name, metric in named.items():
             if metric.update_called:
-                self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "accuracy")
+                self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "accuracy", sync_dist=True)
             metric.reset()
         if self.demonstrations.update_called:
             raw = float(self.demonstrations.compute())
             if stage == "eval" and not self.trainer.sanity_checking:
                 self.model.bias = -raw
-            self.log(f"{stage}/demonstrations", raw + self.model.bias)
-            self.log(f"{stage}/demonstration_bias", self.model.bias)
+            self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
+            self.log(f"{stage}/demonstration_bias", self.model.bias, sync_dist=True)
         self.demonstrations.reset()
 
     @torch.no_grad()
@@ -155,6 +158,12 @@ class RewardModule(LightningModule):
     def configure_optimizers(self) -> dict:
         """The optimizer and its schedule."""
         return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember which model these weights continue, so that the checkpoint alone is a reward (`LearnedReward`)."""
+        source = self._source[0]
+        if isinstance(source, ModelSource) and source.peft is None:
+            checkpoint["rlhf"] = {"model": asdict(source)}
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.

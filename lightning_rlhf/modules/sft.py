@@ -61,6 +61,7 @@ class SFTModule(LightningModule):
         count = global_sum(self, batch.target.sum())
         loss = next_token_loss(self(batch), batch.target, count=count)
         self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.tokens))
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss * self.trainer.world_size
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:

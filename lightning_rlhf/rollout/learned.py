@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class LearnedReward(TextReward):
     def load(self) -> ScalarModel:
         """A new copy of the network: what a value network starts from."""
         if Path(self.path).is_file():
-            return load_checkpoint(self.path)
-        return ScalarModel.load(ModelSource(path=self.path, dtype=self.dtype))
+            return load_checkpoint(self.path, dtype=self.dtype)
+        return ScalarModel.load(ModelSource(path=self.path, dtype=self.dtype), new_head=False)
 
     def networks(self) -> list[nn.Module]:
         """The scalar model."""
@@ -84,20 +85,27 @@ class LearnedReward(TextReward):
         return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
 
 
-def load_checkpoint(path: str) -> ScalarModel:
+_NO_CHECKPOINT = (
+    "{} is no checkpoint of a RewardModule built from a ModelSource: export the model with "
+    "`RewardModule.save_pretrained(folder)` and give the folder"
+)
+
+
+def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
     """The scalar model inside a checkpoint of `RewardModule`.
 
     Raises:
-        ValueError: the checkpoint does not say which model it continues, or belongs to another module.
+        ValueError: the file is no checkpoint, belongs to another module, or does not say which model it continues.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    source = checkpoint.get("hyper_parameters", {}).get("model")
-    if not weights or source is None:
-        raise ValueError(
-            f"{path} is no checkpoint of a RewardModule built from a ModelSource: export the model with "
-            "`RewardModule.save_pretrained(folder)` and give the folder"
-        )
-    model = ScalarModel.load(ModelSource(**dict(source)))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(_NO_CHECKPOINT.format(path)) from error
+    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    source = checkpoint.get("rlhf", {}).get("model") if "_extra_state" in weights else None
+    if source is None:
+        raise ValueError(_NO_CHECKPOINT.format(path))
+    model = ScalarModel.load(ModelSource(**(source | {"dtype": dtype})), new_head=True)
     model.load_state_dict(weights)
     return model

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -52,7 +55,7 @@ class TextReward(Reward):
         Args:
             prompts: text or messages, as in the data.
             responses: text without special tokens.
-            columns: every other column of the records, by name.
+            columns: every other column of the records, by name; one called `prompts` or `responses` is left out.
         """
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
@@ -62,7 +65,7 @@ class TextReward(Reward):
             ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
             TypeError: `score` returned no numbers.
         """
-        names = sorted({name for row in rows for name in row} - {"prompt"})
+        names = sorted({name for row in rows for name in row} - {"prompt", "prompts", "responses"})
         columns = {name: [row.get(name) for row in rows] for name in names}
         scores = self.score([row.get("prompt") for row in rows], self.responses(rollout), **columns)
         return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
@@ -110,12 +113,20 @@ class ModuleReward(Reward):
     """A module on the policy's token ids: `module(tokens, mask)` gives (B,) scores.
 
     Args:
-        module: an `nn.Module`, for example a `RewardModule`, or a transformers sequence-classification model (an
-            output with `logits` is read as it is). Tokens are padded left and right; `mask` says which are real.
+        module: an `nn.Module`, for example a `RewardModule`; tokens are padded left and right, `mask` says which are
+            real. A transformers sequence-classification model is read at the last real token, whatever its padding id.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        module = ScalarModel(module) if isinstance(module, PreTrainedModel) else module
         self.module = module.eval().requires_grad_(False)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Build what a LightningModule builds late."""
+        super().prepare(tokenizer)
+        if isinstance(self.module, LightningModule):
+            self.module.configure_model()
+            self.module.eval().requires_grad_(False)
 
     def networks(self) -> list[nn.Module]:
         """The module."""
@@ -128,9 +139,8 @@ class ModuleReward(Reward):
         Raises:
             ValueError: the module returned another shape, or something that is not finite.
         """
-        output = self.module(rollout.tokens, rollout.attention)
-        scores = getattr(output, "logits", output)
-        scores = scores.squeeze(-1) if scores.dim() == 2 and scores.shape[1] == 1 else scores
+        scores = self.module(rollout.tokens, rollout.attention)
+        scores = score_at_end(scores, rollout.attention) if isinstance(self.module, ScalarModel) else scores
         return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
 
 

@@ -63,8 +63,10 @@ class Sampler:
         network = self.policy.network
         if next(network.parameters()).dtype == dtype:
             return network
-        if self._copy is None:
-            self._copy = copy.deepcopy(network).to(dtype).eval().requires_grad_(False)
+        if self._copy is None or next(self._copy.parameters()).dtype != dtype:
+            self._copy = copy.deepcopy(network).eval().requires_grad_(False)
+            for copied in self._copy.parameters():
+                copied.data = copied.data.to(dtype)  # buffers stay: rotary frequencies must not be rounded
         for copied, weight in zip(self._copy.parameters(), network.parameters(), strict=True):
             copied.copy_(weight)
         return self._copy

@@ -1,0 +1,79 @@
+"""PEFT adapters: putting one on, reading a folder that holds one, and telling whether one is there."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Module:
+    """The network in a PEFT adapter, or as it is without `config`.
+
+    Args:
+        network: a transformers model.
+        config: a `peft.PeftConfig`; it is not changed.
+        task: PEFT's name of the network's task, where the config names none.
+
+    Raises:
+        ValueError: `peft` is not installed, or `config` is not one of its configurations.
+    """
+    if config is None:
+        return network
+    peft = _peft("`peft` was set")
+    if not isinstance(config, peft.PeftConfig):
+        raise ValueError(f"`peft` must be a peft.PeftConfig such as peft.LoraConfig: got {type(config).__name__}")
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or task
+    return peft.get_peft_model(network, config)
+
+
+def is_adapted(network: nn.Module) -> bool:
+    """Whether the network wears a PEFT adapter that can be switched off."""
+    return hasattr(network, "disable_adapter") and hasattr(network, "peft_config")
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy of the network with its adapter folded into the weights.
+
+    Raises:
+        ValueError: it has no adapter.
+    """
+    if not is_adapted(network):
+        raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
+    return copy.deepcopy(network).merge_and_unload()
+
+
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def base_of(folder: str | Path) -> str:
+    """Where the model lies that a folder's adapter belongs to."""
+    return _peft(f"{folder} holds an adapter").PeftConfig.from_pretrained(folder).base_model_name_or_path
+
+
+def merged_adapter(network: nn.Module, folder: str | Path) -> nn.Module:
+    """The network with a folder's adapter folded into its weights, so that a new adapter's "off" is that model.
+
+    Args:
+        network: the base model.
+        folder: of the adapter.
+    """
+    return (
+        _peft(f"{folder} holds an adapter")
+        .PeftModel.from_pretrained(network, folder)
+        .merge_and_unload()
+        .requires_grad_()
+    )
+
+
+def _peft(reason: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"{reason}, but the package is missing: pip install 'lightning-rlhf[peft]'") from error
+    return peft

@@ -1,0 +1,165 @@
+"""Trains every stage on `devices` processes and saves what came out: `python ddp_program.py FOLDER DEVICES NAMES`.
+
+FOLDER holds `lm`, `scorer` and the JSONL files. A global batch is the same whatever DEVICES is.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.nn.utils import parameters_to_vector
+
+from lightning_rlhf import (
+    GAE,
+    AdaptiveKL,
+    ComparisonDataModule,
+    Constant,
+    DemonstrationDataModule,
+    FixedKL,
+    Generation,
+    KLPenalty,
+    Linear,
+    ModelSource,
+    PPOModule,
+    PromptDataModule,
+    Reward,
+    RewardModule,
+    SFTModule,
+    TokenLevel,
+    Updates,
+    Whitened,
+)
+
+ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
+
+
+class Table(Reward):
+    """Σ of a number per response token."""
+
+    def __call__(self, rollout, rows):
+        numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(7)
+        return torch.where(rollout.response, numbers[rollout.tokens[:, rollout.prompt_width :]], 0.0).sum(1)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def run(module, data, devices: int, **options) -> dict:
+    """Fit and validate."""
+    recorder = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="64-true",
+        logger=False,
+        callbacks=[recorder],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
+    )
+    trainer.fit(module, data)
+    evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
+    weights = parameters_to_vector(p for p in module.parameters() if p.requires_grad).detach()
+    return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
+
+
+def ppo(folder: Path, devices: int) -> dict:
+    """The bandit with PTX, ragged microbatches, both adaptations."""
+    module = PPOModule(
+        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        reward=Table(),
+        generation=Generation(max_new_tokens=6),
+        updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
+        kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+        surrogate=KLPenalty(coef=1.0, target=1e-3),
+        ptx_coef=0.3,
+        optimizer=ADAM,
+        schedule=Linear(),
+    )
+    data = PromptDataModule(
+        train=str(folder / "prompts.jsonl"),
+        val=str(folder / "prompts.jsonl"),
+        pretrain=str(folder / "texts.jsonl"),
+        val_pretrain=str(folder / "texts.jsonl"),
+        batch_size=8 // devices,
+        pretrain_ratio=1.0,
+        text_tokens=8,
+    )
+    return run(module, data, devices) | {"kl": module.kl.coef, "b": module.surrogate.coef, "n": module.episodes}
+
+
+def gae(folder: Path, devices: int) -> dict:
+    """Token-level PPO with a value network; two epochs over the whole rollout."""
+    module = PPOModule(
+        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        reward=Table(),
+        value=ModelSource(path=str(folder / "scorer"), dtype="float64"),
+        generation=Generation(max_new_tokens=6),
+        updates=Updates(epochs=2, microbatch=3 // devices),
+        level=TokenLevel(),
+        advantage=Whitened(estimator=GAE()),
+        kl=FixedKL(coef=0.1),
+        optimizer=ADAM,
+        schedule=Constant(),
+    )
+    data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
+    return run(module, data, devices)
+
+
+def sft(folder: Path, devices: int) -> dict:
+    """Demonstrations of unequal length."""
+    module = SFTModule(ModelSource(path=str(folder / "lm"), dtype="float64"), optimizer=ADAM)
+    path = str(folder / "demonstrations.jsonl")
+    return run(module, DemonstrationDataModule(train=path, val=path, batch_size=4 // devices), devices)
+
+
+def reward(folder: Path, devices: int) -> dict:
+    """Rankings of unequal size, and the bias of an odd number of demonstrations."""
+    module = RewardModule(ModelSource(path=str(folder / "scorer"), dtype="float64"), optimizer=ADAM)
+    path = str(folder / "comparisons.jsonl")
+    data = ComparisonDataModule(
+        train=path, val=path, demonstrations=str(folder / "demonstrations.jsonl"), batch_size=4 // devices
+    )
+    return run(module, data, devices) | {"bias": module.model.bias}
+
+
+def scarce(folder: Path, devices: int) -> dict:
+    """One comparison and one demonstration to validate on: the second process has only fillers."""
+    module = RewardModule(ModelSource(path=str(folder / "scorer"), dtype="float64"), optimizer=ADAM)
+    data = ComparisonDataModule(
+        train=str(folder / "comparisons.jsonl"),
+        val=str(folder / "one_comparison.jsonl"),
+        demonstrations=str(folder / "one_demonstration.jsonl"),
+        batch_size=4 // devices,
+    )
+    found = run(module, data, devices, max_epochs=1)
+    biases = torch.tensor([module.model.bias], dtype=torch.float64)
+    return found | {"bias": module.model.bias, "biases": module.all_gather(biases).flatten()}
+
+
+def main() -> None:
+    """Train what is named, one after the other; the first process saves."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    folder, devices, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    for name in names.split(","):
+        torch.manual_seed(0)
+        found = globals()[name](folder, devices)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{name}-{devices}.pt")
+
+
+if __name__ == "__main__":
+    main()

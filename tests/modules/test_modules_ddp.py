@@ -1,0 +1,130 @@
+"""Two processes with half the batch each train what one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("ddp_program.py")
+PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: an odd number to evaluate
+ENDS = list(range(10))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
+    """Models and data."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for name, network in {"lm": make_lm(end=ENDS), "scorer": make_scorer()}.items():
+        network.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    files = {
+        "prompts": [{"prompt": p} for p in PROMPTS],
+        "texts": [{"text": p + " x y z"} for p in PROMPTS] * 3,
+        "demonstrations": [{"prompt": p, "response": (p[::-1] + " v") * (1 + i % 2)} for i, p in enumerate(PROMPTS)],
+        "comparisons": [
+            {"prompt": p, "responses": ["v", "w x", "y", "z z z"][: 2 + i % 3], "ranks": [0, 1, 1, 2][: 2 + i % 3]}
+            for i, p in enumerate(PROMPTS)
+        ],
+    }
+    files |= {f"one_{name[:-1]}": rows[:1] for name, rows in files.items()}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(folder: Path, devices: int, names: str) -> subprocess.Popen:
+    """The program, on a free port, in a session of its own so that no child outlives a hang."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), str(devices), names],
+        env=inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float) -> None:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        pytest.fail(f"hangs: {process.communicate()[0][-2000:]}")
+    assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder) -> Callable[[str], tuple[dict, dict]]:
+    """What came out of one process and of two, by name of the run."""
+    processes = [launch(folder, devices, "ppo,gae,sft,reward") for devices in (2, 1)]
+    for process in processes:
+        finish(process, timeout=150)
+    return lambda name: tuple(torch.load(folder / f"{name}-{devices}.pt") for devices in (1, 2))
+
+
+def assert_same_numbers(one: dict[str, float], two: dict[str, float], *, rel: float = 1e-6) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), name  # logged as float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "gae", "sft", "reward"])
+def test_two_processes_train_the_weights_of_one(outcomes, name):
+    one, two = outcomes(name)
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "gae", "sft", "reward"])
+def test_two_processes_log_what_one_logs(outcomes, name):
+    one, two = outcomes(name)
+    assert len(one["steps"]) == len(two["steps"]) >= 4
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        # the norm before clipping and the means of an iteration; "eval/…" of the epoch before come in later
+        assert_same_numbers(
+            {k: v for k, v in a.items() if not k.startswith("eval/")},
+            {k: v for k, v in b.items() if not k.startswith("eval/")},
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "sft", "reward"])
+def test_two_processes_evaluate_as_one(outcomes, name):
+    one, two = outcomes(name)
+    assert one["eval"]
+    assert_same_numbers(one["eval"], two["eval"])
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one(outcomes):
+    one, two = outcomes("ppo")
+    assert (one["n"], one["b"]) == (two["n"], two["b"])
+    assert one["kl"] == pytest.approx(two["kl"], abs=1e-9)
+    assert one["kl"] != 0.2
+    assert one["b"] != 1.0
+
+
+@pytest.mark.slow
+def test_two_processes_find_one_bias(outcomes):
+    one, two = outcomes("reward")
+    assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
+    assert abs(one["bias"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_rank_without_a_row_to_evaluate_does_not_hang(folder):
+    processes = [launch(folder, devices, "scarce") for devices in (2, 1)]
+    for process in processes:
+        finish(process, timeout=40)
+    one, two = (torch.load(folder / f"scarce-{devices}.pt") for devices in (1, 2))
+    assert two["biases"].tolist() == pytest.approx([one["bias"]] * 2, abs=1e-6)
+    assert_same_numbers(one["eval"], two["eval"])

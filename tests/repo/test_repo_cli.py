@@ -1,0 +1,240 @@
+"""The command line: its four commands, what it refuses, what it remembers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_rlhf import AdaptiveKL, Clip, KLPenalty, ModuleReward, PPOModule, RewardModule, SFTModule
+from lightning_rlhf.cli import console, main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+Arguments = Callable[..., list[str]]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that must end with status 2 writes after the usage."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.split("error:", 1)[1]
+
+
+@pytest.fixture
+def theirs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the user's, importable as `theirs_of_the_cli`."""
+    (workplace / "theirs_of_the_cli.py").write_text(
+        "import torch\n"
+        "def short(prompts, responses, answer):\n"
+        "    return [float(number) for number in answer]\n"
+        "class Length(torch.nn.Module):\n"
+        "    def __init__(self, scale: float = 1.0):\n"
+        "        super().__init__()\n"
+        "        self.scale = scale\n"
+        "    def forward(self, tokens, mask):\n"
+        "        return self.scale * mask.sum(1).float()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(workplace)
+    return "theirs_of_the_cli"
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-rlhf", "--version"])
+    console()
+    assert capsys.readouterr().out == f"lightning-rlhf {version('lightning-rlhf')}\n"
+
+
+def test_script_and_module_run_the_same() -> None:
+    for command in ([Path(sys.executable).parent / "lightning-rlhf"], [sys.executable, "-m", "lightning_rlhf"]):
+        done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60)
+        assert done.stdout == f"lightning-rlhf {version('lightning-rlhf')}\n"
+
+
+def test_fit_counts_rollouts_steps_and_episodes(ppo: Arguments, workplace: Path) -> None:
+    cli = main(["fit", *ppo()])
+    assert (cli.model.iteration, cli.model.episodes, cli.trainer.global_step) == (2, 8, 4)
+    assert not list(workplace.rglob("*.jsonl"))  # predictions are of `predict` alone
+
+
+def test_validate_logs_reward_kl_and_length(ppo: Arguments, workplace: Path) -> None:
+    metrics = main(["validate", *ppo()]).trainer.callback_metrics
+    assert metrics.keys() >= {"eval/reward", "eval/kl", "eval/response_length"}
+    assert metrics["eval/kl"] == pytest.approx(0, abs=1e-5)  # nothing was trained; float32 sums of 4 log-probs
+    assert 1 <= metrics["eval/response_length"] <= 4
+
+
+def test_validate_measures_kl_against_the_reference_that_is_named(tiny: Any, ppo: Arguments, workplace: Path) -> None:
+    main(["fit", *tiny.arguments(CONFIGS / "sft.yaml", model__optimizer__init_args__lr=0.05)])
+    changes = {"model__policy__path": "runs/sft/model", "model__reference__path": tiny.policy}
+    metrics = main(["validate", *ppo(**changes)]).trainer.callback_metrics
+    assert abs(metrics["eval/kl"]) > 1e-3
+
+
+def test_test_logs_the_same_under_its_own_name(tiny: Any, ppo: Arguments, workplace: Path) -> None:
+    metrics = main(["test", *ppo(data__test=tiny.file("held_out"))]).trainer.callback_metrics
+    assert metrics.keys() >= {"test/reward", "test/kl", "test/response_length"}
+
+
+def test_predict_writes_a_line_per_prompt(tiny: Any, ppo: Arguments, workplace: Path) -> None:
+    main(["predict", *ppo(data__predict=tiny.file("held_out"), predictions__path="deep/responses.jsonl")])
+    records = [json.loads(line) for line in Path("deep/responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [json.loads(line) for line in Path(tiny.file("held_out")).read_text(encoding="utf-8").splitlines()]
+    assert [{"prompt": record["prompt"], "answer": record["answer"]} for record in records] == asked
+    for record in records:
+        assert record.keys() >= {"response", "score", "kl", "length", "ended"}
+        assert not {"<|im_end|>", "<pad>"} & set(record["response"].split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--model.surogate=Clip", "'surogate'"),
+        ("--model.surrogate.epsilonn=0.1", "'epsilonn'"),
+        ("--data.batchsize=4", "'batchsize'"),
+        ("--trainer.max_epocks=1", "trainer.max_epocks"),
+    ],
+)
+def test_misspelt_key_is_refused_by_name(flag: str, named: str, ppo: Arguments, workplace: Path, capsys: Any) -> None:
+    assert named in refused(capsys, "fit", *ppo(), flag)
+
+
+def test_misspelt_key_in_a_file_is_refused_by_name(ppo: Arguments, workplace: Path, capsys: Any) -> None:
+    Path("mine.yaml").write_text("model: {init_args: {updates: {mini_batch: 2}}}", encoding="utf-8")
+    assert "mini_batch" in refused(capsys, "fit", *ppo(), "--config", "mine.yaml")
+
+
+@pytest.mark.parametrize("flag", ["--model.surrogate=Clipp", "--model.reward=nowhere.Reward", "--data=PromtDataModule"])
+def test_unknown_class_is_refused_by_name(flag: str, ppo: Arguments, workplace: Path, capsys: Any) -> None:
+    assert flag.split("=")[1] in refused(capsys, "fit", *ppo(), flag)
+
+
+def test_argument_of_another_class_is_refused(ppo: Arguments, workplace: Path, capsys: Any) -> None:
+    """Clip's epsilon, set by the YAML, does not leak into KLPenalty; given by hand it is an error."""
+    error = refused(capsys, "fit", *ppo(), "--model.surrogate=KLPenalty", "--model.surrogate.epsilon=0.1")
+    assert "'epsilon'" in error
+    assert "KLPenalty" in error
+
+
+@pytest.mark.parametrize(("missing", "named"), [("model__policy__path", "policy"), ("model__reward__path", "path")])
+def test_missing_required_key_is_refused_by_name(
+    missing: str, named: str, ppo: Arguments, workplace: Path, capsys: Any
+) -> None:
+    assert f"required: {named}" in refused(capsys, "fit", *ppo(**{missing: None}))
+
+
+def test_missing_training_file_says_what_to_pass(ppo: Arguments, workplace: Path) -> None:
+    with pytest.raises(ValueError, match="PromptDataModule needs `train`.*train=<path"):
+        main(["fit", *ppo(data__train=None)])
+
+
+def test_short_class_names_work_on_the_command_line(ppo: Arguments, workplace: Path) -> None:
+    named = ["--model.surrogate=KLPenalty", "--model.surrogate.target=0.02"]
+    named += ["--model.kl=AdaptiveKL", "--model.missing_eos=null"]
+    cli = main(["fit", *ppo(), *named])
+    assert isinstance(cli.model.surrogate, KLPenalty)
+    assert cli.model.surrogate.target == 0.02
+    assert isinstance(cli.model.kl, AdaptiveKL)
+    assert cli.model.missing_eos is None
+
+
+def test_function_by_dotted_path_is_a_reward(theirs: str, ppo: Arguments) -> None:
+    changes = {"model__reward__path": None, "model__missing_eos": "null"}
+    metrics = main(["validate", *ppo(**changes), f"--model.reward={theirs}.short"]).trainer.callback_metrics
+    assert metrics["eval/reward"] == 1  # every held-out row has "answer": "1"
+
+
+def test_module_by_class_path_is_a_reward(theirs: str, ppo: Arguments) -> None:
+    reward = [f"--model.reward={theirs}.Length", "--model.reward.scale=0.5"]
+    cli = main(["validate", *ppo(model__reward__path=None), *reward])
+    assert isinstance(cli.model.reward, ModuleReward)
+    assert cli.model.reward.module.scale == 0.5
+
+
+def test_saved_config_runs_again(ppo: Arguments, workplace: Path) -> None:
+    first = main(["fit", *ppo()])
+    again = main(["fit", "--config", "runs/ppo/version_0/config.yaml"])
+    weights = dict(again.model.policy.named_parameters())
+    for name, weight in first.model.policy.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
+
+
+def fit(arguments: list[str], *more: str) -> Any:
+    """A run that keeps `kept/last.ckpt`."""
+    saver = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "save_last": True}}
+    Path("saver.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [saver]}}), encoding="utf-8")
+    return main(["fit", *arguments, "--config", "saver.yaml", *more])
+
+
+def test_checkpoint_of_the_command_line_loads_by_itself(ppo: Arguments, workplace: Path) -> None:
+    trained = fit(ppo(trainer__enable_checkpointing=True, model__surrogate__epsilon=0.3)).model
+    loaded = PPOModule.load_from_checkpoint("kept/last.ckpt")
+    loaded.configure_model()
+    assert loaded.surrogate == Clip(epsilon=0.3)
+    assert loaded.iteration == 2
+    for name, weight in trained.policy.named_parameters():
+        torch.testing.assert_close(dict(loaded.policy.named_parameters())[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("sft", SFTModule), ("reward", RewardModule)])
+def test_checkpoint_of_the_other_stages_loads_by_itself(stage: str, kind: Any, tiny: Any, workplace: Path) -> None:
+    trained = fit(tiny.arguments(CONFIGS / f"{stage}.yaml", trainer__enable_checkpointing=True)).model
+    loaded = kind.load_from_checkpoint("kept/last.ckpt")
+    loaded.configure_model()
+    for name, weight in trained.model.named_parameters():
+        torch.testing.assert_close(dict(loaded.model.named_parameters())[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["bandit_klpen", "instructgpt"])
+def test_resumed_run_is_the_uninterrupted_run(config: str, tiny: Any, workplace: Path) -> None:
+    def arguments(rollouts: int) -> list[str]:
+        changes = {"trainer__enable_checkpointing": True, "trainer__limit_train_batches": 1}
+        changes |= {"model__optimizer__init_args__lr": 0.01, "trainer__max_epochs": rollouts}
+        return tiny.arguments(CONFIGS / f"{config}.yaml", **changes)
+
+    whole = fit(arguments(3)).model
+    fit(arguments(1))
+    resumed = fit(arguments(3), "--ckpt_path=last").model
+    assert (resumed.iteration, resumed.episodes) == (whole.iteration, whole.episodes) == (3, 12)
+    assert (resumed.kl, resumed.surrogate) == (whole.kl, whole.surrogate)
+    for name, weight in whole.policy.named_parameters():
+        torch.testing.assert_close(dict(resumed.policy.named_parameters())[name], weight, rtol=0, atol=0)
+
+
+@pytest.fixture
+def trained(tiny: Any, ppo: Arguments, workplace: Path) -> Arguments:
+    """Arguments that go with `kept/last.ckpt`, whose averaged weights are far from its live ones."""
+    same = {"data__val": tiny.file("held_out"), "data__test": tiny.file("held_out"), "model__missing_eos": "null"}
+    fit(ppo(**same, trainer__enable_checkpointing=True, model__optimizer__init_args__lr=0.3))
+    return lambda **changes: [*ppo(**same, **changes), "--ckpt_path=kept/last.ckpt"]
+
+
+def test_test_measures_the_weights_that_validate_measures(trained: Arguments) -> None:
+    validated = main(["validate", *trained()]).trainer.callback_metrics
+    tested = main(["test", *trained()]).trainer.callback_metrics
+    assert tested["test/kl"] == pytest.approx(validated["eval/kl"].item(), abs=1e-5)  # the same prompts and dice
+
+
+def test_arguments_win_over_those_a_checkpoint_remembers(trained: Arguments) -> None:
+    cli = main(["validate", *trained(model__generation__max_new_tokens=2)])
+    assert cli.model.generation.max_new_tokens == 2
+
+
+@pytest.mark.xfail(strict=True, reason="each run's checkpoints lie in a new version folder, and no config saves a last")
+def test_last_checkpoint_of_a_shipped_config_is_found(ppo: Arguments, workplace: Path) -> None:
+    once = ppo(trainer__enable_checkpointing=True, trainer__limit_train_batches=1)
+    main(["fit", *once])
+    main(["fit", *once, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    with Path("runs/ppo/version_1/metrics.csv").open(encoding="utf-8") as file:
+        assert [row["episode"] for row in csv.DictReader(file) if row["episode"]] == ["8.0"]  # and not 4.0 again

@@ -1,0 +1,64 @@
+"""What importing costs, and that the lazy table of names is whole."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import lightning_rlhf
+from lightning_rlhf import core
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "unwanted"),
+    [
+        ("lightning_rlhf", {"torch", "lightning", "transformers"}),
+        ("lightning_rlhf.cli", {"torch", "lightning", "transformers"}),
+        ("lightning_rlhf.core, lightning_rlhf.types", {"lightning", "pytorch_lightning", "transformers"}),
+    ],
+)
+def test_import_loads_no_more_than_it_needs(name: str, unwanted: set[str]) -> None:
+    first = "lightning_rlhf.Clip;" if "core" in name else ""  # a name of core, asked for at the top, loads no more
+    loaded = run(f"import {name}, sys; {first} print(*{{m.split('.')[0] for m in sys.modules}})").split()
+    assert not unwanted & set(loaded)
+
+
+def test_importing_the_package_takes_less_than_half_a_second() -> None:
+    program = "import time; t = time.perf_counter(); import lightning_rlhf; print(time.perf_counter() - t)"
+    assert any(float(run(program)) < 0.5 for _ in range(3))  # three tries, for machines that are busy
+
+
+@pytest.mark.parametrize("name", lightning_rlhf.__all__)
+def test_public_name_resolves_and_is_listed(name: str) -> None:
+    assert getattr(lightning_rlhf, name).__name__ == name
+    assert name in dir(lightning_rlhf)
+
+
+def test_public_names_are_sorted_and_distinct() -> None:
+    assert lightning_rlhf.__all__ == sorted(set(lightning_rlhf.__all__))
+
+
+def test_unknown_name_raises_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'lightning_rlhf' has no attribute 'PPOModul'"):
+        lightning_rlhf.PPOModul  # noqa: B018
+
+
+def test_public_classes_of_core_are_in_the_lazy_table() -> None:
+    """All but `Adaptive`, the base of bases, which a user neither passes nor extends."""
+    classes = {name for name in core.__all__ if inspect.isclass(getattr(core, name))}
+    assert classes - {"Adaptive"} == set(lightning_rlhf._ROOMS["core"])
+
+
+@pytest.mark.parametrize("room", sorted(lightning_rlhf._ROOMS))
+def test_lazy_name_lives_in_its_room(room: str) -> None:
+    module = __import__(f"lightning_rlhf.{room}", fromlist=["_"])
+    for name in lightning_rlhf._ROOMS[room]:
+        assert getattr(module, name) is getattr(lightning_rlhf, name)

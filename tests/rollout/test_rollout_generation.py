@@ -1,0 +1,54 @@
+"""Random numbers that depend on nothing but their names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_rlhf.rollout import Generation, row_uniforms
+
+NAME = {"seed": 3, "stream": "train", "iteration": 5, "length": 9}
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_numbers_do_not_depend_on_the_processes(world):
+    whole = row_uniforms(rows=range(24), **NAME)
+    for rank in range(world):
+        part = row_uniforms(rows=range(rank, 24, world), **NAME)
+        assert torch.equal(part, whole[rank::world])
+    assert not torch.equal(row_uniforms(rows=range(1, 13), **NAME), whole[:12])
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"stream": "eval"}, {"iteration": 6}, {"iteration": 53}])
+def test_numbers_differ_by_name(change):
+    here, there = row_uniforms(rows=range(12), **NAME), row_uniforms(rows=range(12), **(NAME | change))
+    assert not (here == there).any()
+    assert torch.equal(here, row_uniforms(rows=range(12), **NAME))
+
+
+def test_numbers_are_uniform_and_unrelated():
+    numbers = row_uniforms(rows=range(2000), **NAME)
+    assert numbers.shape == (2000, 9)
+    assert numbers.dtype == torch.float64
+    assert 0 <= numbers.min() < numbers.max() < 1
+    count = numbers.numel()
+    assert abs(float(numbers.mean()) - 0.5) < 4 * (1 / 12 / count) ** 0.5  # four standard errors
+    assert len(numbers.flatten().unique()) == count
+    centred = numbers - 0.5
+    for lag in (centred[:-1] * centred[1:], centred[:, :-1] * centred[:, 1:]):
+        assert abs(float(lag.mean())) < 4 / 12 / lag.numel() ** 0.5
+
+
+def test_numbers_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    row_uniforms(rows=range(4), **NAME)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
+def test_generation_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Generation(**wrong)
+    assert Generation(max_new_tokens=1, temperature=0.1).seed == 0

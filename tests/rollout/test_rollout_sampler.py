@@ -1,0 +1,117 @@
+"""The weights that sample: the policy's, or a low-precision copy of today's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.rollout import Generation, Sampler, decode
+
+PROMPTS = [[12, 13, 14], [10], [20, 21], [33, 11]]
+LENGTH = 8
+
+
+@pytest.fixture
+def policy(make_lm):
+    return PolicyModel(make_lm("llama").eval())
+
+
+@pytest.fixture
+def watched(policy):
+    """The policy, and (dtype of the weights, of the logits, autocast) of each of its passes and its copies'."""
+    seen = []
+
+    def watch(module, inputs, output):
+        seen.append((next(module.parameters()).dtype, output.logits.dtype, torch.is_autocast_enabled("cpu")))
+
+    policy.network.register_forward_hook(watch)
+    return policy, seen
+
+
+def numbers():
+    return torch.rand(len(PROMPTS), LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def by_hand(policy, batch, uniforms, dtype):
+    network = copy.deepcopy(policy.network)
+    for p in network.parameters():
+        p.data = p.data.to(dtype)  # the buffers stay in float32, as `from_pretrained(dtype=...)` leaves them
+    options = {"length": LENGTH, "temperature": 0.9, "end_tokens": [0], "pad_token": 0}
+    return decode(network, batch.tokens, batch.mask, uniforms, **options)
+
+
+def test_policy_itself_samples_in_its_own_dtype(watched, left_padded):
+    policy, seen = watched
+    batch = left_padded(PROMPTS)
+    sampled = Sampler(policy, Generation(max_new_tokens=LENGTH, temperature=0.9))(batch, numbers())
+    assert {first for first, *_ in seen} == {torch.float32}
+    assert torch.equal(sampled.tokens, by_hand(policy, batch, numbers(), torch.float32).tokens)
+    greedy = Sampler(policy, Generation(max_new_tokens=LENGTH, temperature=0.9))(batch, None)
+    assert torch.equal(greedy.tokens, by_hand(policy, batch, None, torch.float32).tokens)
+    assert not torch.equal(greedy.tokens, sampled.tokens)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_copy_follows_the_policy(policy, left_padded, dtype):
+    batch = left_padded(PROMPTS)
+    sampler = Sampler(policy, Generation(max_new_tokens=LENGTH, temperature=0.9, dtype=dtype))
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    first = sampler(batch, numbers())
+    for name, p in policy.named_parameters():
+        assert p.dtype == torch.float32
+        assert p.requires_grad
+        assert torch.equal(p, before[name])
+    assert torch.equal(first.tokens, by_hand(policy, batch, numbers(), getattr(torch, dtype)).tokens)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.3 * torch.ones_like(p).cumsum(0).cos())
+    second = sampler(batch, numbers())
+    assert torch.equal(second.tokens, by_hand(policy, batch, numbers(), getattr(torch, dtype)).tokens)
+    assert not torch.equal(second.tokens, first.tokens)
+
+
+def test_autocast_is_off_inside_and_decides_the_copy(watched, left_padded):
+    policy, seen = watched
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Sampler(policy, Generation(max_new_tokens=LENGTH))(left_padded(PROMPTS), numbers())
+        assert torch.is_autocast_enabled("cpu")
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, False)}
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Sampler(policy, Generation(max_new_tokens=LENGTH, dtype="float32"))(left_padded(PROMPTS), numbers())
+    assert set(seen) == {(torch.float32, torch.float32, False)}
+
+
+def test_copy_follows_a_change_of_precision(watched, left_padded):
+    policy, seen = watched
+    sampler = Sampler(policy, Generation(max_new_tokens=2))
+    for dtype in (torch.bfloat16, torch.float16):
+        seen.clear()
+        with torch.autocast("cpu", dtype=dtype):
+            sampler(left_padded(PROMPTS), numbers())
+        assert {first for first, *_ in seen} == {dtype}
+
+
+def test_copy_keeps_float32_buffers(policy, left_padded):
+    """Rotary frequencies rounded to bfloat16 turn far positions by whole radians."""
+    found = []
+    policy.network.model.rotary_emb.register_forward_pre_hook(lambda module, _: found.append(module.inv_freq.dtype))
+    Sampler(policy, Generation(max_new_tokens=2, dtype="bfloat16"))(left_padded(PROMPTS), numbers())
+    assert set(found) == {torch.float32}
+
+
+def test_responses_end_at_the_policy_s_end_tokens(make_lm, left_padded):
+    network = make_lm().double().eval()
+    network.generation_config.eos_token_id = [17, 5, 9, 30, 21]
+    batch = left_padded(PROMPTS)
+    sampled = Sampler(PolicyModel(network), Generation(max_new_tokens=LENGTH))(batch, numbers())
+    assert sampled.ended.any()
+    for tokens, response, ended in zip(*(f.tolist() for f in sampled[:3]), strict=True):
+        n = sum(response)
+        assert ended == (tokens[n - 1] in (17, 5, 9, 30, 21))
+        assert not set(tokens[: n - 1]) & {17, 5, 9, 30, 21}
+        assert tokens[n:] == [17] * (LENGTH - n)
+    assert sampled.tokens.shape == (len(PROMPTS), LENGTH)

@@ -1,0 +1,110 @@
+"""Which sequences each optimizer step learns from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_rlhf.rollout import Updates
+from lightning_rlhf.types import Experience, Rollout
+
+
+@pytest.fixture
+def experience() -> Experience:
+    """Twelve rows; every field of row i says i."""
+    number = torch.arange(12.0).unsqueeze(1)
+    rollout = Rollout(
+        tokens=number.expand(-1, 3).long(),
+        attention=torch.ones(12, 3, dtype=torch.bool),
+        response=torch.ones(12, 2, dtype=torch.bool),
+        ended=number.squeeze(1) % 2 == 0,
+        logprobs=number.expand(-1, 2),
+        ref_logprobs=number.expand(-1, 2),
+        entropy=number.expand(-1, 2),
+        values=number.expand(-1, 2),
+    )
+    return Experience(rollout=rollout, mask=torch.ones(12, 1, dtype=torch.bool), advantages=number, returns=number)
+
+
+@pytest.fixture
+def texts(right_padded):
+    def make(count: int):
+        return right_padded([[10 + i, 11, 0] for i in range(count)])
+
+    return make
+
+
+def rows(experience: Experience) -> list[int]:
+    return experience.advantages.squeeze(1).int().tolist()
+
+
+def firsts(text) -> list[int]:
+    return [] if text is None else (text.tokens[:, 0] - 10).tolist()
+
+
+def test_minibatches_partition_every_epoch(experience):
+    updates = Updates(epochs=3, minibatch=4)
+    served = [rows(part) for part, _ in updates.minibatches(experience, None, seed=0)]
+    assert len(served) == updates.steps(12) == 9
+    epochs = [sum(served[i : i + 3], []) for i in (0, 3, 6)]
+    assert epochs[0] == list(range(12))  # in the order of the loader, which has shuffled
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert {len(part) for part in served} == {4}
+
+
+def test_minibatch_keeps_its_rows_together(experience):
+    for part, _ in Updates(epochs=2, minibatch=3).minibatches(experience, None, seed=1):
+        expected = rows(part)
+        for field in (part.returns, part.rollout.logprobs, part.rollout.ref_logprobs, part.rollout.values):
+            assert field[:, 0].int().tolist() == expected
+        assert part.rollout.tokens[:, 0].tolist() == expected
+        assert part.rollout.ended.tolist() == [i % 2 == 0 for i in expected]
+
+
+def test_permutation_depends_on_the_seed_alone(experience):
+    def order(seed):
+        return [rows(part) for part, _ in Updates(epochs=2, minibatch=4).minibatches(experience, None, seed=seed)]
+
+    torch.manual_seed(0)
+    first = order(0)
+    before = torch.rand(1)
+    torch.manual_seed(0)
+    assert order(0) == first
+    assert torch.equal(torch.rand(1), before)  # and leaves the global generator alone
+    assert order(1) != first
+
+
+def test_whole_rollout_is_one_minibatch(experience):
+    assert [rows(part) for part, _ in Updates().minibatches(experience, None, seed=0)] == [list(range(12))]
+
+
+@pytest.mark.parametrize("count", [12, 7, 2])
+def test_texts_are_shared_out(experience, texts, count):
+    served = [firsts(text) for _, text in Updates(epochs=2, minibatch=4).minibatches(experience, texts(count), seed=0)]
+    for epoch in (served[:3], served[3:]):
+        assert sum(epoch, []) == list(range(count))
+        assert max(map(len, epoch)) - min(map(len, epoch)) <= 1
+
+
+@pytest.mark.parametrize(("microbatch", "sizes"), [(None, [12]), (5, [5, 5, 2]), (12, [12]), (50, [12]), (1, [1] * 12)])
+def test_microbatches_partition_a_minibatch(experience, texts, microbatch, sizes):
+    pieces = Updates(microbatch=microbatch).microbatches(experience, texts(7))
+    assert [len(piece) for piece, _ in pieces] == sizes
+    assert sum((rows(piece) for piece, _ in pieces), []) == list(range(12))
+    assert sum((firsts(text) for _, text in pieces), []) == list(range(7))
+
+
+@pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12"), (24, "12")])
+def test_minibatch_that_does_not_divide_is_refused(minibatch, nearest):
+    with pytest.raises(ValueError, match=f"minibatch={minibatch} for 12 sequences; use {nearest}"):
+        Updates(minibatch=minibatch).steps(12)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": 0}, {"minibatch": 0}, {"microbatch": -1}, {"max_grad_norm": 0.0}, {"max_grad_norm": float("nan")}],
+)
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Updates(**wrong)
