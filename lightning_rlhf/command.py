@@ -56,7 +56,7 @@ class RLHFCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()},
+            parser_kwargs={"allow_abbrev": False},
             args=args,
         )
 

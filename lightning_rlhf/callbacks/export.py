@@ -23,6 +23,16 @@ class Export(Callback):
     def __init__(self, folder: str, merge_adapter: bool = False) -> None:
         self.folder, self.merge_adapter = folder, merge_adapter
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out now, and not after training, that there is no adapter to merge.
+
+        Raises:
+            ValueError: `merge_adapter` without an adapter.
+        """
+        adapted = any(hasattr(module, "peft_config") for module in pl_module.modules())
+        if self.merge_adapter and not adapted:
+            raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
         average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ class PredictionWriter(BasePredictionWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
         with partial.open("w", encoding="utf-8") as file:
-            for batch in predictions:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in batch)
+            for record in _records(predictions):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         partial.replace(path)
+
+
+def _records(predictions: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The records in lists of batches, or in lists of loaders of batches."""
+    for entry in predictions:
+        if isinstance(entry, dict):
+            yield entry
+        else:
+            yield from _records(entry)

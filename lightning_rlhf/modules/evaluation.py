@@ -42,6 +42,10 @@ class Evaluation:
     def __init__(self, module: PPOModule) -> None:
         self.module, self.tally = module, Tally()
 
+    def begin(self) -> None:
+        """Forget what an interrupted evaluation took in."""
+        self.tally = Tally()
+
     @torch.no_grad()
     def step(self, batch: PromptBatch | TextBatch, batch_idx: int) -> None:
         """Take in a batch of prompts, or of texts."""
@@ -55,7 +59,6 @@ class Evaluation:
     def log(self, stage: str) -> None:
         """Log the means over all processes as `stage/name` and begin anew; `stage/reward` is the mean score."""
         means = self.tally.means(self.module.all_sum)
-        self.tally = Tally()
         if "/scores" in means:
             means["/reward"] = means.pop("/scores")
         self.module.log_dict({stage + name: value for name, value in means.items()}, sync_dist=True)

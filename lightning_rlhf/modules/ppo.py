@@ -229,6 +229,10 @@ class PPOModule(LightningModule):
         """Clip: here the gradients of fp16 are unscaled."""
         self._grad_norm = clip_gradients(self, optimizer, self.updates.max_grad_norm)
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new mean."""
+        self.evaluation.begin()
+
     def validation_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate on held-out prompts and score; or measure the held-out pretraining loss."""
         self.evaluation.step(batch, batch_idx)
@@ -236,6 +240,10 @@ class PPOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log `eval/…`."""
         self.evaluation.log("eval")
+
+    def on_test_epoch_start(self) -> None:
+        """Begin a new mean."""
+        self.evaluation.begin()
 
     def test_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As in validation."""

@@ -149,6 +149,35 @@ def scarce(folder: Path, devices: int) -> dict:
     return found | {"bias": module.model.bias, "biases": module.all_gather(biases).flatten()}
 
 
+def scarce_sft(folder: Path, devices: int) -> dict:
+    """One demonstration to validate on."""
+    module = SFTModule(ModelSource(path=str(folder / "lm"), dtype="float64"), optimizer=ADAM)
+    data = DemonstrationDataModule(
+        train=str(folder / "demonstrations.jsonl"),
+        val=str(folder / "one_demonstration.jsonl"),
+        batch_size=4 // devices,
+    )
+    return run(module, data, devices, max_epochs=1)
+
+
+def scarce_ppo(folder: Path, devices: int) -> dict:
+    """One prompt and one text to validate on."""
+    module = PPOModule(
+        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        reward=Table(),
+        generation=Generation(max_new_tokens=4),
+        optimizer=ADAM,
+    )
+    data = PromptDataModule(
+        train=str(folder / "prompts.jsonl"),
+        val=str(folder / "one_prompt.jsonl"),
+        val_pretrain=str(folder / "one_text.jsonl"),
+        text_tokens=4,
+        batch_size=4 // devices,
+    )
+    return run(module, data, devices, max_epochs=1)
+
+
 def main() -> None:
     """Train what is named, one after the other; the first process saves."""
     warnings.filterwarnings("ignore")

@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen, timeout: float) -> None:
 @pytest.fixture(scope="module")
 def outcomes(folder) -> Callable[[str], tuple[dict, dict]]:
     """What came out of one process and of two, by name of the run."""
-    processes = [launch(folder, devices, "ppo,gae,sft,reward") for devices in (2, 1)]
+    processes = [launch(folder, devices, "ppo,gae,sft,reward,scarce_sft,scarce_ppo") for devices in (2, 1)]
     for process in processes:
         finish(process, timeout=150)
     return lambda name: tuple(torch.load(folder / f"{name}-{devices}.pt") for devices in (1, 2))
@@ -121,8 +121,17 @@ def test_two_processes_find_one_bias(outcomes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, name):
+    one, two = outcomes(f"scarce_{name}")
+    assert one["eval"]
+    assert_same_numbers(one["eval"], two["eval"])
+
+
+@pytest.mark.slow
 def test_rank_without_a_row_to_evaluate_does_not_hang(folder):
-    processes = [launch(folder, devices, "scarce") for devices in (2, 1)]
+    """The reward model has collectives of its own: the mean of the demonstrations, the accuracy."""
+    processes = [launch(folder, devices, "scarce") for devices in (1, 2)]
     for process in processes:
         finish(process, timeout=40)
     one, two = (torch.load(folder / f"scarce-{devices}.pt") for devices in (1, 2))

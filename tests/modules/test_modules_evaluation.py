@@ -244,7 +244,6 @@ def test_validation_leaves_no_gradient_and_no_change(make_ppo, make_trainer, as_
     assert (module.iteration, module.episodes) == (0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: what the interrupted validation tallied is counted in the next one")
 def test_interrupted_validation_leaves_nothing_behind(make_ppo, make_trainer, as_loader, left_padded):
     class Break(Callback):
         def on_validation_batch_end(self, *_):

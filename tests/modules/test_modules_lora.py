@@ -104,22 +104,30 @@ def test_merging_without_an_adapter_is_refused(make_lm, make_scorer, tmp_path):
         RewardModule(make_scorer()).save_pretrained(tmp_path / "y", merge_adapter=True)
 
 
-def test_adapter_folder_is_a_reference_and_no_silent_policy(
-    make_folder, make_trainer, as_loader, right_padded, tmp_path
-):
-    """SFT with an adapter, exported unmerged: good for a reference; to train it would train nothing, and says so."""
+def test_adapter_folder_continues_as_a_policy(make_folder, make_trainer, as_loader, right_padded, tmp_path):
+    """SFT with an adapter, exported unmerged: policy and reference start at the tuned model, and all is saved."""
     sft = SFTModule(ModelSource(path=make_folder(), peft=lora("gpt2")), optimizer=ADAM, schedule=Constant())
     make_trainer(precision="32-true").fit(sft, as_loader([right_padded(TEXTS)] * 3))
     sft.save_pretrained(tmp_path / "sft")
     tokens = torch.tensor([[12, 13, 14, 15]])
     tuned = sft.model.network.eval()(input_ids=tokens).logits
-    source = ModelSource(path=str(tmp_path / "sft"))
-    assert torch.allclose(source.causal_lm().eval()(input_ids=tokens).logits, tuned, atol=1e-5)
-    ppo = PPOModule(source, torch.nn.Identity(), reference=source, optimizer=ADAM)
-    ppo.configure_model()
-    assert torch.allclose(ppo.collector.reference.network(input_ids=tokens).logits, tuned, atol=1e-5)
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        ppo.configure_optimizers()
+
+    for number, config in enumerate((None, lora("gpt2"))):
+        ppo = PPOModule(ModelSource(path=str(tmp_path / "sft"), peft=config), torch.nn.Identity(), optimizer=ADAM)
+        ppo.configure_model()
+        with torch.no_grad():
+            for p in ppo.policy.parameters():
+                if p.requires_grad:
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+            learned = ppo.policy.network.eval()(input_ids=tokens).logits
+            with ppo.policy.reference():
+                found = (ppo.collector.reference or ppo.policy).network.eval()(input_ids=tokens).logits
+        assert torch.allclose(found, tuned, atol=1e-5)  # π_ref is the SFT model, not the model before SFT
+        assert not torch.allclose(learned, tuned, atol=1e-2)
+        out = tmp_path / f"ppo{number}"
+        ppo.save_pretrained(out, merge_adapter=config is not None)
+        again = ModelSource(path=str(out)).causal_lm().eval()
+        assert torch.allclose(again(input_ids=tokens).logits, learned, atol=1e-4)
 
 
 @pytest.fixture
