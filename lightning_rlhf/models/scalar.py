@@ -70,6 +70,13 @@ class ScalarModel(nn.Module):
         """The sequence-classification model under an adapter."""
         return self.network.get_base_model() if is_adapted(self.network) else self.network
 
+    def _padding_token(self) -> int | None:
+        """What transformers may take for padding: no end token, or it would score the token before the end."""
+        named = (self.network.config, self.tokenizer)
+        pads = [getattr(holder, "pad_token_id", None) for holder in named]
+        ends = [getattr(holder, "eos_token_id", None) for holder in named]
+        return next((pad for pad in pads if pad is not None and pad not in ends), None)
+
     def get_extra_state(self) -> dict[str, float]:
         """The demonstration bias, as `state_dict` carries it."""
         return {"demonstration_bias": self.bias}
@@ -89,8 +96,7 @@ class ScalarModel(nn.Module):
         if merge_adapter:
             network = merged(network)
         network.config.demonstration_bias = self.bias
-        if self.tokenizer is not None and network.config.pad_token_id is None:
-            network.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        network.config.pad_token_id = self._padding_token()
         with write_folder(folder) as target:
             network.save_pretrained(target)
             network.config.save_pretrained(target)  # an adapter folder would have none, and the bias stands in it

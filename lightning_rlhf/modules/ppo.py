@@ -157,9 +157,10 @@ class PPOModule(LightningModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return self.collector(prompts, stream=stream, iteration=iteration, rank=rank, world=world)
 
+    @torch.no_grad()
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Tensor:
         """r_φ(x, y) after the rule for missing end tokens, (B,), reward units."""
-        scores = self.reward(rollout, prompts.rows).to(rollout.logprobs)
+        scores = self.reward(rollout, prompts.rows).detach().to(rollout.logprobs)
         return scores if self.missing_eos is None else self.missing_eos(scores, rollout.ended)
 
     def credit(self, rollout: Rollout, scores: Tensor, tally: Tally) -> Experience:

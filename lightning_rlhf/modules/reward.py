@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAccuracy
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, p
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.source import without_dropout
 from lightning_rlhf.modules.hparams import keep_hyperparameters
+from lightning_rlhf.modules.metrics import begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.types import ComparisonBatch, TextBatch
@@ -87,6 +88,14 @@ class RewardModule(LightningModule):
         self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss * self.trainer.world_size
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin new means."""
+        begin(self.accuracy, self.margin, self.eval_loss, self.demonstrations)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin new means."""
+        begin(self.accuracy, self.margin, self.eval_loss, self.demonstrations)
+
     def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Comparisons add to accuracy, margin and loss; demonstrations to the mean that becomes the bias."""
         self._observe(batch)
@@ -119,16 +128,18 @@ class RewardModule(LightningModule):
     def _conclude(self, stage: str) -> None:
         named = {"accuracy": self.accuracy, "margin": self.margin, "loss": self.eval_loss}
         for name, metric in named.items():
-            if metric.update_called:
+            if self._seen(metric):
                 self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "accuracy", sync_dist=True)
-            metric.reset()
-        if self.demonstrations.update_called:
+        if self._seen(self.demonstrations):
             raw = float(self.demonstrations.compute())
             if stage == "eval" and not self.trainer.sanity_checking:
                 self.model.bias = -raw
             self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
             self.log(f"{stage}/demonstration_bias", self.model.bias, sync_dist=True)
-        self.demonstrations.reset()
+
+    def _seen(self, metric: Metric) -> bool:
+        """Whether any process has something to compute: all of them must compute, or none."""
+        return bool(global_sum(self, torch.tensor(float(metric.update_called), device=self.device)))
 
     @torch.no_grad()
     def normalise(self, demonstrations: Iterable[TextBatch]) -> float:
@@ -148,6 +159,8 @@ class RewardModule(LightningModule):
         for batch in demonstrations:
             tokens, mask, target = (field.to(self.device) for field in batch)
             real = target.any(1)
+            if not real.any():
+                continue
             total += float((self(tokens[real], mask[real]) - self.model.bias).double().sum())
             count += int(real.sum())
         if count == 0:

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Cosine, Schedule, masked_sum, next_token_loss
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.modules.hparams import keep_hyperparameters
+from lightning_rlhf.modules.metrics import begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.types import TextBatch
@@ -63,6 +64,14 @@ class SFTModule(LightningModule):
         self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.tokens))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss * self.trainer.world_size
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin new means."""
+        begin(self.eval_loss)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin new means."""
+        begin(self.eval_loss)
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Adds to `eval/loss`, nats per token."""

@@ -57,12 +57,15 @@ class Sampler:
             return torch.get_autocast_dtype(device)
         return next(self.policy.parameters()).dtype
 
-    @torch.no_grad()
     def _actor(self, dtype: torch.dtype) -> nn.Module:
         """The policy's network, or its copy in `dtype` with today's weights."""
         network = self.policy.network
         if next(network.parameters()).dtype == dtype:
             return network
+        with torch.inference_mode(False), torch.no_grad():  # a copy made in `validate` must serve `fit`
+            return self._refreshed(network, dtype)
+
+    def _refreshed(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
         if self._copy is None or next(self._copy.parameters()).dtype != dtype:
             self._copy = copy.deepcopy(network).eval().requires_grad_(False)
             for copied in self._copy.parameters():

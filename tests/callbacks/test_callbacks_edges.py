@@ -109,6 +109,23 @@ def test_adapter_alone_is_averaged(make_folder, make_ppo, make_trainer, as_loade
 
 
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_evaluation_after_training_leaves_the_live_weights(make_ppo, make_trainer, as_loader, left_padded, method):
+    seen = []
+
+    class Look(Callback):
+        def looks(self, trainer, pl_module, *_):
+            seen.append(next(pl_module.policy.parameters()).detach().clone())
+
+        on_validation_batch_end = on_test_batch_end = on_predict_batch_end = looks
+
+    ema, watch, module = EMA(decay=DECAY), Watch(), make_ppo()
+    make_trainer(callbacks=[ema, watch]).fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 2))
+    getattr(make_trainer(callbacks=[ema, Look()]), method)(module, as_loader([left_padded(PROMPTS)]))
+    assert torch.allclose(seen[0], average(watch.stepped), rtol=0, atol=1e-12)
+    assert torch.equal(watch.weight(module), watch.stepped[-1])
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
 def test_exception_in_evaluation_restores_the_live_weights(make_ppo, make_trainer, as_loader, left_padded, method):
     class Break(Callback):
         def breaks(self, *_):

@@ -149,10 +149,13 @@ def test_bias_travels_in_the_folder(make_scorer, toy_tokenizer, tmp_path, kind):
     assert float(theirs(input_ids=row).logits) + 0.3125 == pytest.approx(float(ours), abs=1e-5)
 
 
-def test_folder_names_a_padding_token(make_scorer, toy_tokenizer, tmp_path):
-    """Without one transformers refuses batches."""
-    ScalarModel(make_scorer(pad_token_id=None), toy_tokenizer).save_pretrained(tmp_path / "reward")
-    assert json.loads((tmp_path / "reward" / "config.json").read_text())["pad_token_id"] == 0
+def test_folder_names_no_padding_token_that_ends_texts(make_scorer, toy_tokenizer, tmp_path):
+    """The toy tokenizer's end token is 0, and it has no other to pad with: transformers must not look for one."""
+    for name, pad in {"none": None, "end": 0}.items():
+        ScalarModel(make_scorer(pad_token_id=pad), toy_tokenizer).save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text()).get("pad_token_id") is None
+    ScalarModel(make_scorer(pad_token_id=35), toy_tokenizer).save_pretrained(tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["pad_token_id"] == 35
 
 
 # Adapters
