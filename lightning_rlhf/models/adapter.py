@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Module:
@@ -15,7 +18,7 @@ def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Mod
     Args:
         network: a transformers model.
         config: a `peft.PeftConfig`; it is not changed.
-        task: PEFT's name of the network's task, where the config names none.
+        task: PEFT's name of the network's task; it replaces the config's, so that one config serves policy and value.
 
     Raises:
         ValueError: `peft` is not installed, or `config` is not one of its configurations.
@@ -26,7 +29,7 @@ def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Mod
     if not isinstance(config, peft.PeftConfig):
         raise ValueError(f"`peft` must be a peft.PeftConfig such as peft.LoraConfig: got {type(config).__name__}")
     config = copy.deepcopy(config)
-    config.task_type = config.task_type or task
+    config.task_type = task
     return peft.get_peft_model(network, config)
 
 
@@ -56,19 +59,24 @@ def base_of(folder: str | Path) -> str:
     return _peft(f"{folder} holds an adapter").PeftConfig.from_pretrained(folder).base_model_name_or_path
 
 
-def merged_adapter(network: nn.Module, folder: str | Path) -> nn.Module:
+def holds_reward_adapter(folder: str | Path) -> bool:
+    """Whether a folder's adapter was trained on a sequence-classification model, so that it brings a head."""
+    return _peft(f"{folder} holds an adapter").PeftConfig.from_pretrained(folder).task_type == "SEQ_CLS"
+
+
+def merged_adapter(network: nn.Module, folder: str | Path, *, task: str) -> nn.Module:
     """The network with a folder's adapter folded into its weights, so that a new adapter's "off" is that model.
 
     Args:
         network: the base model.
-        folder: of the adapter.
+        folder: of the adapter; one of a language model also fits a scorer's backbone.
+        task: PEFT's name of the network's task.
     """
-    return (
-        _peft(f"{folder} holds an adapter")
-        .PeftModel.from_pretrained(network, folder)
-        .merge_and_unload()
-        .requires_grad_()
-    )
+    peft = _peft(f"{folder} holds an adapter")
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.task_type = task if config.task_type == task else None
+    logger.info("folding the adapter in %s into its base model: all weights are trained unless `peft` is set", folder)
+    return peft.PeftModel.from_pretrained(network, folder, config=config).merge_and_unload().requires_grad_()
 
 
 def _peft(reason: str) -> Any:

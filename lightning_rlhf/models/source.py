@@ -13,10 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.models.adapter import base_of, holds_adapter, merged_adapter, with_adapter
+from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
 
 logger = logging.getLogger(__name__)
 
+_NO_HEAD = (
+    "{} has no trained scalar head: it is a language model; train a RewardModule on it and give the folder that its "
+    "`save_pretrained` writes"
+)
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -55,7 +59,7 @@ class ModelSource:
             ValueError: there is no such folder or file.
         """
         if holds_adapter(self.path):
-            network = merged_adapter(self._base().causal_lm(), self.path)
+            network = merged_adapter(self._base().causal_lm(), self.path, task="CAUSAL_LM")
         else:
             network = dequantised(AutoModelForCausalLM.from_pretrained(self.path, **self._options()))
         return without_dropout(with_adapter(network, self.peft, task="CAUSAL_LM"))
@@ -70,7 +74,9 @@ class ModelSource:
             ValueError: there is no such folder or file, or the head is missing and must not be drawn.
         """
         if holds_adapter(self.path):
-            network = merged_adapter(self._base().scorer(new_head=True), self.path)
+            if not (new_head or holds_reward_adapter(self.path)):
+                raise ValueError(_NO_HEAD.format(self.path))
+            network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
             network.config.demonstration_bias = getattr(
                 AutoConfig.from_pretrained(self.path), "demonstration_bias", 0.0
             )
@@ -85,10 +91,7 @@ class ModelSource:
         head = scalar_head(network)
         if any(key.startswith("score.") for key in info["missing_keys"]):
             if not new_head:
-                raise ValueError(
-                    f"{self.path} has no trained scalar head: it is a language model; train a RewardModule on it "
-                    "and give the folder that its `save_pretrained` writes"
-                )
+                raise ValueError(_NO_HEAD.format(self.path))
             logger.info("%s has no scalar head: drawing one from N(0, 1/(d+1))", self.path)
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
         return dequantised(network)

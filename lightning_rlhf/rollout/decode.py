@@ -42,9 +42,16 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor
 
     Returns:
         (B,), int64; a token of probability 0 is never drawn.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
     """
     blocks = pad(full_precision(logits).softmax(-1), (0, -logits.shape[1] % block)).unflatten(1, (-1, block))
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    if not mass[:, -1].isfinite().all():
+        raise ValueError(
+            "the policy's logits are not finite: it diverged; lower the learning rate, or sample in float32"
+        )
     which, before = _first_above(mass, uniforms.to(mass.device).unsqueeze(1) * mass[:, -1:])
     inside = blocks.gather(1, which.unsqueeze(2).expand(-1, -1, block)).squeeze(1).cumsum(-1, dtype=torch.float64)
     token, _ = _first_above(inside, before)

@@ -64,7 +64,7 @@ class LearnedReward(TextReward):
         scores = score_at_end(self.model(tokens, mask), mask)
         return checked_scores(scores, count=len(rollout), source=self.path)
 
-    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Tensor:
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores of text, (B,), each response taken as ended."""
         tokens, mask = self._encode(prompts, responses, [True] * len(responses))
         return score_at_end(self.model(tokens, mask), mask)
@@ -86,7 +86,7 @@ class LearnedReward(TextReward):
 
 
 _NO_CHECKPOINT = (
-    "{} is no checkpoint of a RewardModule built from a ModelSource: export the model with "
+    "{} is no checkpoint of a RewardModule built from a ModelSource without adapter: export the model with "
     "`RewardModule.save_pretrained(folder)` and give the folder"
 )
 

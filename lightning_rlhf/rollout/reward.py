@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ScalarModel, score_at_end
+from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -49,7 +50,7 @@ class TextReward(Reward):
     """A reward of text: subclass it and write `score`."""
 
     @abstractmethod
-    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Sequence[float] | Tensor:
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
         """One number per response.
 
         Args:
@@ -95,11 +96,14 @@ class FunctionReward(TextReward):
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
-        parameters = inspect.signature(fn).parameters.values()
+        try:
+            parameters = inspect.signature(fn).parameters.values()
+        except ValueError as error:
+            raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._wanted = None if takes_all else {p.name for p in parameters}
 
-    def score(self, prompts: list[Any], responses: list[str], **columns: list[Any]) -> Sequence[float] | Tensor:
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
         """What the function returns."""
         if self._wanted is not None:
             columns = {name: column for name, column in columns.items() if name in self._wanted}
@@ -118,7 +122,7 @@ class ModuleReward(Reward):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        module = ScalarModel(module) if isinstance(module, PreTrainedModel) else module
+        module = ScalarModel(module) if isinstance(module, PreTrainedModel) or is_adapted(module) else module
         self.module = module.eval().requires_grad_(False)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -139,8 +143,8 @@ class ModuleReward(Reward):
         Raises:
             ValueError: the module returned another shape, or something that is not finite.
         """
-        scores = self.module(rollout.tokens, rollout.attention)
-        scores = score_at_end(scores, rollout.attention) if isinstance(self.module, ScalarModel) else scores
+        output = self.module(rollout.tokens, rollout.attention)
+        scores = score_at_end(output, rollout.attention) if isinstance(self.module, ScalarModel) else output
         return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel, score_at_end
 
 TEXTS = [[12, 13, 14, 0], [10, 0, 11], [20, 0], [33, 30, 29, 8, 7], [0, 0, 0]]  # 0 both ends and pads
 
@@ -204,3 +204,20 @@ def test_one_source_serves_policy_and_value(make_folder, lora):
     source.causal_lm()
     assert source.peft.task_type is None
     assert any("score" in name for name, p in source.scorer(new_head=True).named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_reward_model_starts_from_an_adapted_language_model(make_folder, toy_tokenizer, lora, tmp_path, task):
+    """Stage 1 with LoRA, its adapter exported as it is, then stage 2."""
+    policy = PolicyModel(ModelSource(path=make_folder(), peft=lora(task_type=task)).causal_lm(), toy_tokenizer)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p.data, std=0.5)
+    policy.save_pretrained(tmp_path / "sft")
+    whole = policy.network.merge_and_unload().transformer.state_dict()
+    with pytest.raises(ValueError, match="no trained scalar head"):
+        ModelSource(path=str(tmp_path / "sft")).scorer(new_head=False)
+    found = ModelSource(path=str(tmp_path / "sft")).scorer(new_head=True)
+    for name, weight in found.transformer.state_dict().items():
+        assert torch.allclose(weight, whole[name], atol=1e-6), name
+    assert all(p.requires_grad for p in found.parameters())

@@ -108,3 +108,11 @@ def test_one_certain_token():
     logits[torch.arange(3), torch.tensor([0, 4, 8])] = 2.0
     for u in (0.0, 0.3, JUST_BELOW_ONE):
         assert inverse_cdf(logits, torch.full((3,), u, dtype=torch.float64), block=4).tolist() == [0, 4, 8]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_inverse_cdf_says_that_the_policy_diverged(broken):
+    logits = torch.zeros(2, 7)
+    logits[1, 3] = broken
+    with pytest.raises(ValueError, match="not finite: it diverged"):
+        inverse_cdf(logits, torch.tensor([0.5, 0.5], dtype=torch.float64))
