@@ -73,15 +73,15 @@ class ModelSource:
         Raises:
             ValueError: there is no such folder or file, or the head is missing and must not be drawn.
         """
-        if holds_adapter(self.path):
-            if not (new_head or holds_reward_adapter(self.path)):
-                raise ValueError(_NO_HEAD.format(self.path))
-            network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
-            network.config.demonstration_bias = getattr(
-                AutoConfig.from_pretrained(self.path), "demonstration_bias", 0.0
-            )
-        else:
+        if not holds_adapter(self.path):
             network = self._whole_scorer(new_head=new_head)
+        elif holds_reward_adapter(self.path):
+            network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
+            network.config.demonstration_bias = AutoConfig.from_pretrained(self.path).demonstration_bias
+        elif new_head:
+            network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
+        else:
+            raise ValueError(_NO_HEAD.format(self.path))
         return without_dropout(with_adapter(network, self.peft, task="SEQ_CLS"))
 
     def _whole_scorer(self, *, new_head: bool) -> nn.Module:
