@@ -23,7 +23,7 @@ from lightning_rlhf.cli import main as lightning_rlhf
 HERE, RUN = Path(__file__).parent, Path("runs/quickstart")
 CONFIGS = HERE.parent.parent / "configs"
 SEED, HELD_OUT, LENGTH = 0, 96, 40
-RANKED, COMPARED, K, BATCH = 192, 32, 4, 32  # prompts ranked, of those held out, responses each, prompts at a time
+RANKED, COMPARED, K, BATCH = 160, 32, 4, 32  # prompts ranked, of those held out, responses each, prompts at a time
 
 
 @contextmanager

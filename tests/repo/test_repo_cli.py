@@ -102,6 +102,7 @@ def test_predict_writes_a_line_per_prompt(tiny: Any, ppo: Arguments, workplace: 
         ("--model.surrogate.epsilonn=0.1", "'epsilonn'"),
         ("--data.batchsize=4", "'batchsize'"),
         ("--trainer.max_epocks=1", "trainer.max_epocks"),
+        ("--trainer.max_epoch=1", "trainer.max_epoch"),  # a prefix is no key
     ],
 )
 def test_misspelt_key_is_refused_by_name(flag: str, named: str, ppo: Arguments, workplace: Path, capsys: Any) -> None:
