@@ -6,6 +6,7 @@ import logging
 from contextlib import nullcontext
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_rlhf.callbacks.ema import EMA
 
@@ -24,11 +25,16 @@ class Export(Callback):
         self.folder, self.merge_adapter = folder, merge_adapter
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out now, and not after training, that there is no adapter to merge.
+        """Find out now, and not after training, what cannot be exported.
 
         Raises:
-            ValueError: `merge_adapter` without an adapter.
+            ValueError: `merge_adapter` without an adapter, or weights that no process holds whole.
         """
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"Export writes whole weights, but {type(trainer.strategy).__name__} leaves each process a shard: take "
+                "Export out of `trainer.callbacks` and keep Lightning's checkpoint, or train with ddp"
+            )
         adapted = any(hasattr(module, "peft_config") for module in pl_module.modules())
         if self.merge_adapter and not adapted:
             raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")

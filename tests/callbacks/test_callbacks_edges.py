@@ -271,3 +271,14 @@ def test_command_line_writes_predictions(make_folder, write_rows, tmp_path, monk
     module = cli.model
     assert len({record["score"] for record in records}) > 1
     assert module.reward.shares_vocabulary
+
+
+def test_export_of_shards_is_refused_before_training(tmp_path):
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+
+    export, module = Export(str(tmp_path / "out")), torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="FSDPStrategy leaves each process a shard: take Export out"):
+        export.on_fit_start(SimpleNamespace(strategy=FSDPStrategy()), module)
+    export.on_fit_start(SimpleNamespace(strategy=DDPStrategy()), module)
