@@ -56,11 +56,13 @@ class ComparisonBatch(NamedTuple):
         mask: (B, K, L), bool, True on real tokens.
         rank: (B, K), int64, 0 is best, equal ranks are ties, -1 marks an absent response (ragged K). A row
             whose ranks are all equal has no pair and counts nowhere.
+        strength: the labeler's rating, (B, K), float32, higher is better, NaN where the data has none.
     """
 
     tokens: Tensor
     mask: Tensor
     rank: Tensor
+    strength: Tensor
 
 
 class PPOBatch(TypedDict):
@@ -79,7 +81,9 @@ class Rollout:
         attention: real tokens of both, (B, P + R), bool.
         response: tokens the policy chose, the end token included, (B, R), bool; True is always a prefix of the row.
         ended: the response closed with an end token, (B,), bool.
+        groups: which prompt of the batch each response answers, (B,), int64.
         logprobs: log π_old(token | before), (B, R), nats, 0 where `response` is False.
+        sampler_logprobs: the same under the weights that drew the token, which may be of lower precision, (B, R), nats.
         ref_logprobs: log π_ref of the same tokens, (B, R), nats.
         entropy: entropy of π_old's next-token distribution, (B, R), nats.
         values: V(state before each token), (B, R); zeros where there is no value network.
@@ -89,7 +93,9 @@ class Rollout:
     attention: Tensor
     response: Tensor
     ended: Tensor
+    groups: Tensor
     logprobs: Tensor
+    sampler_logprobs: Tensor
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor

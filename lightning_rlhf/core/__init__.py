@@ -4,24 +4,45 @@ Every equation is named with its source in the docstring of the function or clas
 """
 
 from lightning_rlhf.core.adaptive import Adaptive
-from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, Whitened
-from lightning_rlhf.core.baseline import Baseline, BatchMean, NoBaseline
+from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, RewardToGo, Whitened
+from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
+from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
+from lightning_rlhf.core.ensemble import Combination, MeanOf, UncertaintyWeighted, WorstOf
+from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, Unscaled
+from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
-from lightning_rlhf.core.level import ActionLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL
+from lightning_rlhf.core.klpen import KLPenalty
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
-from lightning_rlhf.core.missing_eos import MissingEOS, ReplaceScore, SubtractFromScore
-from lightning_rlhf.core.preference import PreferenceLoss, RankingLoss, preferred_pairs, score_margins
+from lightning_rlhf.core.mismatch import MaskedWeights, MismatchWeights, TruncatedWeights
+from lightning_rlhf.core.preference import (
+    Centred,
+    PlackettLuce,
+    PreferenceLoss,
+    RankingLoss,
+    preferred_pairs,
+    score_margins,
+)
 from lightning_rlhf.core.pretrain import next_token_loss
-from lightning_rlhf.core.reduction import Reduction, SequenceMean, TokenMean
+from lightning_rlhf.core.reduction import ConstantLength, MeanOfMeans, Reduction, SequenceMean, TokenMean
 from lightning_rlhf.core.reward import penalised_rewards
 from lightning_rlhf.core.schedule import Constant, Cosine, Linear, Schedule
-from lightning_rlhf.core.surrogate import Clip, KLPenalty, PerAction, Surrogate, importance_ratio
+from lightning_rlhf.core.shaping import (
+    ClipScore,
+    LengthNormalised,
+    LengthPenalty,
+    ReplaceScore,
+    Shaping,
+    SoftOverlong,
+    SubtractFromScore,
+)
+from lightning_rlhf.core.surrogate import PerAction, Surrogate, Unclipped, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
 __all__ = [
-    "GAE",
     "ActionLevel",
     "Adaptive",
     "AdaptiveKL",
@@ -30,33 +51,72 @@ __all__ = [
     "BanditAdvantage",
     "Baseline",
     "BatchMean",
+    "BatchStd",
+    "CISPO",
+    "Centred",
     "Clip",
+    "ClipScore",
     "ClippedValueLoss",
+    "Combination",
     "Constant",
+    "ConstantLength",
     "Cosine",
     "Credit",
     "FixedKL",
+    "GAE",
+    "GeometricLevel",
+    "GroupAdvantage",
+    "GroupScale",
+    "GroupStd",
+    "K1",
+    "K2",
+    "K3",
     "KLController",
+    "KLEstimator",
+    "KLInLoss",
+    "KLInReward",
     "KLPenalty",
+    "LearnedValue",
+    "LeaveOneOut",
+    "LengthNormalised",
+    "LengthPenalty",
     "Linear",
-    "MissingEOS",
+    "MaskedWeights",
+    "MeanOf",
+    "MeanOfMeans",
+    "MismatchWeights",
     "NoBaseline",
     "PerAction",
+    "PlackettLuce",
     "PreferenceLoss",
     "RankingLoss",
     "Reduction",
+    "ReferenceKL",
     "ReplaceScore",
+    "RewardToGo",
+    "RunningMean",
     "Schedule",
     "SequenceLevel",
     "SequenceMean",
+    "Shaping",
+    "SoftOverlong",
     "SubtractFromScore",
     "Surrogate",
     "TokenLevel",
     "TokenMean",
+    "TruncatedWeights",
+    "UncertaintyWeighted",
+    "Unclipped",
+    "Unscaled",
     "ValueLoss",
     "Whitened",
+    "WorstOf",
     "entropy",
     "full_precision",
+    "group_mean",
+    "group_size",
+    "group_std",
+    "group_sum",
     "importance_ratio",
     "k1",
     "k2",

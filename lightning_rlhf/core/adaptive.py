@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """A frozen setting of which some numbers move during training.
+    """A frozen setting of which some numbers move during training, its own or those of a setting inside it.
 
     State is Python floats and not buffers, because precision plugins cast float buffers (bf16: 1.0 · 1.001 = 1.0).
     """
 
+    def moving(self) -> tuple[str, ...]:
+        """Names of the own fields that move. None here."""
+        return ()
+
     def state(self) -> dict[str, float]:
-        """The fields that move, by name: what a checkpoint holds. None here."""
-        return {}
+        """The numbers that move, by name, those of an inner setting as `field.name`: what a checkpoint holds."""
+        own = {name: getattr(self, name) for name in self.moving()}
+        return own | {f"{outer}.{name}": x for outer, inner in self._inner() for name, x in inner.state().items()}
 
     def restored(self, state: dict[str, float]) -> Self:
-        """The same setting with the moving fields of a checkpoint.
+        """The same setting with the moving numbers of a checkpoint.
 
         Raises:
-            ValueError: `state` names other fields than this object moves.
+            ValueError: `state` names other numbers than this object moves.
         """
         if state.keys() != self.state().keys():
             raise ValueError(
                 f"the checkpoint holds {sorted(state)} for {type(self).__name__}, which needs {sorted(self.state())}: "
                 "resume with the class that wrote it"
             )
-        return replace(self, **state)
+        changes: dict[str, Any] = {name: state[name] for name in self.moving()}
+        for outer, inner in self._inner():
+            start = f"{outer}."
+            own = {name.removeprefix(start): number for name, number in state.items() if name.startswith(start)}
+            changes[outer] = inner.restored(own)
+        return replace(self, **changes)
+
+    def _inner(self) -> list[tuple[str, Adaptive]]:
+        named = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, inner) for name, inner in named if isinstance(inner, Adaptive)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.baseline import Baseline, NoBaseline
 from lightning_rlhf.core.checks import check_unit_interval
 from lightning_rlhf.core.masked import AllSum, whiten
@@ -27,12 +28,17 @@ class Credit(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvantageEstimator(ABC):
+class AdvantageEstimator(Adaptive, ABC):
     """Turns rewards into advantages."""
 
     @property
     def needs_value(self) -> bool:
         """Whether V(s) enters, so that a value network must be trained."""
+        return False
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it compares several responses to one prompt."""
         return False
 
     @abstractmethod
@@ -47,6 +53,22 @@ class AdvantageEstimator(ABC):
             all_sum: sums a tensor over processes.
         """
 
+    def adapted(self, mean: float) -> Self:
+        """The estimator of the next rollout.
+
+        Args:
+            mean: over the rollout's responses, of all processes, of their whole reward r − β·log(π_old/π_ref).
+
+        Returns:
+            the successor; itself unless the class adapts.
+        """
+        return self
+
+
+def on_every_action(x: Tensor, mask: Tensor) -> Tensor:
+    """A number per response, (B,), on each of its actions, (B, T); 0 where masked."""
+    return torch.where(mask, x.unsqueeze(1), torch.zeros_like(x).unsqueeze(1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BanditAdvantage(AdvantageEstimator):
@@ -59,12 +81,25 @@ class BanditAdvantage(AdvantageEstimator):
     baseline: Baseline = field(default_factory=NoBaseline)
     """b(x)."""
 
+    @property
+    def needs_value(self) -> bool:
+        """As the baseline."""
+        return self.baseline.needs_value
+
+    @property
+    def needs_group(self) -> bool:
+        """As the baseline."""
+        return self.baseline.needs_group
+
     def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
         """Σ_t r_t − b(x) on every action."""
         totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
-        centred = totals - self.baseline(totals, groups, all_sum)
-        spread = mask.to(rewards.dtype)
-        return Credit(centred.unsqueeze(1) * spread, totals.unsqueeze(1) * spread)
+        centred = totals - self.baseline(totals, values[:, 0], groups=groups, all_sum=all_sum)
+        return Credit(on_every_action(centred, mask), on_every_action(totals, mask))
+
+    def adapted(self, mean: float) -> Self:
+        """With the baseline's successor."""
+        return replace(self, baseline=self.baseline.adapted(mean))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +136,25 @@ class GAE(AdvantageEstimator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardToGo(AdvantageEstimator):
+    """Âₜ = Σ_{t' ≥ t} γ^(t'−t)·rₜ', with no value network (REINFORCE++; Hu 2025): GAE at V = 0 and λ = 1.
+
+    REINFORCE++ is this inside `Whitened`: normalised over the rollout of all processes, not per prompt.
+    """
+
+    gamma: float = 1.0
+    """Discount, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_unit_interval(gamma=self.gamma)
+
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """The discounted sum of what follows."""
+        plain = GAE(gamma=self.gamma, lam=1.0)
+        return plain(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=all_sum)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Whitened(AdvantageEstimator):
     """Another estimator's advantages at mean 0 and variance 1 over the rollout of all processes."""
 
@@ -112,7 +166,16 @@ class Whitened(AdvantageEstimator):
         """As the inner estimator."""
         return self.estimator.needs_value
 
+    @property
+    def needs_group(self) -> bool:
+        """As the inner estimator."""
+        return self.estimator.needs_group
+
     def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
         """(Â − mean) / √(var + 1e-8)."""
         credit = self.estimator(rewards, values, mask, groups=groups, all_sum=all_sum)
         return credit._replace(advantages=whiten(credit.advantages, mask, all_sum=all_sum))
+
+    def adapted(self, mean: float) -> Self:
+        """With the inner estimator's successor."""
+        return replace(self, estimator=self.estimator.adapted(mean))

@@ -59,9 +59,9 @@ class AdaptiveKL(KLController):
     def __post_init__(self) -> None:
         check_positive(coef=self.coef, target=self.target, horizon=self.horizon)
 
-    def state(self) -> dict[str, float]:
+    def moving(self) -> tuple[str, ...]:
         """β."""
-        return {"coef": self.coef}
+        return ("coef",)
 
     def adapted(self, kl: float, episodes: int) -> Self:
         """β·(1 + e·episodes/horizon): larger after a KL above the target, smaller after one below.

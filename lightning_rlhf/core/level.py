@@ -1,4 +1,4 @@
-"""What one action is: a token, or the whole response (the contextual bandit)."""
+"""What one action is: a token, or the whole response (the contextual bandit), and what its ratio is."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ class ActionLevel(ABC):
             values: V before each token, (B, R), reward units.
             response: (B, R), bool.
         """
+
+    def spread(self, x: Tensor, response: Tensor) -> Tensor:
+        """A quantity of each action handed back to its tokens in equal parts, (B, R): `total` undoes it.
+
+        Args:
+            x: per action, (B, T).
+            response: (B, R), bool.
+        """
+        actions, tokens = self.mask(response), response.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(response, x * actions.sum(1, keepdim=True) / tokens, torch.zeros_like(x[:, :1]))
 
     def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
         """log π_θ(a|s) − log π_old(a|s) of each action, (B, T), nats.
@@ -88,3 +98,16 @@ class SequenceLevel(ActionLevel):
     def state_value(self, values: Tensor, response: Tensor) -> Tensor:
         """V at the prompt's last token, (B, 1): what is known before the response."""
         return values[:, :1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricLevel(SequenceLevel):
+    """The whole response, its ratio normalised by its length (GSPO; Zheng et al. 2025, eq. 7).
+
+    log s = (1/|y|) Σ_t log π_θ(y_t)/π_old(y_t): the geometric mean of the token ratios. Rewards and KL stay those of
+    the whole response. The ratio moves far less than a token's, so the paper clips at 3e-4 below and 4e-4 above.
+    """
+
+    def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
+        """Mean over the response's tokens, (B, 1), nats per token."""
+        return self.total(logprobs - old_logprobs, response) / response.sum(1, keepdim=True).clamp(min=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
+
+from lightning_rlhf.core.checks import check_not_negative
 
 
 def preferred_pairs(rank: Tensor) -> Tensor:
@@ -34,40 +37,121 @@ def score_margins(scores: Tensor) -> Tensor:
     return scores.unsqueeze(2) - scores.unsqueeze(1)
 
 
+def _check_shape(name: str, found: Tensor, scores: Tensor) -> None:
+    if found.shape != scores.shape:
+        raise ValueError(f"`{name}` must have the shape of `scores`, {tuple(scores.shape)}: got {tuple(found.shape)}")
+
+
+def _pair_mean(values: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of (B, K, K) over each prompt's pairs, (B,); 0 for a prompt without any."""
+    return torch.where(pairs, values, 0.0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss(ABC):
     """Loss of the scores of K ranked responses, one element per prompt."""
 
     @abstractmethod
-    def __call__(self, scores: Tensor, rank: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
         """The loss of each prompt.
 
         Args:
             scores: r_θ(x, y_k), (B, K); what stands at absent responses has no influence.
             rank: (B, K), int64, 0 best, equal = tie, -1 absent.
+            strength: s_k, the labeler's rating of each response, (B, K), higher is better, NaN where there is none.
 
         Returns:
             (B,), nats; 0 for a prompt without any pair.
+
+        Raises:
+            ValueError: the shapes differ, or the loss needs a rating that is not there.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingLoss(PreferenceLoss):
-    """−1/C(K,2) Σ log σ(r_w − r_l) over all pairs of a prompt (Ouyang et al. 2022, eq. 1).
+    """−1/C(K,2) Σ log σ(r_w − r_l − m·(s_w − s_l)) over all pairs of a prompt (Ouyang et al. 2022, eq. 1, at m = 0).
 
     All pairs of a prompt are one element: K forward passes, and no response is seen K − 1 times per epoch. Tied pairs
-    are dropped and the sum divided by the pairs that are left; K may differ from prompt to prompt.
+    are dropped and the sum divided by the pairs that are left; K may differ from prompt to prompt. The margin asks for
+    a score difference that grows with how much better the labeler found y_w (Touvron et al. 2023, §3.2.2).
+
+    Args:
+        margin: m ≥ 0, score per unit of rating; above 0 every response of a pair needs a rating.
+
+    Raises:
+        ValueError: `margin` is negative or not finite.
     """
 
-    def __call__(self, scores: Tensor, rank: Tensor) -> Tensor:
-        """Mean over the prompt's pairs.
+    margin: float = 0.0
 
-        Raises:
-            ValueError: the shapes differ.
-        """
-        if scores.shape != rank.shape:
-            raise ValueError(f"`rank` must have the shape of `scores`, {tuple(scores.shape)}: got {tuple(rank.shape)}")
+    def __post_init__(self) -> None:
+        check_not_negative(margin=self.margin)
+
+    def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
+        """Mean over the prompt's pairs; without a margin `strength` is not read."""
+        _check_shape("rank", rank, scores)
+        pairs, margins = preferred_pairs(rank), score_margins(scores)
+        if self.margin > 0:
+            margins = margins - self.margin * self._gaps(scores, pairs, strength)
+        return _pair_mean(-logsigmoid(torch.where(pairs, margins, 0.0)), pairs)
+
+    def _gaps(self, scores: Tensor, pairs: Tensor, strength: Tensor | None) -> Tensor:
+        """s_i − s_j, (B, K, K), which must be known wherever there is a pair."""
+        strength = torch.full_like(scores, math.nan) if strength is None else strength.to(scores.dtype)
+        _check_shape("strength", strength, scores)
+        gaps = score_margins(strength)
+        unknown = int((pairs & ~gaps.isfinite()).sum())
+        if unknown:
+            raise ValueError(
+                f"`margin={self.margin}` needs the ratings of both responses of every pair: got none, or one that is "
+                f"not finite, for {unknown} of {int(pairs.sum())} pairs; give the rows `scores` (or pairs a `margin`), "
+                "or set `margin=0.0`"
+            )
+        return gaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlackettLuce(PreferenceLoss):
+    """−1/S Σ_k log( e^{r_k} / (e^{r_k} + Σ_{j below k} e^{r_j}) ), the ranking drawn best first (Plackett 1975).
+
+    Each of the S responses with another ranked below it is one draw, from itself and all below; a ranking without ties
+    has S = K − 1. Dividing by S makes K = 2 equal eq. 1 of Ouyang et al. 2022, and the gradient of the best of K
+    responses of equal score is −1/K in both. Tied responses do not compete with each other: each is drawn from itself
+    and what is strictly below, so that a tie says nothing, as in `RankingLoss`.
+    """
+
+    def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
+        """Mean over the prompt's draws; `strength` is not read."""
+        _check_shape("rank", rank, scores)
         pairs = preferred_pairs(rank)
-        margins = torch.where(pairs, score_margins(scores), torch.zeros_like(scores).unsqueeze(2))
-        losses = torch.where(pairs, -logsigmoid(margins), torch.zeros_like(margins))
-        return losses.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+        below = torch.where(pairs, -score_margins(scores), -math.inf)
+        draws = pad(below, (0, 1)).logsumexp(2)  # the column of zeros is r_k − r_k
+        return draws.sum(1) / pairs.any(2).sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centred(PreferenceLoss):
+    """A loss plus η·(r_w + r_l)², averaged over the prompt's pairs (Eisenstein et al. 2023).
+
+    Preferences leave a constant per prompt free; this fixes it, so that scores of different prompts can be compared.
+
+    Args:
+        loss: what it is added to.
+        coef: η ≥ 0.
+
+    Raises:
+        ValueError: `coef` is negative or not finite.
+    """
+
+    loss: PreferenceLoss = RankingLoss()
+    coef: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_not_negative(coef=self.coef)
+
+    def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
+        """`loss` plus the centring term."""
+        losses, pairs = self.loss(scores, rank, strength), preferred_pairs(rank)
+        sums = torch.where(pairs, scores.unsqueeze(2) + scores.unsqueeze(1), 0.0)
+        return losses + self.coef * _pair_mean(sums.square(), pairs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.core.masked import masked_sum
 
 
@@ -47,6 +48,45 @@ class SequenceMean(Reduction):
 
     At token level the only reduction, up to a constant, that is ∇J.
     """
+
+    def count(self, mask: Tensor) -> Tensor:
+        """How many responses have an action that counts."""
+        return mask.any(1).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanOfMeans(Reduction):
+    """Every response's *mean* weighs the same: Σ (Σ_t loss / |y|) / number of responses (GRPO, eq. 3).
+
+    (Shao et al. 2024.) A token of a long response weighs less, so at token level it is not ∇J where lengths vary
+    (Liu et al. 2025, §3.1).
+    """
+
+    def total(self, losses: Tensor, mask: Tensor) -> Tensor:
+        """Σ over responses of the mean over their actions."""
+        return masked_sum(losses / mask.sum(1, keepdim=True).clamp(min=1), mask)
+
+    def count(self, mask: Tensor) -> Tensor:
+        """How many responses have an action that counts."""
+        return mask.any(1).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantLength(Reduction):
+    """Every response's sum over one constant: Σ loss / (length · number of responses) (Dr. GRPO, §3.2).
+
+    (Liu et al. 2025.) ∇J up to the constant, at the size of a mean over tokens.
+    """
+
+    length: int = 128
+    """Tokens, > 0; the paper takes the longest response that generation allows."""
+
+    def __post_init__(self) -> None:
+        check_positive(length=self.length)
+
+    def total(self, losses: Tensor, mask: Tensor) -> Tensor:
+        """Σ over actions / length."""
+        return masked_sum(losses, mask) / self.length
 
     def count(self, mask: Tensor) -> Tensor:
         """How many responses have an action that counts."""

@@ -35,15 +35,22 @@ def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pa
 
 
 def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[bool], *, pad: int) -> ComparisonBatch:
-    """Ranked responses, padded on the right with `pad`; absent ones have rank -1, a filler's are all tied."""
+    """Ranked responses, padded on the right with `pad`; absent ones have rank -1, a filler's are all tied.
+
+    A rating is NaN where a response is absent or its row has none.
+    """
     k = max(len(example.texts) for example in examples)
     texts = [text for example in examples for text in [*example.texts, *[array("i")] * (k - len(example.texts))]]
     tokens, mask = _padded(texts, pad)
     rank = torch.full((len(examples), k), -1)
     for place, example, counted in zip(rank, examples, counts, strict=True):
         place[: len(example.ranks)] = torch.tensor(example.ranks) if counted else 0
+    strength = torch.full(rank.shape, torch.nan)
+    for rating, example in zip(strength, examples, strict=True):
+        if example.strength is not None:
+            rating[: len(example.strength)] = torch.tensor(example.strength)
     shape = (len(examples), k, tokens.shape[1])
-    return ComparisonBatch(tokens=tokens.view(shape), mask=mask.view(shape), rank=rank)
+    return ComparisonBatch(tokens=tokens.view(shape), mask=mask.view(shape), rank=rank, strength=strength)
 
 
 def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

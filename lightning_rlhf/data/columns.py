@@ -14,6 +14,7 @@ class Columns:
         response: the answer of a demonstration, a text or messages that end with the assistant's.
         chosen: the preferred response of a pair.
         rejected: the other response of a pair.
+        margin: by how much the labeler found the preferred response of a pair better, a number of at least 0; optional.
         responses: K responses to one prompt.
         scores: one number per response, higher is better.
         ranks: one number per response, lower is better.
@@ -24,6 +25,7 @@ class Columns:
     response: str = "response"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    margin: str = "margin"
     responses: str = "responses"
     scores: str = "scores"
     ranks: str = "ranks"

@@ -19,6 +19,7 @@ class ComparisonDataModule(TextDataModule):
 
     Files are JSONL with `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses",
     "scores" | "ranks"}` or NeMo-RL's `{"context", "completions"}`. Paths may be several, patterns, or end in `.gz`.
+    Scores, or the `"margin"` a pair may have, are also the labeler's ratings, for a loss with a margin.
     Evaluation serves a list of loaders: comparisons, then `TextBatch`es where `demonstrations` is given.
 
     Args:

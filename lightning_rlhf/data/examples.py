@@ -47,10 +47,12 @@ class ComparisonExample:
     Attributes:
         texts: prompt + response + end token, K of them, at least two.
         ranks: 0 is best, equal ranks are ties, no gaps, K of them.
+        strength: ratings, K of them, or None.
     """
 
     texts: list[Tokens]
     ranks: list[int]
+    strength: list[float] | None = None
 
 
 def prompt_examples(records: Sequence[Record], encoder: Encoder, columns: Columns, tally: Tally) -> list[PromptExample]:
@@ -153,4 +155,6 @@ def _comparison(ranking: Ranking, encoder: Encoder, tally: Tally) -> ComparisonE
     tally.responses += len(texts)
     tally.long_responses += len(texts) - len(kept)
     order = sorted({ranking.places[index] for index in kept})
-    return ComparisonExample([texts[index] for index in kept], [order.index(ranking.places[index]) for index in kept])
+    ranks = [order.index(ranking.places[index]) for index in kept]
+    strength = None if ranking.strength is None else [ranking.strength[index] for index in kept]
+    return ComparisonExample([texts[index] for index in kept], ranks, strength)

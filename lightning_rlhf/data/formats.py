@@ -28,11 +28,13 @@ class Ranking:
         prompt: what they answer.
         responses: K texts.
         places: K numbers, lower is better, equal are ties.
+        strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
     """
 
     prompt: Prompt
     responses: list[str]
     places: list[float]
+    strength: list[float] | None = None
 
 
 def prompt_of(row: Row, columns: Columns) -> Prompt:
@@ -69,8 +71,8 @@ def demonstration_of(row: Row, columns: Columns) -> Demonstration:
 def ranking_of(row: Row, columns: Columns) -> Ranking:
     """The ranking of a pair, of K responses with scores or ranks, or of NeMo-RL's completions, in this precedence.
 
-    `{"prompt", "chosen", "rejected"}`, the prompt optional; `{"prompt", "responses", "scores" | "ranks"}`;
-    `{"context", "completions": [{"rank", "completion"}]}`.
+    `{"prompt", "chosen", "rejected", "margin"}`, the prompt and the margin optional; `{"prompt", "responses", "scores"
+    | "ranks"}`; `{"context", "completions": [{"rank", "completion"}]}`. Ratings are the scores, or the margin and 0.
 
     Raises:
         ValueError: none of these, or one with a missing key, another type or lists of different lengths.
@@ -103,7 +105,18 @@ def _pair(row: Row, columns: Columns) -> Ranking:
     else:
         prompt, chosen, rejected = _split_pair(chosen, rejected, columns)
     responses = [answer(chosen, columns.chosen, prompt), answer(rejected, columns.rejected, prompt)]
-    return Ranking(prompt, responses, [0.0, 0.0 if responses[0] == responses[1] else 1.0])
+    strength = [_margin(row, columns), 0.0] if columns.margin in row else None
+    return Ranking(prompt, responses, [0.0, 0.0 if responses[0] == responses[1] else 1.0], strength)
+
+
+def _margin(row: Row, columns: Columns) -> float:
+    margin = _number(row[columns.margin], columns.margin)
+    if margin < 0:
+        raise ValueError(
+            f"`{columns.margin}` must be at least 0, found {margin}: it says by how much `{columns.chosen}` is better "
+            f"than `{columns.rejected}`; swap the two, or name another key with `columns.margin`"
+        )
+    return margin
 
 
 def _split_pair(chosen: Any, rejected: Any, columns: Columns) -> tuple[Prompt, Any, Any]:
@@ -149,7 +162,9 @@ def _listed(row: Row, columns: Columns) -> Ranking:
             f"`{columns.responses}` and `{key}` must be lists of equal length, found {_size(responses)} "
             f"and {_size(numbers)}"
         )
-    return _ranking(prompt, responses, [sign * _number(number, key) for number in numbers], columns.responses)
+    numbers = [_number(number, key) for number in numbers]
+    strength = numbers if columns.scores in row else None
+    return _ranking(prompt, responses, [sign * number for number in numbers], columns.responses, strength)
 
 
 def _completions(row: Row) -> Ranking:
@@ -160,10 +175,12 @@ def _completions(row: Row) -> Ranking:
     return _ranking(prompt, [_plain(entry, "completion") for entry in entries], places, "completions")
 
 
-def _ranking(prompt: Prompt, responses: list[Any], places: list[float], key: str) -> Ranking:
+def _ranking(
+    prompt: Prompt, responses: list[Any], places: list[float], key: str, strength: list[float] | None = None
+) -> Ranking:
     if len(responses) < 2:
         raise ValueError(f"`{key}` needs at least 2 responses to compare, found {len(responses)}: remove the row")
-    return Ranking(prompt, [answer(response, key, prompt) for response in responses], places)
+    return Ranking(prompt, [answer(response, key, prompt) for response in responses], places, strength)
 
 
 def _plain(row: Row, key: str) -> Any:

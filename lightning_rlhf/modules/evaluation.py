@@ -8,28 +8,31 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.modules.tally import Tally
+from lightning_rlhf.rollout import Scores
 from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
 
 if TYPE_CHECKING:
     from lightning_rlhf.modules.ppo import PPOModule
 
 
-def observe(tally: Tally, rollout: Rollout, scores: Tensor, counts: Tensor, prefix: str) -> None:
+def observe(tally: Tally, rollout: Rollout, scores: Scores, counts: Tensor, prefix: str) -> None:
     """Add what a rollout says of the objective (Ouyang et al. 2022, eq. 2).
 
     Args:
         tally: takes the means.
         rollout: B responses.
-        scores: (B,), reward units.
+        scores: (B,), reward units, and their parts.
         counts: rows that count, (B,), bool.
         prefix: of the names.
     """
     log_ratio = (rollout.logprobs - rollout.ref_logprobs).sum(1)
     tally.add(f"{prefix}/kl", log_ratio, counts)
     tally.add(f"{prefix}/entropy", -rollout.logprobs.sum(1), counts)
-    tally.add(f"{prefix}/response_length", rollout.lengths.to(scores), counts)
-    tally.add(f"{prefix}/eos_rate", rollout.ended.to(scores), counts)
-    tally.add(f"{prefix}/scores", scores, counts)
+    tally.add(f"{prefix}/response_length", rollout.lengths.to(scores.total), counts)
+    tally.add(f"{prefix}/eos_rate", rollout.ended.to(scores.total), counts)
+    tally.add(f"{prefix}/scores", scores.total, counts)
+    for name, part in scores.parts.items():
+        tally.add(f"{prefix}/scores/{name}", part, counts)
 
 
 class Evaluation:
@@ -59,9 +62,8 @@ class Evaluation:
     def log(self, stage: str) -> None:
         """Log the means over all processes as `stage/name` and begin anew; `stage/reward` is the mean score."""
         means = self.tally.means(self.module.all_sum)
-        if "/scores" in means:
-            means["/reward"] = means.pop("/scores")
-        self.module.log_dict({stage + name: value for name, value in means.items()}, sync_dist=True)
+        named = {stage + name.replace("/scores", "/reward", 1): value for name, value in means.items()}
+        self.module.log_dict(named, sync_dist=True)
 
     @torch.no_grad()
     def predict(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -74,11 +76,12 @@ class Evaluation:
         for i in batch.counts.nonzero().flatten().tolist():
             tokens = texts[i][: int(rollout.lengths[i])]
             text = tokens if module.tokenizer is None else module.tokenizer.decode(tokens, skip_special_tokens=True)
-            measured = {"response": text, "score": float(scores[i]), "kl": kl[i]}
+            measured = {"response": text, "score": float(scores.total[i]), "kl": kl[i]}
+            measured |= {f"score/{name}": float(part[i]) for name, part in scores.parts.items()}
             measured |= {"length": len(tokens), "ended": bool(rollout.ended[i])}
             records.append(dict(batch.rows[i]) | measured)
         return records
 
-    def _rollout(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Tensor]:
-        rollout = self.module.roll_out(batch, stream="eval", iteration=batch_idx)
+    def _rollout(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Scores]:
+        rollout = self.module.roll_out(batch, 1, stream="eval", iteration=batch_idx)
         return rollout, self.module.score(rollout, batch)

@@ -1,4 +1,4 @@
-"""The loss of one minibatch: surrogate + value loss − γ·log π(text) (Ouyang et al. 2022, eq. 2)."""
+"""The loss of one minibatch: surrogate + β·KL in the loss + value loss − γ·log π(text) (Ouyang et al. 2022, eq. 2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core import ActionLevel, Reduction, Surrogate, ValueLoss, importance_ratio, k2, k3, next_token_loss
+from lightning_rlhf.core import (
+    ActionLevel,
+    Reduction,
+    ReferenceKL,
+    Surrogate,
+    ValueLoss,
+    importance_ratio,
+    k2,
+    k3,
+    next_token_loss,
+)
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector
@@ -23,6 +33,8 @@ class Objective:
         collector: knows V and the temperature.
         level: what an action is.
         surrogate: of the policy.
+        kl_term: the KL to the reference, where it is in the loss.
+        kl_coef: β.
         value_loss: of V.
         reduction: from per-action losses to a number.
     """
@@ -31,15 +43,21 @@ class Objective:
     collector: Collector
     level: ActionLevel
     surrogate: Surrogate
+    kl_term: ReferenceKL
+    kl_coef: float
     value_loss: ValueLoss
     reduction: Reduction
 
     def actions(self, piece: Experience, tally: Tally) -> Tensor:
-        """Surrogate and value loss over the actions of some rows, scalar."""
+        """Surrogate, KL in the loss and value loss over the actions of some rows, scalar."""
         old, mask = piece.rollout, piece.mask
-        log_ratio = self.log_ratio(old)
+        logprobs = self.logprobs(old)
+        log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response)
         action = self.surrogate(log_ratio, piece.advantages)
-        total, stats = self.reduction.total(action.loss, mask), {"loss/policy_avg": action.loss} | action.stats
+        weights = self.surrogate.weights(self.level.log_ratio(old.logprobs, old.sampler_logprobs, old.response))
+        kl = self.kl_coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response, self.level)
+        total = self.reduction.total(weights * action.loss + kl, mask)
+        stats = {"loss/policy_avg": weights * action.loss, "loss/kl_avg": kl} | action.stats
         if self.collector.value is not None:
             values = self.collector.values(old.tokens, old.attention, old.response)
             values, before = (self.level.state_value(v, old.response) for v in (values, old.values))
@@ -52,11 +70,10 @@ class Objective:
             tally.add(name, per_action, mask)
         return total
 
-    def log_ratio(self, old: Rollout) -> Tensor:
-        """log π_θ(a|s) − log π_old(a|s) of each action, (B, T), nats."""
+    def logprobs(self, old: Rollout) -> Tensor:
+        """log π_θ of each response token, (B, R), nats."""
         width, temperature = old.response.shape[1], self.collector.generation.temperature
-        logprobs = self.policy(old.tokens, old.attention, width=width, temperature=temperature).logprobs
-        return self.level.log_ratio(logprobs, old.logprobs, old.response)
+        return self.policy(old.tokens, old.attention, width=width, temperature=temperature).logprobs
 
     def text(self, text: TextBatch, tally: Tally, *, count: Tensor) -> Tensor:
         """−Σ log π_θ(token) / count, nats per token: the γ term before its γ."""
@@ -67,4 +84,6 @@ class Objective:
     @torch.no_grad()
     def kl_old(self, piece: Experience, tally: Tally) -> None:
         """Adds KL(π_old‖π_θ) per action, by k3 at the samples of π_old (PPO §4)."""
-        tally.add("policy/kl_old", k3(-self.log_ratio(piece.rollout)), piece.mask)
+        old = piece.rollout
+        log_ratio = self.level.log_ratio(self.logprobs(old), old.logprobs, old.response)
+        tally.add("policy/kl_old", k3(-log_ratio), piece.mask)

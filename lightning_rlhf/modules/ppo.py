@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,34 @@ from lightning_rlhf.core import (
     Constant,
     FixedKL,
     KLController,
-    MissingEOS,
+    KLInReward,
     Reduction,
+    ReferenceKL,
     ReplaceScore,
     Schedule,
     SequenceLevel,
+    Shaping,
     Surrogate,
     TokenMean,
     ValueLoss,
+    group_size,
+    group_std,
+    k3,
     penalised_rewards,
 )
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
 from lightning_rlhf.modules.evaluation import Evaluation, observe
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Collector, Generation, Reward, Updates, as_reward
+from lightning_rlhf.rollout import Collector, Generation, Reward, Scores, Updates, as_reward
 from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
+
+ADAPTIVE = ("kl", "surrogate", "advantage")
+"""Arguments of which numbers move, so that checkpoints carry them."""
 
 
 class PPOModule(LightningModule):
@@ -53,22 +62,24 @@ class PPOModule(LightningModule):
         value: V's start, only where the advantage needs one; None is the learned reward model, else the policy's
             backbone with a new head.
         tokenizer: of a built policy; otherwise the one beside the weights.
-        generation: how responses are drawn.
+        generation: how responses are drawn, and how many to each prompt.
         updates: inner epochs, minibatches, microbatches, gradient clipping.
         level: what an action is: the whole response (the bandit) or a token.
         kl: β and how it adapts.
+        kl_term: whether the KL to the reference is charged in the reward or in the loss.
         advantage: how rewards become advantages; the default is r − β·log(π/π_SFT) with no baseline.
         surrogate: how far an update follows them.
         value_loss: of V; None is `ClippedValueLoss()` where the advantage needs a value network.
         reduction: from per-action losses to a number.
-        missing_eos: the score of a response that hit the length limit; None leaves it as it is.
+        shaping: rules on the score, applied in turn; the default replaces it by −1 where a response hit the length
+            limit. An empty list leaves it as it is.
         ptx_coef: γ ≥ 0, weight of the pretraining loss; above 0 the data must serve a pretraining stream.
         optimizer: a function of the parameter groups (policy first, then value).
         value_lr: peak learning rate of V; None is the policy's.
         schedule: of the learning rates, per rollout.
 
     Raises:
-        ValueError: an argument is out of range, or a value loss is given to an advantage that trains no V.
+        ValueError: an argument is out of range, or two of them do not go together (see `combinations`).
     """
 
     def __init__(
@@ -82,11 +93,12 @@ class PPOModule(LightningModule):
         updates: Updates = Updates(),
         level: ActionLevel = SequenceLevel(),
         kl: KLController = FixedKL(),
+        kl_term: ReferenceKL = KLInReward(),
         advantage: AdvantageEstimator = BanditAdvantage(),
         surrogate: Surrogate = Clip(),
         value_loss: ValueLoss | None = None,
         reduction: Reduction = TokenMean(),
-        missing_eos: MissingEOS | None = ReplaceScore(),
+        shaping: Sequence[Shaping] = (ReplaceScore(),),
         ptx_coef: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
         value_lr: float | None = None,
@@ -95,18 +107,18 @@ class PPOModule(LightningModule):
         super().__init__()
         if ptx_coef < 0:
             raise ValueError(f"`ptx_coef` must be at least 0: got {ptx_coef}")
-        if not advantage.needs_value and (value_loss, value, value_lr) != (None, None, None):
-            raise ValueError(
-                "`value`, `value_lr` and `value_loss` belong to a value network, but "
-                f"{type(advantage).__name__} uses none: leave them out, or take an advantage such as GAE"
-            )
+        check_value(advantage, value=value, value_lr=value_lr, value_loss=value_loss)
+        check_groups(advantage, generation)
+        check_level(level, surrogate)
+        check_shaping(shaping, generation)
         keep_hyperparameters(self, {"tokenizer": tokenizer, "ptx_coef": ptx_coef, "value_lr": value_lr})
         self.automatic_optimization = False
         self.tokenizer = find_tokenizer(policy, tokenizer)
         self.generation, self.updates, self.level = generation, updates, level
-        self.kl, self.advantage, self.surrogate, self.reduction = kl, advantage, surrogate, reduction
+        self.kl, self.kl_term, self.advantage = kl, kl_term, advantage
+        self.surrogate, self.reduction = surrogate, reduction
         self.value_loss = value_loss or ClippedValueLoss()
-        self.reward, self.missing_eos, self.ptx_coef = as_reward(reward), missing_eos, ptx_coef
+        self.reward, self.shaping, self.ptx_coef = as_reward(reward), tuple(shaping), ptx_coef
         self.optimizer, self.value_lr, self.schedule = optimizer, value_lr, schedule
         self.iteration = self.episodes = 0
         self.policy: PolicyModel | None = None
@@ -139,9 +151,9 @@ class PPOModule(LightningModule):
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
-        tally, text = Tally(), self._pretraining(batch)
-        rollout = self.roll_out(batch["prompts"], stream="train", iteration=self.iteration)  # y ~ π_old(·|x)
-        scores = self.score(rollout, batch["prompts"])  # r_φ(x, y)                               (B,)
+        tally, prompts, text = Tally(), batch["prompts"], self._pretraining(batch)
+        rollout = self.roll_out(prompts, self.samples_per_prompt, stream="train", iteration=self.iteration)  # y ~ π_old
+        scores = self.score(rollout, prompts)  # r_φ(x, y)                                        (B,)
         experience = self.credit(rollout, scores, tally)  # Â = r − β·log(π_old/π_ref) − b          (B, T)
 
         for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
@@ -152,18 +164,26 @@ class PPOModule(LightningModule):
                 self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size)
 
-    def roll_out(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Rollout:
-        """One response of the policy to each prompt, drawn with the random numbers of (stream, iteration)."""
+    @property
+    def samples_per_prompt(self) -> int:
+        """k, responses to each prompt in training."""
+        return self.generation.samples_per_prompt
+
+    def roll_out(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
+        """`samples` responses of the policy to each prompt, drawn with the random numbers of (stream, iteration)."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return self.collector(prompts, stream=stream, iteration=iteration, rank=rank, world=world)
+        return self.collector(prompts, samples=samples, stream=stream, iteration=iteration, rank=rank, world=world)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, prompts: PromptBatch) -> Tensor:
-        """r_φ(x, y) after the rule for missing end tokens, (B,), reward units."""
-        scores = self.reward(rollout, prompts.rows).detach().to(rollout.logprobs)
-        return scores if self.missing_eos is None else self.missing_eos(scores, rollout.ended)
+    def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
+        """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
+        scores, parts = self.reward.scored(rollout, [prompts.rows[i] for i in rollout.groups.tolist()])
+        shaped = scores.detach().to(rollout.logprobs)
+        for rule in self.shaping:
+            shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
+        return Scores(shaped, parts)
 
-    def credit(self, rollout: Rollout, scores: Tensor, tally: Tally) -> Experience:
+    def credit(self, rollout: Rollout, scores: Scores, tally: Tally) -> Experience:
         """Rewards less β·KL to the reference, and the advantages they give.
 
         Args:
@@ -173,14 +193,16 @@ class PPOModule(LightningModule):
         """
         mask = self.level.mask(rollout.response)
         kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response)
-        rewards = penalised_rewards(scores, kl_ref, mask, coef=self.kl.coef)
+        rewards = penalised_rewards(scores.total, self.kl_term.in_reward(kl_ref), mask, coef=self.kl.coef)
         values = self.level.state_value(rollout.values, rollout.response)
-        groups = torch.arange(len(rollout), device=mask.device)
-        credit = self.advantage(rewards, values, mask, groups=groups, all_sum=self.all_sum)
+        credit = self.advantage(rewards, values, mask, groups=rollout.groups, all_sum=self.all_sum)
         observe(tally, rollout, scores, torch.ones_like(rollout.ended), "objective")
         tally.add("objective/rlhf_reward", rewards.sum(1))
-        tally.add("objective/non_score_reward", rewards.sum(1) - scores)
+        tally.add("objective/non_score_reward", rewards.sum(1) - scores.total)
         tally.add("policy/entropy_avg", rollout.entropy, rollout.response)
+        tally.add("policy/kl_sampler", k3(rollout.sampler_logprobs - rollout.logprobs), rollout.response)
+        flat = group_std(scores.total, rollout.groups) == 0  # of these GRPO learns nothing
+        tally.add("objective/flat_groups", flat.to(rewards), group_size(rollout.groups) > 1)
         return Experience(rollout=rollout, mask=mask, advantages=credit.advantages, returns=credit.returns)
 
     def update(self, minibatch: Experience, text: TextBatch | None, tally: Tally) -> None:
@@ -207,6 +229,8 @@ class PPOModule(LightningModule):
             collector=self.collector,
             level=self.level,
             surrogate=self.surrogate,
+            kl_term=self.kl_term,
+            kl_coef=self.kl.coef,
             value_loss=self.value_loss,
             reduction=self.reduction,
         )
@@ -223,6 +247,7 @@ class PPOModule(LightningModule):
         bar = {"score": stats["objective/scores"], "kl": stats["objective/kl"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
         self.kl = self.kl.adapted(stats["objective/kl"], episodes)
+        self.advantage = self.advantage.adapted(stats["objective/rlhf_reward"])
         self.surrogate = self.surrogate.adapted(stats["policy/kl_old"]) if self.surrogate.adaptive else self.surrogate
         self.lr_schedulers().step()
 
@@ -266,15 +291,16 @@ class PPOModule(LightningModule):
         return scheduled(self.optimizer(groups), self.schedule, lambda: rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counters, β and the surrogate's coefficient, as Python numbers."""
+        """Counters, β, and what moves in surrogate and advantage, as Python numbers."""
         counters = {"iteration": self.iteration, "episodes": self.episodes}
-        checkpoint["rlhf"] = counters | {"kl": self.kl.state(), "surrogate": self.surrogate.state()}
+        checkpoint["rlhf"] = counters | {name: getattr(self, name).state() for name in ADAPTIVE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue from what `on_save_checkpoint` kept."""
         state = checkpoint["rlhf"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
-        self.kl, self.surrogate = self.kl.restored(state["kl"]), self.surrogate.restored(state["surrogate"])
+        for name in ADAPTIVE:
+            setattr(self, name, getattr(self, name).restored(state[name]))
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write the policy as a Hugging Face folder, whole or not at all; `merge_adapter` folds a LoRA adapter in."""

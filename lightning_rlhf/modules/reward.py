@@ -11,15 +11,16 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import BinaryAccuracy
+from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.modules.calibration import Calibration
 from lightning_rlhf.modules.hparams import keep_hyperparameters
-from lightning_rlhf.modules.metrics import begin
+from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
+from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.types import ComparisonBatch, TextBatch
@@ -29,7 +30,11 @@ class RewardModule(LightningModule):
     """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
 
     The loss does not see a constant added to r_θ, so after every validation that served demonstrations the bias becomes
-    −(their mean raw score), over all processes. Doing it again changes nothing.
+    −(their mean raw score), over all processes. Doing it again changes nothing. The loss is given raw scores, because
+    one that does see a constant (`Centred`) would chase the bias.
+
+    An evaluation logs accuracy, margin and loss, the accuracy by confidence (`Calibration`) and by length difference
+    (`LengthAccuracy`), and the correlation of score and length (`LengthCorrelation`), all of them over all processes.
 
     Args:
         model: a sequence-classification folder, or a language model whose head is replaced by a scalar one; or a
@@ -53,8 +58,9 @@ class RewardModule(LightningModule):
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: ScalarModel | None = None
         self.loss, self.optimizer, self.schedule = loss, optimizer, schedule
-        self.accuracy, self.margin, self.eval_loss = BinaryAccuracy(), MeanMetric(), MeanMetric()
-        self.demonstrations = MeanMetric()
+        self.accuracy, self.margin, self.eval_loss, self.demonstrations = Mean(), Mean(), Mean(), Mean()
+        self.calibration = Calibration()
+        self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
 
     def configure_model(self) -> None:
@@ -83,21 +89,22 @@ class RewardModule(LightningModule):
         """Mean over the prompts that have a pair, times the processes over which the strategy will average."""
         counts = preferred_pairs(batch.rank).any(2).any(1)
         count = global_sum(self, counts.sum()).clamp(min=1)
-        loss = torch.where(counts, self.loss(self.rank(batch), batch.rank), 0.0).sum() / count
+        losses = self.loss(self.rank(batch) - self.model.bias, batch.rank, batch.strength)
+        loss = torch.where(counts, losses, 0.0).sum() / count
         self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.rank))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss * self.trainer.world_size
 
     def on_validation_epoch_start(self) -> None:
         """Begin new means."""
-        begin(self.accuracy, self.margin, self.eval_loss, self.demonstrations)
+        begin(*self._metrics())
 
     def on_test_epoch_start(self) -> None:
         """Begin new means."""
-        begin(self.accuracy, self.margin, self.eval_loss, self.demonstrations)
+        begin(*self._metrics())
 
     def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Comparisons add to accuracy, margin and loss; demonstrations to the mean that becomes the bias."""
+        """Comparisons add to accuracy, margin, loss, calibration and length bias; demonstrations to the bias's mean."""
         self._observe(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -112,24 +119,34 @@ class RewardModule(LightningModule):
         """Log."""
         self._conclude("test")
 
+    def _metrics(self) -> list[Metric]:
+        return [metric for metric in self.children() if isinstance(metric, Metric)]
+
     def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
         if isinstance(batch, TextBatch):
             real = batch.target.any(1)
             if real.any():
                 self.demonstrations.update(self(batch.tokens[real], batch.mask[real]) - self.model.bias)
             return
-        scores, pairs = self.rank(batch), preferred_pairs(batch.rank)
+        pairs, lengths = preferred_pairs(batch.rank), batch.mask.sum(2)
         if pairs.any():
-            margins = score_margins(scores)[pairs]
-            self.accuracy.update((margins > 0).long(), torch.ones_like(margins, dtype=torch.long))
+            scores = self.rank(batch) - self.model.bias
+            margins, longer = score_margins(scores)[pairs], score_margins(lengths)[pairs]
+            losses = self.loss(scores, batch.rank, batch.strength)
+            self.accuracy.update(margins > 0)
             self.margin.update(margins)
-            self.eval_loss.update(self.loss(scores, batch.rank)[pairs.any(2).any(1)])
+            self.eval_loss.update(losses[pairs.any(2).any(1)])
+            self.calibration.update(margins)
+            self.length_accuracy.update(margins, longer)
+            self.length_correlation.update(scores, lengths, pairs.any(1) | pairs.any(2))
 
     def _conclude(self, stage: str) -> None:
-        named = {"accuracy": self.accuracy, "margin": self.margin, "loss": self.eval_loss}
-        for name, metric in named.items():
-            if self._seen(metric):
-                self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "accuracy", sync_dist=True)
+        if self._seen(self.accuracy):
+            self.log(f"{stage}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
+            found = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
+            for metric in (self.calibration, self.length_accuracy, self.length_correlation):
+                found |= metric.compute()  # its names follow from sums over all processes, so that all log the same
+            self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
         if self._seen(self.demonstrations):
             raw = float(self.demonstrations.compute())
             if stage == "eval" and not self.trainer.sanity_checking:

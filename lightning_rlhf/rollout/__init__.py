@@ -1,15 +1,17 @@
 """From prompts to experience: sampling, scoring, and the order of updates."""
 
 from lightning_rlhf.rollout.collector import Collector
+from lightning_rlhf.rollout.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rollout.decode import Sampled, decode, inverse_cdf
 from lightning_rlhf.rollout.generation import Generation, row_uniforms
 from lightning_rlhf.rollout.learned import LearnedReward
-from lightning_rlhf.rollout.reward import FunctionReward, ModuleReward, Reward, TextReward, as_reward
+from lightning_rlhf.rollout.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rollout.sampler import Sampler
 from lightning_rlhf.rollout.updates import Updates
 
 __all__ = [
     "Collector",
+    "EnsembleReward",
     "FunctionReward",
     "Generation",
     "LearnedReward",
@@ -17,8 +19,10 @@ __all__ = [
     "Reward",
     "Sampled",
     "Sampler",
+    "Scores",
     "TextReward",
     "Updates",
+    "WeightedReward",
     "as_reward",
     "decode",
     "inverse_cdf",

@@ -64,30 +64,37 @@ class Collector:
         return clone
 
     @torch.no_grad()
-    def __call__(self, prompts: PromptBatch, *, stream: str, iteration: int, rank: int, world: int) -> Rollout:
-        """A rollout of B responses.
+    def __call__(
+        self, prompts: PromptBatch, *, samples: int = 1, stream: str, iteration: int, rank: int, world: int
+    ) -> Rollout:
+        """A rollout of B·k responses, those of one prompt in consecutive rows.
 
         Args:
             prompts: B prompts of this process.
+            samples: k, responses to each prompt.
             stream: which random numbers, by name.
             iteration: which rollout of that stream.
-            rank: this process; its row i is row i·world + rank of the whole batch.
+            rank: this process; its prompt i is prompt i·world + rank of the whole batch.
             world: how many processes.
         """
-        rows = range(rank, rank + world * len(prompts.tokens), world)
+        groups = torch.arange(len(prompts.tokens)).repeat_interleave(samples)
+        rows = [(prompt * world + rank) * samples + i % samples for i, prompt in enumerate(groups.tolist())]
         length, seed = self.generation.max_new_tokens, self.generation.seed
         uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
-        sampled = self.sampler(prompts, uniforms)
+        sampled = self.sampler(prompts, uniforms, samples=samples)
         width = int(sampled.response.sum(1).max())
         response = sampled.response[:, :width]
-        tokens = torch.cat([prompts.tokens, sampled.tokens[:, :width]], 1)
-        attention = torch.cat([prompts.mask, response], 1)
+        groups = groups.to(response.device)
+        tokens = torch.cat([prompts.tokens[groups], sampled.tokens[:, :width]], 1)
+        attention = torch.cat([prompts.mask[groups], response], 1)
         old = self._in_pieces(self._old, tokens, attention, response)
         return Rollout(
             tokens=tokens,
             attention=attention,
             response=response,
             ended=sampled.ended,
+            groups=groups,
+            sampler_logprobs=sampled.logprobs[:, :width],
             logprobs=torch.where(response, old.logprobs, 0.0),
             entropy=torch.where(response, old.entropy, 0.0),
             ref_logprobs=torch.where(response, self._in_pieces(self._ref, tokens, attention, response), 0.0),

@@ -90,6 +90,11 @@ class _Decoder:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         self.logits = self._forward(tokens.unsqueeze(1), self.mask.sum(1, keepdim=True) - 1)
 
+    def repeat(self, samples: int) -> None:
+        """Put `samples` rows in the place of each: a prompt is read once, however many responses it gets."""
+        self.mask, self.logits = (x.repeat_interleave(samples, 0) for x in (self.mask, self.logits))
+        self.cache.batch_repeat_interleave(samples)
+
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
         self.mask = self.mask[rows]
@@ -103,6 +108,7 @@ def decode(
     mask: Tensor,
     uniforms: Tensor | None,
     *,
+    samples: int = 1,
     length: int,
     temperature: float,
     end_tokens: list[int],
@@ -114,19 +120,22 @@ def decode(
         network: a causal language model with a key-value cache.
         tokens: prompts, (B, P), int64, padded on the left.
         mask: real prompt tokens, (B, P), bool.
-        uniforms: (B, length), float64; None decodes greedily.
+        uniforms: (B·samples, length), float64; None decodes greedily.
+        samples: responses to each prompt, in consecutive rows.
         length: R, the most tokens of a response.
         temperature: τ.
         end_tokens: ids that end a response.
         pad_token: id written after the end.
     """
-    rows = torch.arange(len(tokens), device=tokens.device)
+    rows = torch.arange(len(tokens) * samples, device=tokens.device)
     ends = torch.tensor(end_tokens, device=tokens.device)
-    drawn = torch.full((len(tokens), length), pad_token, device=tokens.device)
+    drawn = torch.full((len(rows), length), pad_token, device=tokens.device)
     logprobs = torch.zeros(drawn.shape, dtype=torch.float64, device=tokens.device)
     response = torch.zeros_like(drawn, dtype=torch.bool)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     decoder = _Decoder(network, tokens, mask)
+    if samples > 1:
+        decoder.repeat(samples)
     for t in range(length):
         scaled = full_precision(decoder.logits) / temperature
         choice = scaled.argmax(-1) if uniforms is None else inverse_cdf(scaled, uniforms[rows.cpu(), t])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ class Generation:
 
     max_new_tokens: int = 128
     """Longest response, end token included."""
+    samples_per_prompt: int = 1
+    """k, responses to each prompt in training; evaluation draws one."""
     temperature: float = 1.0
     """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -30,17 +33,19 @@ class Generation:
     """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
 
     def __post_init__(self) -> None:
-        check_positive(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        check_positive(
+            max_new_tokens=self.max_new_tokens, samples_per_prompt=self.samples_per_prompt, temperature=self.temperature
+        )
 
 
-def row_uniforms(*, seed: int, stream: str, iteration: int, rows: range, length: int) -> Tensor:
+def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:
     """Random numbers in [0, 1), one per token, that depend on nothing but their names.
 
     Args:
         seed: of the run.
         stream: what they are for, so that training and validation do not share numbers.
         iteration: which rollout.
-        rows: positions of the rows in the batch of all processes.
+        rows: positions of the responses in the rollout of all processes.
         length: R, tokens per row.
 
     Returns:

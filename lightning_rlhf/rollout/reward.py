@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,6 +16,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.types import Rollout, Row
+
+
+class Scores(NamedTuple):
+    """What a reward says of a rollout.
+
+    Attributes:
+        total: r_φ(x, y), (B,), reward units.
+        parts: what it is made of, by name, (B,) each: for logs only.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
 
 
 class Reward(ABC):
@@ -44,6 +56,10 @@ class Reward(ABC):
             rollout: B responses.
             rows: the B raw records their prompts came from.
         """
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """The scores with the parts they are made of; a reward in one piece has none."""
+        return Scores(self(rollout, rows), {})
 
 
 class TextReward(Reward):

@@ -27,12 +27,13 @@ class Sampler:
         self.policy, self.generation = policy, generation
         self._copy: nn.Module | None = None
 
-    def __call__(self, prompts: PromptBatch, uniforms: Tensor | None) -> Sampled:
+    def __call__(self, prompts: PromptBatch, uniforms: Tensor | None, *, samples: int = 1) -> Sampled:
         """Responses to the prompts.
 
         Args:
             prompts: B prompts.
-            uniforms: (B, R), float64, in [0, 1); None decodes greedily.
+            uniforms: (B·k, R), float64, in [0, 1); None decodes greedily.
+            samples: k, responses to each prompt; those of one prompt follow each other.
         """
         device = prompts.tokens.device.type
         network = self._actor(self._dtype(device))
@@ -43,6 +44,7 @@ class Sampler:
                 prompts.tokens,
                 prompts.mask,
                 uniforms,
+                samples=samples,
                 length=self.generation.max_new_tokens,
                 temperature=self.generation.temperature,
                 end_tokens=ends,

@@ -25,7 +25,7 @@ DECAY = 0.75
 def make_ppo(make_lm, token_reward):
     def make(**options) -> PPOModule:
         usual = {"generation": Generation(max_new_tokens=3), "schedule": Constant(), "reward": token_reward()}
-        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.2), "missing_eos": None}
+        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.2), "shaping": ()}
         return PPOModule(**({"policy": make_lm().double()} | usual | options))
 
     return make
@@ -254,7 +254,7 @@ def test_command_line_writes_predictions(make_folder, write_rows, tmp_path, monk
             "--model.reward=LearnedReward",
             f"--model.reward.path={make_folder(scorer=True)}",
             "--model.generation.max_new_tokens=4",
-            "--model.missing_eos=null",
+            "--model.shaping=[]",
             "--data=PromptDataModule",
             f"--data.predict={prompts}",
             "--data.columns.prompt=question",

@@ -280,7 +280,8 @@ def test_export_works_for_every_stage(make_scorer, make_trainer, as_loader, tmp_
     from lightning_rlhf.types import ComparisonBatch
 
     tokens = torch.tensor([[[12, 13, 0], [12, 14, 0]]])
-    batch = ComparisonBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0, 1]]))
+    mask, unknown = torch.ones_like(tokens, dtype=torch.bool), torch.full((1, 2), torch.nan)
+    batch = ComparisonBatch(tokens, mask, torch.tensor([[0, 1]]), unknown)
     make_trainer(callbacks=[EMA(), Export(str(tmp_path / "rm"))]).fit(
         RewardModule(make_scorer().double()), as_loader([batch])
     )

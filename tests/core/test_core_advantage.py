@@ -10,11 +10,15 @@ from lightning_rlhf.core import (
     GAE,
     AdvantageEstimator,
     BanditAdvantage,
-    Baseline,
     BatchMean,
+    LearnedValue,
+    LeaveOneOut,
     NoBaseline,
+    RewardToGo,
+    RunningMean,
     Whitened,
     local,
+    penalised_rewards,
 )
 
 NAN = float("nan")
@@ -81,10 +85,33 @@ def test_batch_mean_of_two_ranks_equals_one(as_ranks, float64):
     assert credit(estimator, ranks[0]).advantages == 0
 
 
-def test_baselines_have_one_entry_per_response(float64):
-    totals, groups = float64([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1])
-    assert torch.equal(NoBaseline()(totals, groups, local), torch.zeros(3, dtype=torch.float64))
-    assert torch.equal(BatchMean()(totals, groups, local), float64([3.0, 3.0, 3.0]))
+def test_bandit_with_a_learned_value_takes_that_of_the_first_state(float64):
+    # the state of a bandit is the prompt: V before the first action, and no later one, masked junk or not
+    rewards = float64([[1.0, 2.0, 4.0], [5.0, NAN, 100.0]])
+    values = float64([[3.0, 50.0, 60.0], [-1.0, NAN, 70.0]])
+    estimator = BanditAdvantage(baseline=LearnedValue())
+    got = credit(estimator, rewards, values, MASK)
+    assert torch.equal(got.advantages, float64([[4.0, 4.0, 4.0], [6.0, 0.0, 0.0]]))
+    # the value network is trained on the reward, not on the advantage
+    assert torch.equal(got.returns, float64([[7.0, 7.0, 7.0], [5.0, 0.0, 0.0]]))
+    assert estimator.needs_value
+
+
+def test_bandit_groups_whole_responses_and_not_actions(float64):
+    # totals 7, 5, 3 of one prompt: the others' means 4, 5, 6, however many actions they have
+    rewards = float64([[1.0, 2.0, 4.0], [5.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
+    mask = torch.tensor([[True] * 3, [True, False, False], [True, True, False]])
+    estimator, groups = BanditAdvantage(baseline=LeaveOneOut()), torch.tensor([6, 6, 6])
+    got = estimator(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=local).advantages
+    assert torch.equal(got, float64([[3.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-3.0, -3.0, 0.0]]))
+
+
+def test_bandit_subtracts_its_running_mean(float64):
+    estimator = BanditAdvantage(baseline=RunningMean(decay=0.5)).adapted(6.0).adapted(0.0)
+    # m = 1.5, weight ¾: b = 2
+    got = credit(estimator, float64([[7.0], [1.0]]))
+    assert_close(got.advantages, float64([[5.0], [-1.0]]), **TIGHT)
+    assert torch.equal(got.returns, float64([[7.0], [1.0]]))
 
 
 def test_gae_equals_hand_values(float64):
@@ -182,6 +209,64 @@ def test_gae_refuses_numbers_outside_the_unit_interval():
         GAE(lam=-0.1)
 
 
+def test_reward_to_go_equals_hand_values(float64):
+    # γ = ½: 4, 2 + 2, 1 + 2; and 5 alone
+    rewards = float64([[1.0, 2.0, 4.0], [5.0, NAN, NAN]])
+    got = credit(RewardToGo(gamma=0.5), rewards, mask=MASK)
+    assert torch.equal(got.advantages, float64([[3.0, 4.0, 4.0], [5.0, 0.0, 0.0]]))
+    assert torch.equal(got.returns, got.advantages)
+    # γ = 1, the default: 7, 6, 4
+    assert RewardToGo() == RewardToGo(gamma=1.0)
+    assert torch.equal(credit(RewardToGo(), rewards, mask=MASK).advantages[0], float64([7.0, 6.0, 4.0]))
+    assert not RewardToGo().needs_value
+    assert not RewardToGo().needs_group
+
+
+@given(lengths_strategy, st.floats(0, 1), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_reward_to_go_equals_a_naive_double_loop_and_sees_no_value(lengths, gamma, seed):
+    rewards, values, mask = ragged(seed, lengths)
+    got = credit(RewardToGo(gamma=gamma), rewards.masked_fill(~mask, NAN), values, mask)
+    assert torch.equal(credit(RewardToGo(gamma=gamma), rewards, 9 * values, mask).advantages, got.advantages)
+    for i, length in enumerate(lengths):
+        for t in range(6):
+            expected = sum(gamma ** (k - t) * float(rewards[i, k]) for k in range(t, length))
+            assert abs(float(got.advantages[i, t]) - expected) <= 1e-9
+            assert abs(float(got.returns[i, t]) - expected) <= 1e-9
+
+
+def test_reward_to_go_starts_at_the_total_and_drops_what_is_past(float64):
+    # the first action answers for everything, as in the bandit; later ones not for what came before
+    rewards = float64([[1.0, 2.0, 4.0]])
+    to_go, spread = credit(RewardToGo(), rewards).advantages, credit(BanditAdvantage(), rewards).advantages
+    assert torch.equal(spread - to_go, float64([[0.0, 1.0, 3.0]]))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, NAN])
+def test_reward_to_go_refuses_numbers_outside_the_unit_interval(bad):
+    with pytest.raises(ValueError, match=r"`gamma` must lie in \[0, 1\]: got"):
+        RewardToGo(gamma=bad)
+
+
+def test_reinforce_plus_plus_equals_hand_values(float64):
+    # k1 per token in the reward, the score on the last token: rewards −β·kl + 1[last]·score, β = 0.5
+    kl = float64([[0.2, -0.4, 0.6], [1.0, 2.0, NAN]])
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+    rewards = penalised_rewards(float64([2.0, -1.0]), kl, mask, coef=0.5)
+    # row 0: −0.1, 0.2, 1.7, to go 1.8, 1.9, 1.7; row 1: −0.5, −2, to go −2.5, −2
+    to_go = [1.8, 1.9, 1.7, -2.5, -2.0]
+    mean = 0.9 / 5
+    unit = math.sqrt(sum((x - mean) ** 2 for x in to_go) / 5 + 1e-8)
+    white = [(x - mean) / unit for x in to_go]
+    estimator = Whitened(estimator=RewardToGo())
+    got = estimator(rewards, torch.full_like(rewards, NAN), mask, groups=torch.tensor([0, 1]), all_sum=local)
+    assert_close(got.advantages, float64([white[:3], [*white[3:], 0.0]]), **TIGHT)
+    assert_close(got.returns, float64([to_go[:3], [*to_go[3:], 0.0]]), **TIGHT)
+    # groups play no part
+    again = estimator(rewards, torch.zeros_like(rewards), mask, groups=torch.tensor([4, 4]), all_sum=local)
+    assert torch.equal(again.advantages, got.advantages)
+
+
 def test_whitened_equals_hand_values_and_keeps_returns(float64):
     # bandit advantages 1, 3: mean 2, var 1, so ∓1/√(1 + 1e-8)
     got = credit(Whitened(estimator=BanditAdvantage()), float64([[1.0], [3.0]]))
@@ -224,7 +309,35 @@ def test_whitened_needs_a_value_where_the_inner_estimator_does():
     assert not Whitened(estimator=BanditAdvantage()).needs_value
 
 
-def test_estimators_and_baselines_are_abstract():
-    for cls in (AdvantageEstimator, Baseline):
-        with pytest.raises(TypeError):
-            cls()
+def test_whitened_forgets_shift_and_scale_and_bandit_does_not():
+    # up to ε: var/(var + 1e-8) differs between the two by less than 1e-7
+    rewards, values, mask = ragged(8, [6, 1, 3])
+    whole = torch.where(mask, 3 * rewards, 0.0)
+    white = Whitened(estimator=BanditAdvantage())
+    base = credit(white, rewards, values, mask).advantages
+    assert_close(credit(white, whole, values, mask).advantages, base, rtol=0, atol=1e-7)
+    plain = [credit(BanditAdvantage(), r, values, mask).advantages for r in (rewards, whole)]
+    assert_close(plain[1], 3 * plain[0], **TIGHT)
+
+
+def test_whitened_default_is_gae_and_the_inner_estimator_matters():
+    assert Whitened() == Whitened(estimator=GAE(gamma=1.0, lam=0.95))
+    rewards, values, mask = ragged(9, [6, 1, 3])
+    inner = [GAE(), GAE(lam=0.5), RewardToGo(), BanditAdvantage()]
+    got = [credit(Whitened(estimator=e), rewards, values, mask).advantages for e in inner]
+    for i in range(4):
+        for j in range(i):
+            assert (got[i] - got[j]).abs().max() > 0.01
+
+
+def test_whitened_of_one_number_is_zero(float64):
+    # a rollout of equal advantages teaches nothing, and is not NaN; seven times 0.1 in float32 rounds
+    assert torch.equal(credit(Whitened(estimator=BanditAdvantage()), float64([[3.0]])).advantages, float64([[0.0]]))
+    equal = torch.full((7, 1), 0.1)
+    # 1e-3: what the centring leaves of one rounding, 1e-9, over √ε = 1e-4
+    assert credit(Whitened(estimator=BanditAdvantage()), equal).advantages.abs().max() <= 1e-3
+
+
+def test_estimator_is_abstract():
+    with pytest.raises(TypeError):
+        AdvantageEstimator()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.core import AdaptiveKL, FixedKL, KLController
+from lightning_rlhf.core import AdaptiveKL, FixedKL, KLController, KLPenalty
 
 
 def close(a, b):
@@ -111,6 +111,32 @@ def test_controllers_refuse_numbers_out_of_range():
         for bad in (0.0, -1.0, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=rf"`{name}` must be a number above 0: got"):
                 AdaptiveKL(**{name: bad})
+
+
+@pytest.mark.parametrize("episodes", [50, 51, 10**6])
+def test_a_rollout_too_large_for_the_horizon_is_refused(episodes):
+    # 1 − 0.2·50/10 = 0: β would be lost for good, or negative
+    message = rf"`horizon` must exceed episodes/5: got 10.0 for {episodes} episodes"
+    with pytest.raises(ValueError, match=message):
+        AdaptiveKL(coef=1.0, horizon=10.0).adapted(0.0, episodes)
+    assert close(AdaptiveKL(coef=1.0, horizon=10.0).adapted(0.0, 49).coef, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("kl_old", "factor"),
+    [(0.0, 0.5), (0.0199, 0.5), (0.0201, 1.0), (0.03, 1.0), (0.0449, 1.0), (0.0451, 2.0), (9.0, 2.0)],
+)
+def test_penalty_halves_doubles_or_stays_at_the_thresholds_of_ppo(kl_old, factor):
+    # target 0.03: below 0.03/1.5 = 0.02 half, above 0.03·1.5 = 0.045 twice (PPO §4)
+    penalty = KLPenalty(coef=3.0, target=0.03)
+    assert penalty.adapted(kl_old).coef == 3.0 * factor
+    assert KLPenalty(coef=3.0, target=None).adapted(kl_old).coef == 3.0
+
+
+def test_penalty_on_a_threshold_stays():
+    # 0.75·1.5 and 0.75/1.5 are exact in binary: the comparison is strict on both sides
+    assert KLPenalty(coef=3.0, target=0.75).adapted(1.125).coef == 3.0
+    assert KLPenalty(coef=3.0, target=0.75).adapted(0.5).coef == 3.0
 
 
 def test_a_kl_that_is_not_a_number_does_not_pass_silently():

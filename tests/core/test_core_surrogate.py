@@ -3,11 +3,32 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_rlhf.core import Clip, KLPenalty, Surrogate
+from lightning_rlhf.core import (
+    CISPO,
+    Clip,
+    KLPenalty,
+    MaskedWeights,
+    Surrogate,
+    TruncatedWeights,
+    Unclipped,
+    importance_ratio,
+)
 
 TIGHT = {"rtol": 0, "atol": 1e-9}
+SURROGATES = [
+    Unclipped(),
+    Clip(),
+    Clip(epsilon=0.2, epsilon_high=0.28, dual=3.0),
+    CISPO(),
+    CISPO(largest=1.5, smallest=0.5),
+    KLPenalty(),
+    TruncatedWeights(),
+    MaskedWeights(),
+]
 
 
 def loss_and_gradient(surrogate, ratio, advantage):
@@ -17,166 +38,66 @@ def loss_and_gradient(surrogate, ratio, advantage):
     return out.loss.item(), gradient.item(), {name: stat.item() for name, stat in out.stats.items()}
 
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "gradient", "clipped"),
-    [
-        # loss = −min(ρA, clip(ρ, 0.8, 1.2)A); d loss/d log ρ = −ρA where not clipped
-        (1.5, 2.0, -2.4, 0.0, 1.0),  # min(3, 2.4): above the bound and good, stop
-        (1.5, -2.0, 3.0, 3.0, 0.0),  # min(−3, −2.4): above the bound and bad, come back
-        (0.5, 2.0, -1.0, -1.0, 0.0),  # min(1, 1.6): below the bound and good, come back
-        (0.5, -2.0, 1.6, 0.0, 1.0),  # min(−1, −1.6): below the bound and bad, stop
-        (1.1, 2.0, -2.2, -2.2, 0.0),  # between the bounds
-        (0.9, -2.0, 1.8, 1.8, 0.0),
-        (1.0, 2.0, -2.0, -2.0, 0.0),  # both branches tie: the whole gradient, not half
-        (1.0, -2.0, 2.0, 2.0, 0.0),
-        (1.5, 0.0, 0.0, 0.0, 0.0),  # no advantage, nothing to clip
-    ],
-)
-def test_clip_equals_hand_values(ratio, advantage, loss, gradient, clipped):
-    got_loss, got_gradient, stats = loss_and_gradient(Clip(epsilon=0.2), ratio, advantage)
-    assert abs(got_loss - loss) <= 1e-9
-    assert abs(got_gradient - gradient) <= 1e-9
-    assert stats == {"policy/clipfrac_avg": clipped}
+def test_importance_ratio_is_the_exponential_and_is_held_at_forty_nats(float64):
+    got = importance_ratio(float64([-800.0, math.log(0.5), 0.0, math.log(3), 40.0, 40.1, 1e4]))
+    assert_close(got[:4], float64([0.0, 0.5, 1.0, 3.0]), **TIGHT)
+    # 1e-14 relative: e⁴⁰ is written here with 15 digits
+    assert_close(got[4:], float64([2.35385266837020e17] * 3), rtol=1e-14, atol=0)
+    # negative control: it is not held below; and in float32 e⁸⁹ would be inf, as would (e⁴⁵)²
+    assert 0 < float(importance_ratio(float64(-45.0))) < 1e-19
+    assert importance_ratio(torch.tensor([1e4])).square().isfinite().all()
 
 
-def test_clip_is_never_above_the_plain_objective_and_ends_with_epsilon(float64):
-    log_ratio = torch.linspace(-2, 2, 41, dtype=torch.float64).unsqueeze(0)
-    for advantage in (1.5, -1.5):
-        advantages = torch.full_like(log_ratio, advantage)
-        plain = -log_ratio.exp() * advantages
-        assert (Clip(epsilon=0.2)(log_ratio, advantages).loss >= plain - 1e-12).all()
-        assert (Clip(epsilon=0.2)(log_ratio, advantages).loss > plain + 0.1).any()
-        # ε → ∞ is the plain ρÂ
-        wide = Clip(epsilon=1e6)(log_ratio, advantages)
-        assert_close(wide.loss, plain, **TIGHT)
-        assert wide.stats["policy/clipfrac_avg"].eq(0).all()
+@given(st.floats(-5, 5), st.floats(-10, 10))
+@settings(deadline=None, max_examples=30)
+def test_unclipped_is_minus_ratio_times_advantage_and_so_is_its_gradient(log_ratio, advantage):
+    ratio = math.exp(log_ratio)
+    loss, gradient, stats = loss_and_gradient(Unclipped(), ratio, advantage)
+    # 1e-12 relative: |ρA| reaches 1500 and log(exp(x)) is x only up to its rounding
+    assert math.isclose(loss, -ratio * advantage, rel_tol=1e-12, abs_tol=1e-9)
+    assert math.isclose(gradient, -ratio * advantage, rel_tol=1e-12, abs_tol=1e-9)
+    assert stats == {}
 
 
-def test_clip_moves_with_epsilon():
-    # ρ = 1.5, A = 1: 1 + ε while ε < 0.5
-    for epsilon, expected in ((0.1, -1.1), (0.3, -1.3), (0.6, -1.5)):
-        assert abs(loss_and_gradient(Clip(epsilon=epsilon), 1.5, 1.0)[0] - expected) <= 1e-9
+def test_unclipped_is_bounded_by_nothing_where_clip_is():
+    assert abs(loss_and_gradient(Unclipped(), 50.0, 2.0)[0] + 100.0) <= 1e-9
+    assert abs(loss_and_gradient(Unclipped(), 50.0, 2.0)[1] + 100.0) <= 1e-9
+    # negative control: Clip stops at 1.2·2
+    assert abs(loss_and_gradient(Clip(), 50.0, 2.0)[0] + 2.4) <= 1e-9
 
 
-def test_surrogate_defaults_are_the_published_ones():
-    # ε = 0.2 (PPO, Ouyang et al. 2022 C.4); b starts at 1 with a target of 0.01 nats per action
-    assert Clip() == Clip(epsilon=0.2)
-    assert KLPenalty() == KLPenalty(coef=1.0, target=0.01)
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_every_surrogate_has_the_reinforce_gradient_at_ratio_one(surrogate):
+    # d(−ρÂ)/d log ρ at ρ = 1 is −Â: no half gradient where two branches tie, no penalty
+    for advantage in (2.0, -2.0, 0.5, 0.0):
+        assert abs(loss_and_gradient(surrogate, 1.0, advantage)[1] + advantage) <= 1e-9
 
 
-def test_clip_does_not_adapt():
-    clip = Clip(epsilon=0.1)
-    assert clip.adapted(100.0) is clip
-    assert not clip.adaptive
-    assert clip.state() == {}
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_every_surrogate_treats_each_action_alone(float64, surrogate):
+    # the loss of one action moves with no other: rows, order and shape change nothing
+    x, a = float64([[0.3, -0.8, 1.1], [0.0, 0.05, -0.05]]), float64([[1.0, -2.0, -0.5], [3.0, -1.0, 0.0]])
+    whole = surrogate(x, a)
+    for i in range(2):
+        for t in range(3):
+            alone = surrogate(x[i : i + 1, t : t + 1], a[i : i + 1, t : t + 1])
+            assert torch.equal(alone.loss, whole.loss[i : i + 1, t : t + 1])
+            for name, stat in whole.stats.items():
+                assert torch.equal(alone.stats[name], stat[i : i + 1, t : t + 1])
 
 
-def test_kl_penalty_equals_hand_values():
-    # ρ = 1.5, A = 2, b = 3: −ρA + b(ρ − 1 − log ρ) = −3 + 3(0.5 − log 1.5); d/d log ρ = −ρA + b(ρ − 1) = −3 + 1.5
-    surrogate = KLPenalty(coef=3.0, target=None)
-    loss, gradient, stats = loss_and_gradient(surrogate, 1.5, 2.0)
-    penalty = 3 * (0.5 - math.log(1.5))
-    assert abs(loss - (-3 + penalty)) <= 1e-9
-    assert abs(gradient - (-1.5)) <= 1e-9
-    assert list(stats) == ["policy/kl_penalty"]
-    assert abs(stats["policy/kl_penalty"] - penalty) <= 1e-9
-    # ρ = 0.5, A = −1, b = 3: 0.5 + 3(−0.5 + log 2); gradient 0.5 + 3(−0.5) = −1
-    loss, gradient, _ = loss_and_gradient(surrogate, 0.5, -1.0)
-    assert abs(loss - (0.5 + 3 * (math.log(2) - 0.5))) <= 1e-9
-    assert abs(gradient - (-1.0)) <= 1e-9
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_every_surrogate_stays_finite_at_extreme_log_ratios(surrogate):
+    # float32, where e⁸⁹ is inf: a masked or stale token must not end a run
+    x = torch.tensor([[-1e4, -90.0, 90.0, 1e4]], requires_grad=True)
+    for advantage in (1.0, -1.0):
+        out = surrogate(x, torch.full_like(x, advantage))
+        assert out.loss.isfinite().all()
+        assert torch.autograd.grad(out.loss.sum(), x)[0].isfinite().all()
+        assert all(stat.isfinite().all() for stat in out.stats.values())
 
 
-def test_kl_penalty_holds_back_in_both_directions():
-    # the penalty's gradient in log ρ is b(ρ − 1): against the move, whichever way it went
-    for ratio, expected in ((1.5, 0.5), (0.5, -0.5)):
-        assert abs(loss_and_gradient(KLPenalty(coef=1.0), ratio, 0.0)[1] - expected) <= 1e-9
-
-
-@pytest.mark.parametrize("coef", [0.5, 1.0, 100.0])
-def test_penalty_has_no_value_and_no_gradient_at_ratio_one(coef):
-    loss, gradient, stats = loss_and_gradient(KLPenalty(coef=coef), 1.0, 2.0)
-    assert (loss, gradient, stats["policy/kl_penalty"]) == (-2.0, -2.0, 0.0)
-    # negative control: away from ratio 1 the coefficient shows
-    assert abs(loss_and_gradient(KLPenalty(coef=coef), 1.5, 2.0)[1] - (-3.0)) > 0.2
-
-
-def test_kl_penalty_with_coef_zero_is_the_plain_ratio():
-    loss, gradient, stats = loss_and_gradient(KLPenalty(coef=0.0, target=None), 1.5, 2.0)
-    assert abs(loss + 3.0) <= 1e-9
-    assert abs(gradient + 3.0) <= 1e-9
-    assert stats["policy/kl_penalty"] == 0.0
-
-
-def test_kl_penalty_is_the_kl_from_old_to_new_in_expectation():
-    # π_old and π_θ over three actions, enumerated: E_old[k3] = KL(π_old‖π_θ), gradient included
-    old = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    logits = torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
-    new = logits.log_softmax(0)
-    penalty = KLPenalty(coef=2.0)((new - old.log()).unsqueeze(0), torch.zeros(1, 3, dtype=torch.float64)).loss
-    got = (old * penalty).sum()
-    expected = 2 * (old * (old.log() - logits.log_softmax(0))).sum()
-    assert_close(got, expected, **TIGHT)
-    (slope,) = torch.autograd.grad(got, logits)
-    assert_close(slope, torch.autograd.grad(expected, logits)[0], **TIGHT)
-    # negative control: KL(π_θ‖π_old) has another gradient
-    other = 2 * (logits.softmax(0) * (logits.log_softmax(0) - old.log())).sum()
-    assert (slope - torch.autograd.grad(other, logits)[0]).abs().max() > 0.01
-
-
-def test_kl_penalty_halves_doubles_or_keeps_at_the_thresholds():
-    # target 3: below 3/1.5 = 2 halve, above 3·1.5 = 4.5 double, the thresholds themselves keep (PPO §4)
-    surrogate = KLPenalty(coef=1.0, target=3.0)
-    for kl_old, coef in ((0.0, 0.5), (1.999, 0.5), (2.0, 1.0), (3.0, 1.0), (4.5, 1.0), (4.501, 2.0), (1e9, 2.0)):
-        assert surrogate.adapted(kl_old).coef == coef
-        assert surrogate.adapted(kl_old).target == 3.0
-    assert surrogate.coef == 1.0
-    with pytest.raises(FrozenInstanceError):
-        surrogate.coef = 2.0
-
-
-def test_kl_penalty_adapts_from_its_successor():
-    moved = KLPenalty(coef=1.0, target=3.0)
-    for _ in range(3):
-        moved = moved.adapted(10.0)
-    assert moved.coef == 8.0
-    assert moved.adapted(0.0).coef == 4.0
-
-
-def test_kl_penalty_without_target_is_fixed():
-    fixed = KLPenalty(coef=2.0, target=None)
-    assert not fixed.adaptive
-    assert KLPenalty(coef=2.0, target=0.1).adaptive
-    for kl_old in (0.0, 1.0, 1e9):
-        assert fixed.adapted(kl_old).coef == 2.0
-
-
-def test_kl_penalty_state_round_trip():
-    moved = KLPenalty(coef=1.0, target=3.0).adapted(10.0)
-    assert moved.state() == {"coef": 2.0}
-    assert KLPenalty(coef=1.0, target=3.0).restored(moved.state()) == moved
-    assert KLPenalty(coef=1.0, target=5.0).restored(moved.state()) == KLPenalty(coef=2.0, target=5.0)
-
-
-def test_surrogates_refuse_the_state_of_another_class():
-    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for Clip, which needs \[\]"):
-        Clip().restored(KLPenalty().state())
-    with pytest.raises(ValueError, match=r"the checkpoint holds \[\] for KLPenalty, which needs \['coef'\]"):
-        KLPenalty().restored(Clip().state())
-
-
-def test_surrogates_refuse_numbers_out_of_range():
-    for bad in (0.0, -0.2, float("nan")):
-        with pytest.raises(ValueError, match="`epsilon` must be a number above 0: got"):
-            Clip(epsilon=bad)
-        with pytest.raises(ValueError, match="`target` must be a number above 0: got"):
-            KLPenalty(target=bad)
-    with pytest.raises(ValueError, match="`coef` must be a number of at least 0: got -1"):
-        KLPenalty(coef=-1.0)
-    with pytest.raises(ValueError, match="`coef`=0 can't adapt: doubling 0 gives 0; set `target` to None"):
-        KLPenalty(coef=0.0)
-
-
-@pytest.mark.parametrize("surrogate", [Clip(), KLPenalty()])
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 def test_statistics_carry_no_gradient_and_the_shape_of_the_loss(float64, surrogate):
     out = surrogate(float64([[0.1, -0.5, 0.4]], requires_grad=True), float64([[1.0, -1.0, 2.0]]))
     assert out.loss.shape == (1, 3)
@@ -184,6 +105,51 @@ def test_statistics_carry_no_gradient_and_the_shape_of_the_loss(float64, surroga
     for stat in out.stats.values():
         assert stat.shape == (1, 3)
         assert not stat.requires_grad
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES[:6], ids=repr)
+def test_ordinary_surrogates_weigh_every_action_with_one(float64, surrogate):
+    mismatch = float64([[-3.0, 0.0, 50.0], [0.1, -0.1, 1.0]])
+    assert torch.equal(surrogate.weights(mismatch), torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("surrogate", [Unclipped(), Clip(epsilon=0.1), CISPO()], ids=repr)
+def test_surrogates_without_a_target_do_not_adapt(surrogate):
+    assert surrogate.adapted(100.0) is surrogate
+    assert surrogate.adapted(0.0) is surrogate
+    assert not surrogate.adaptive
+    assert surrogate.state() == {}
+    assert surrogate.restored({}) == surrogate
+
+
+def test_surrogates_refuse_the_state_of_another_class():
+    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for Clip, which needs \[\]"):
+        Clip().restored(KLPenalty().state())
+    with pytest.raises(ValueError, match=r"the checkpoint holds \[\] for KLPenalty, which needs \['coef'\]"):
+        KLPenalty().restored(Clip().state())
+    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for TruncatedWeights, which needs \[\]"):
+        TruncatedWeights().restored(KLPenalty().state())
+
+
+def test_surrogate_defaults_are_the_published_ones():
+    # ε = 0.2 (PPO, Ouyang et al. 2022 C.4), no DAPO and no dual bound; b starts at 1 with a target of 0.01 nats per
+    # action; CISPO's cap is TRL's and it has no floor; TIS caps at 2
+    assert Clip() == Clip(epsilon=0.2, epsilon_high=None, dual=None)
+    assert KLPenalty() == KLPenalty(coef=1.0, target=0.01)
+    assert CISPO() == CISPO(largest=5.0, smallest=0.0)
+    assert TruncatedWeights() == TruncatedWeights(cap=2.0, surrogate=Clip())
+    assert MaskedWeights() == MaskedWeights(smallest=0.5, largest=2.0, surrogate=Clip())
+
+
+def test_surrogates_are_frozen():
+    for surrogate, name in (
+        (Clip(), "epsilon"),
+        (KLPenalty(), "coef"),
+        (CISPO(), "largest"),
+        (TruncatedWeights(), "cap"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(surrogate, name, 2.0)
 
 
 def test_surrogate_is_abstract():

@@ -50,6 +50,20 @@ def test_ragged_comparisons_mark_what_is_absent(pad: int) -> None:
     assert (batch.tokens.dtype, batch.mask.dtype, batch.rank.dtype) == (torch.int64, torch.bool, torch.int64)
 
 
+def test_ratings_are_nan_where_there_is_none() -> None:
+    texts = [ids(5, 0), ids(6, 0), ids(7, 0)]
+    examples = [
+        ComparisonExample(texts, [0, 1, 2], [7.5, 2.0, -1.0]),
+        ComparisonExample(texts[:2], [0, 1], [1.0, 0.0]),
+        ComparisonExample(texts[:2], [1, 0]),
+    ]
+    batch = collate_comparisons(examples, [True, True, True], pad=0)
+    nan = torch.nan
+    expected = torch.tensor([[7.5, 2.0, -1.0], [1.0, 0.0, nan], [nan, nan, nan]])
+    torch.testing.assert_close(batch.strength, expected, rtol=0, atol=0, equal_nan=True)
+    assert batch.strength.dtype == torch.float32
+
+
 def test_filler_comparison_is_all_tied() -> None:
     examples = [ComparisonExample([ids(5), ids(6), ids(7)], [0, 1, 2]), ComparisonExample([ids(5), ids(6)], [1, 0])]
     batch = collate_comparisons(examples, [True, False], pad=0)

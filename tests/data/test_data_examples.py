@@ -78,6 +78,7 @@ def test_scores_rank_downwards_and_ties_share_a_rank(plain: Any) -> None:
     assert [text.tolist() for text in first.texts] == [[10, 11, 0], [10, 12, 0], [10, 13, 0], [10, 14, 0]]
     assert first.ranks == [1, 0, 1, 2]
     assert second.ranks == [1, 0, 1]
+    assert (first.strength, second.strength) == ([0.1, 0.9, 0.1, -3], None)
 
 
 def test_long_responses_are_dropped_before_rows(plain: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -90,7 +91,7 @@ def test_long_responses_are_dropped_before_rows(plain: Any, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         (example,) = comparison_examples(rows, Encoder(plain), Columns(), count)
     assert [text.tolist() for text in example.texts] == [[10, 12, 0], [10, 13, 0]]
-    assert example.ranks == [1, 0]
+    assert (example.ranks, example.strength) == ([1, 0], [5, 7])
     assert (count.rows, count.long_rows, count.tied_rows, count.dropped) == (3, 1, 1, 2)
     assert (count.responses, count.long_responses, count.longest) == (9, 4, 4)
     message = caplog.records[0].getMessage()
@@ -116,6 +117,13 @@ def test_documents_open_and_end_as_the_tokenizer_does(opening: Any) -> None:
 def test_too_little_text_is_an_error(plain: Any) -> None:
     with pytest.raises(ValueError, match=r"f\.jsonl holds 1 tokens of text: at least 2"):
         pretraining_blocks(records({"text": ""}), Encoder(plain), Columns(), block=8)
+
+
+@pytest.mark.parametrize("margin", ["much", -2, float("nan")])
+def test_error_of_a_margin_names_file_and_line(plain: Any, margin: Any) -> None:
+    good = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}
+    with pytest.raises(ValueError, match=r"^f\.jsonl, line 2: `margin` must"):
+        comparison_examples(records(good, good | {"margin": margin}), Encoder(plain), Columns(), tally())
 
 
 @pytest.mark.parametrize("read", [prompt_examples, demonstration_examples, comparison_examples])

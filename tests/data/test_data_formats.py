@@ -34,6 +34,11 @@ RANKINGS = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, Ranking("a", ["b", "c"], [0, 1])),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, Ranking("a", ["b", "b"], [0, 0])),
     (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5},
+        Ranking("a", ["b", "c"], [0, 1], strength=[1.5, 0]),
+    ),
+    ({"chosen": "q: yes", "rejected": "q: no", "margin": 0}, Ranking("q:", [" yes", " no"], [0, 1], strength=[0, 0])),
+    (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
         Ranking([user("a")], ["b", "c"], [0, 1]),
     ),
@@ -41,7 +46,7 @@ RANKINGS = [
     ({"chosen": "q: x a: yes", "rejected": "q: x a: no"}, Ranking("q: x a:", [" yes", " no"], [0, 1])),
     (
         {"prompt": "a", "responses": ["b", "c", "d"], "scores": [0.5, 2, 2]},
-        Ranking("a", ["b", "c", "d"], [-0.5, -2, -2]),
+        Ranking("a", ["b", "c", "d"], [-0.5, -2, -2], strength=[0.5, 2, 2]),
     ),
     ({"prompt": "a", "responses": ["b", "c"], "ranks": [3, 1]}, Ranking("a", ["b", "c"], [3, 1])),
     (
@@ -65,12 +70,22 @@ def test_ranking_formats(row: dict[str, Any], expected: Ranking) -> None:
 
 def test_every_key_can_be_renamed() -> None:
     columns = Columns(
-        prompt="q", response="r", chosen="good", rejected="bad", responses="rs", scores="s", ranks="k", text="t"
+        prompt="q",
+        response="r",
+        chosen="good",
+        rejected="bad",
+        margin="by",
+        responses="rs",
+        scores="s",
+        ranks="k",
+        text="t",
     )
     assert prompt_of({"q": "a", "prompt": "no"}, columns) == "a"
     assert demonstration_of({"q": "a", "r": "b"}, columns) == Demonstration("a", "b")
     assert ranking_of({"q": "a", "good": "b", "bad": "c"}, columns) == Ranking("a", ["b", "c"], [0, 1])
-    assert ranking_of({"q": "a", "rs": ["b", "c"], "s": [1, 2]}, columns) == Ranking("a", ["b", "c"], [-1, -2])
+    pair = {"q": "a", "good": "b", "bad": "c", "by": 3, "margin": "no"}
+    assert ranking_of(pair, columns) == Ranking("a", ["b", "c"], [0, 1], [3, 0])
+    assert ranking_of({"q": "a", "rs": ["b", "c"], "s": [1, 2]}, columns) == Ranking("a", ["b", "c"], [-1, -2], [1, 2])
     assert ranking_of({"q": "a", "rs": ["b", "c"], "k": [1, 2]}, columns) == Ranking("a", ["b", "c"], [1, 2])
     assert text_of({"t": "a"}, columns) == "a"
 
@@ -109,11 +124,17 @@ def test_bad_demonstration_is_explained(row: dict[str, Any], message: str) -> No
         demonstration_of(row, DEFAULT)
 
 
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 RANKING_ERRORS = [
     ({"prompt": "a"}, r"no ranking found among the keys \['prompt'\].*`chosen` and `rejected`.*can be renamed"),
     ({"prompt": "a", "chosen": "b"}, r"no key `rejected`; found \['chosen', 'prompt'\]"),
     ({"prompt": "a", "rejected": "b"}, r"no key `chosen`"),
     ({"chosen": "b", "rejected": "c"}, "no common beginning"),
+    (PAIR | {"margin": "1"}, "`margin` must hold finite numbers, found '1'"),
+    (PAIR | {"margin": None}, "`margin` must hold finite numbers, found None"),
+    (PAIR | {"margin": True}, "`margin` must hold finite numbers, found True"),
+    (PAIR | {"margin": float("inf")}, "`margin` must hold finite numbers, found inf"),
+    (PAIR | {"margin": -1}, "`margin` must be at least 0, found -1.0: .* `chosen` is better than `rejected`; swap"),
     ({"chosen": "b", "rejected": [assistant("c")]}, "`chosen` must be a text or a list of messages"),
     (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("c")]},

@@ -21,7 +21,7 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Generation, Reward, Updates
+from lightning_rlhf.rollout import Generation, Reward, Scores, Updates
 from lightning_rlhf.types import Experience, Rollout
 
 VOCAB, LENGTH, BETA = 5, 2, 0.6
@@ -73,7 +73,7 @@ def make_module(network, table, *, surrogate, lr=0.02, epochs=2, minibatch=64, b
         updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
         kl=FixedKL(coef=beta),
         surrogate=surrogate,
-        missing_eos=None,
+        shaping=(),
         optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
         **({"schedule": Constant()} | options),
     )
@@ -152,7 +152,9 @@ def every_response(module: PPOModule, network, reference) -> Rollout:
         attention=attention,
         response=response,
         ended=ended,
+        groups=torch.arange(len(tokens)),
         logprobs=logprobs,
+        sampler_logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         entropy=torch.zeros_like(logprobs),
         values=torch.zeros_like(logprobs),
@@ -202,7 +204,7 @@ def test_gradient_at_the_old_policy_is_that_of_the_objective(exact_setting, kind
     module, rollout, old, parameters, expected = exact_setting(kind, surrogate, level=level, reduction=SequenceMean())
     rows = [{"prompt": i} for i in range(2) for _ in RESPONSES]
     scores = TableReward(score_table())(rollout, rows)
-    experience = module.credit(rollout, scores, Tally())
+    experience = module.credit(rollout, Scores(scores, {}), Tally())
     gradient = gradient_of(module, weighted(experience, old), parameters)
     tolerance = 1e-9 if kind == "gpt2" else 1e-5  # Llama's norm computes in float32 whatever its weights are
     for found, wanted in zip(gradient, expected, strict=True):  # the loss is −J
@@ -213,14 +215,14 @@ def test_gradient_at_the_old_policy_is_that_of_the_objective(exact_setting, kind
 def test_gradient_with_the_penalty_left_out_is_not_that_of_the_objective(exact_setting):
     module, rollout, old, parameters, expected = exact_setting("gpt2", Clip(), beta=0.0)
     scores = TableReward(score_table())(rollout, [{"prompt": i} for i in range(2) for _ in RESPONSES])
-    gradient = gradient_of(module, weighted(module.credit(rollout, scores, Tally()), old), parameters)
+    gradient = gradient_of(module, weighted(module.credit(rollout, Scores(scores, {}), Tally()), old), parameters)
     assert max(float((f + e).abs().max()) for f, e in zip(gradient, expected, strict=True)) > 1e-2
 
 
 def test_credit_is_the_score_less_beta_times_the_log_ratio(exact_setting):
     module, rollout, _, _, _ = exact_setting("gpt2", Clip())
     scores = torch.arange(float(len(rollout)), dtype=torch.float64)
-    found = module.credit(rollout, scores, Tally()).advantages
+    found = module.credit(rollout, Scores(scores, {}), Tally()).advantages
     for i in range(len(rollout)):
         length = int(rollout.response[i].sum())
         log_ratio = sum(float(rollout.logprobs[i, t] - rollout.ref_logprobs[i, t]) for t in range(length))

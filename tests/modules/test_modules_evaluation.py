@@ -34,7 +34,7 @@ class Kept(Reward):
 def make_ppo(make_lm):
     def make(kind: str = "gpt2", **options) -> PPOModule:
         usual = {"policy": make_lm(kind), "reward": Kept(), "generation": Generation(max_new_tokens=6, temperature=0.8)}
-        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "missing_eos": None}
+        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
         network = (usual | options)["policy"]
         network.generation_config.eos_token_id = [0, 5, 9, 14, 21, 30]  # some responses end, some do not
         return PPOModule(**(usual | options))
@@ -110,7 +110,7 @@ def test_kl_is_zero_at_the_reference_and_positive_away_from_it(make_ppo, make_tr
 
 def test_missing_end_token_counts_in_the_reward(make_ppo, make_trainer, as_loader, left_padded):
     batch = left_padded(PROMPTS, rows=rows(8))
-    module = make_ppo(missing_eos=ReplaceScore(value=-10.0))
+    module = make_ppo(shaping=(ReplaceScore(value=-10.0),))
     (found,) = make_trainer().validate(module, as_loader([batch]), verbose=False)
     ended = module.reward.rollouts[0].ended.tolist()
     assert 0 < sum(ended) < 8

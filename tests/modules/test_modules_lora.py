@@ -36,7 +36,7 @@ def trained(make_folder, make_trainer, as_loader, left_padded, token_reward, rec
             token_reward(),
             generation=Generation(max_new_tokens=4),
             updates=Updates(epochs=2, minibatch=2),
-            missing_eos=None,
+            shaping=(),
             optimizer=ADAM,
             schedule=Constant(),
             **options,
@@ -134,7 +134,7 @@ def test_adapter_folder_continues_as_a_policy(make_folder, make_trainer, as_load
 def ranked() -> ComparisonBatch:
     tokens = torch.tensor([[[12, 13, 20, 0], [12, 13, 21, 0]], [[10, 30, 0, 0], [10, 31, 32, 0]]])
     mask = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]).bool()
-    return ComparisonBatch(tokens, mask, torch.tensor([[0, 1], [1, 0]]))
+    return ComparisonBatch(tokens, mask, torch.tensor([[0, 1], [1, 0]]), torch.full((2, 2), torch.nan))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -25,7 +25,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Generation, Reward, Updates
+from lightning_rlhf.rollout import Generation, Reward, Scores, Updates
 from lightning_rlhf.types import Experience, Rollout
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -52,7 +52,7 @@ def make_ppo(make_lm, token_reward):
             "policy": make_lm(kind, end=ENDS).double() if policy is None else policy,
             "reward": token_reward(),
             "generation": Generation(max_new_tokens=5),
-            "missing_eos": None,
+            "shaping": (),
             "optimizer": SGD,
             "schedule": Constant(),
         }
@@ -145,7 +145,7 @@ def an_experience(make_ppo, left_padded, make_lm):
         rollout = module.collector(left_padded(RAGGED), stream="t", iteration=3, rank=0, world=1)
         assert len(set(rollout.lengths.tolist())) > 2  # ragged, or these tests mean little
         scores = module.reward(rollout, [{}] * len(rollout))
-        experience = module.credit(rollout, scores, Tally())
+        experience = module.credit(rollout, Scores(scores, {}), Tally())
         module.policy.network.load_state_dict(make_lm(kind, seed=0).double().state_dict())
         with torch.no_grad():
             for p in module.policy.parameters():
@@ -202,13 +202,14 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
     tokens = torch.cat([old.tokens, torch.full(more, fill)], 1)
     tokens[:, old.prompt_width :][~response] = fill
     wide = {}
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
+    for name in ("logprobs", "sampler_logprobs", "ref_logprobs", "entropy", "values"):
         wide[name] = torch.cat([getattr(old, name), torch.zeros(more)], 1).masked_fill(~response, float("nan"))
     rollout = Rollout(
         tokens=tokens,
         attention=torch.cat([old.attention, torch.zeros(more, dtype=torch.bool)], 1),
         response=response,
         ended=old.ended,
+        groups=old.groups,
         **wide,
     )
     if experience.mask.shape[1] == 1:

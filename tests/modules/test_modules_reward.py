@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import Centred, Constant, PlackettLuce, RankingLoss
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.modules import RewardModule
 from lightning_rlhf.types import ComparisonBatch
@@ -27,18 +27,21 @@ ADAM = partial(torch.optim.Adam, lr=0.01)
 
 @pytest.fixture
 def comparison_batch():
-    def make(ranked=RANKED, *, fill: int = 0, extra: int = 0) -> ComparisonBatch:
+    def make(ranked=RANKED, *, fill: int = 0, extra: int = 0, ratings: tuple[float, ...] = ()) -> ComparisonBatch:
         k = max(map(len, ranked))
         width = max(len(tokens) for texts in ranked for tokens, _ in texts) + extra
         tokens = torch.full((len(ranked), k, width), fill)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         rank = torch.full((len(ranked), k), -1)
+        strength = torch.full(rank.shape, torch.nan)
         for b, texts in enumerate(ranked):
             for j, (ids, place) in enumerate(texts):
                 tokens[b, j, : len(ids)] = torch.tensor(ids)
                 mask[b, j, : len(ids)] = True
                 rank[b, j] = place
-        return ComparisonBatch(tokens, mask, rank)
+                if ratings:
+                    strength[b, j] = ratings[place]
+        return ComparisonBatch(tokens, mask, rank, strength)
 
     return make
 
@@ -60,14 +63,17 @@ def naive_score(network, tokens: list[int]) -> torch.Tensor:
     return network.score(backbone(input_ids=torch.tensor([tokens])).last_hidden_state[0, -1]).squeeze()
 
 
-def naive_loss(network, ranked=RANKED) -> torch.Tensor:
+def naive_loss(network, ranked=RANKED, *, margin: float = 0.0, ratings=(0, 0, 0), eta: float = 0.0) -> torch.Tensor:
     """A loop over prompts and pairs, K forwards a prompt; prompts without a pair count nowhere."""
     losses = []
     for texts in ranked:
         scores = [naive_score(network, tokens) for tokens, _ in texts]
         pairs = [(i, j) for i in range(len(texts)) for j in range(len(texts)) if texts[i][1] < texts[j][1]]
+        needed = [margin * (ratings[texts[i][1]] - ratings[texts[j][1]]) for i, j in pairs]
         if pairs:
-            losses.append(sum(-torch.sigmoid(scores[i] - scores[j]).log() for i, j in pairs) / len(pairs))
+            here = [-torch.sigmoid(scores[i] - scores[j] - m).log() for (i, j), m in zip(pairs, needed, strict=True)]
+            here += [eta * (scores[i] + scores[j]) ** 2 for i, j in pairs]
+            losses.append(sum(here) / len(pairs))
     return sum(losses) / len(losses)
 
 
@@ -98,6 +104,46 @@ def test_loss_and_gradient_equal_a_loop_over_pairs(
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(loss), abs=1e-6)  # logged as float32
     assert float(((before - after) / lr - expected).abs().max()) < tolerance
     assert float(expected.abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (RankingLoss(margin=0.5), {"margin": 0.5, "ratings": (7.0, 3.0, 2.0)}),
+        (Centred(coef=0.5), {"eta": 0.5}),
+        (Centred(loss=RankingLoss(margin=0.5), coef=0.5), {"margin": 0.5, "ratings": (7.0, 3.0, 2.0), "eta": 0.5}),
+    ],
+)
+def test_margin_and_centring_reach_training_and_validation(
+    make_reward, make_scorer, make_trainer, as_loader, comparison_batch, loss, options
+):
+    module, batch = make_reward(loss=loss), comparison_batch(ratings=options.get("ratings", ()))
+    trainer = make_trainer(limit_train_batches=0)
+    module.model.bias = 3.0  # the bias is no business of the loss, though centring would see it
+    (logged,) = trainer.validate(module, as_loader([batch]), verbose=False)
+    network = make_scorer().double().eval()
+    with torch.no_grad():
+        expected, plain = float(naive_loss(network, **options)), float(naive_loss(network))
+    assert logged["eval/loss"] == pytest.approx(expected, abs=1e-6)  # logged as float32
+    trainer = make_trainer()
+    trainer.fit(module, as_loader([batch]))
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected, abs=1e-6)
+    assert abs(expected - plain) > 1e-2
+
+
+def test_margin_without_ratings_stops_the_run(make_reward, make_trainer, as_loader, comparison_batch):
+    module = make_reward(loss=RankingLoss(margin=0.5))
+    with pytest.raises(ValueError, match="`margin=0.5` needs the ratings"):
+        make_trainer().fit(module, as_loader([comparison_batch()]))
+
+
+def test_plackett_luce_trains_the_best_upwards(make_reward, make_trainer, as_loader, comparison_batch):
+    module = make_reward(loss=PlackettLuce())
+    (before,) = make_trainer().validate(module, as_loader([comparison_batch()]), verbose=False)
+    make_trainer().fit(module, as_loader([comparison_batch()] * 20))
+    (after,) = make_trainer().validate(module, as_loader([comparison_batch()]), verbose=False)
+    assert after["eval/loss"] < 0.2 < before["eval/loss"]
+    assert after["eval/accuracy"] == 1.0
 
 
 def test_loss_of_the_first_pair_alone_is_another(make_scorer):
@@ -188,6 +234,90 @@ def test_validation_measures_by_hand(make_reward, validate):
     assert logged["eval/accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
     assert logged["eval/margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-6)
     assert logged["eval/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+
+
+def pairs_of(network, ranked) -> list[tuple[float, int]]:
+    """Of every pair r_w − r_l and by how many tokens w is longer."""
+    found = []
+    for texts in ranked:
+        scored = [(float(naive_score(network, tokens)), len(tokens), place) for tokens, place in texts]
+        found += [(r - s, n - m) for r, n, i in scored for s, m, j in scored if i < j]
+    return found
+
+
+LONG = [*RANKED, [([18, *range(20, 32), 0], 0), ([18, 0], 1), ([18, *range(35, 20, -1), 0], 2)]]
+
+
+@pytest.mark.parametrize("method", ["validate", "test"])
+def test_evaluation_measures_calibration_and_length_by_hand(
+    make_reward, make_trainer, as_loader, comparison_batch, method
+):
+    module = make_reward()
+    network = module.model.network.eval()
+    batches = [comparison_batch(LONG[:2]), comparison_batch(LONG[2:])]
+    (logged,) = getattr(make_trainer(), method)(module, as_loader(batches), verbose=False)
+    stage = {"validate": "eval", "test": "test"}[method]
+    pairs = pairs_of(network, LONG)
+    expected, error = {}, 0.0
+    for low in (50, 60, 70, 80, 90):
+        sure = [(1 / (1 + math.exp(-abs(m))), m > 0) for m, _ in pairs]
+        here = [(c, right) for c, right in sure if low <= 100 * c < low + 10]
+        if here:
+            confidence, accuracy = (sum(x) / len(here) for x in zip(*here, strict=True))
+            expected[f"accuracy_confidence_{low}_{low + 10}"] = accuracy
+            expected[f"mean_confidence_{low}_{low + 10}"] = confidence
+            expected[f"pairs_confidence_{low}_{low + 10}"] = len(here)
+            error += len(here) / len(pairs) * abs(accuracy - confidence)
+    kinds = {"longer": lambda n: n > 10, "similar": lambda n: -10 <= n <= 10, "shorter": lambda n: n < -10}
+    for name, chosen in kinds.items():
+        here = [m > 0 for m, n in pairs if chosen(n)]
+        expected |= {f"accuracy_{name}": sum(here) / len(here), f"pairs_{name}": len(here)}
+    counted = [texts for texts in LONG if len({place for _, place in texts}) > 1]  # a row of ties may be a filler
+    points, centred = [], []
+    for texts in counted:
+        here = [(float(naive_score(network, tokens)), len(tokens)) for tokens, _ in texts]
+        points += here
+        centred += [[a - sum(x) / len(x) for a, x in zip(p, zip(*here, strict=True), strict=True)] for p in here]
+    for name, observed in (("", points), ("_within_prompt", centred)):
+        matrix = torch.corrcoef(torch.tensor(observed, dtype=torch.float64).T)
+        expected[f"score_length_correlation{name}"] = float(matrix[0, 1])
+    expected["calibration_error"] = error
+    expected["accuracy"] = sum(m > 0 for m, _ in pairs) / len(pairs)
+    found = {name.removeprefix(f"{stage}/"): value for name, value in logged.items()}
+    assert found.keys() - {"margin", "loss"} == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name  # logged as float32
+
+
+def test_evaluation_does_not_depend_on_padding(make_reward, make_trainer, as_loader, comparison_batch):
+    """Lengths are of real tokens: the padding id stands inside texts, ends them, and is the end token."""
+    found = []
+    for options in ({}, {"extra": 7}, {"extra": 7, "fill": 20}):
+        batch = comparison_batch(LONG, **options)
+        found += make_trainer().validate(make_reward(), as_loader([batch]), verbose=False)
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert found[2] == pytest.approx(found[0], abs=1e-6)
+
+
+def test_evaluation_without_a_pair_logs_nothing(make_reward, make_trainer, as_loader, comparison_batch):
+    (logged,) = make_trainer().validate(make_reward(), as_loader([comparison_batch(RANKED[3:])]), verbose=False)
+    assert logged == {}
+
+
+def test_metrics_are_not_in_the_checkpoint(make_reward):
+    assert all(key.startswith("model.") for key in make_reward().state_dict())
+
+
+def test_demonstrations_are_averaged_in_full_under_bf16_true(make_reward, make_trainer, as_loader, right_padded):
+    """Summed in bfloat16 the count would stop at 256, and the bias would be off by the rest."""
+    batches = [right_padded(DEMONSTRATIONS)] * 200
+    module = make_reward()
+    trainer = make_trainer(precision="bf16-true")
+    trainer.validate(module, as_loader(batches), verbose=False)
+    batch = right_padded(DEMONSTRATIONS)
+    with torch.no_grad():
+        raw = float(module(batch.tokens, batch.mask).double().mean()) - module.model.bias
+    assert module.model.bias == pytest.approx(-raw, abs=1e-6)
 
 
 def test_filler_demonstrations_do_not_count(make_reward, make_trainer, as_loader, comparison_batch, right_padded):

@@ -140,16 +140,16 @@ def test_missing_training_file_says_what_to_pass(ppo: Arguments, workplace: Path
 
 def test_short_class_names_work_on_the_command_line(ppo: Arguments, workplace: Path) -> None:
     named = ["--model.surrogate=KLPenalty", "--model.surrogate.target=0.02"]
-    named += ["--model.kl=AdaptiveKL", "--model.missing_eos=null"]
+    named += ["--model.kl=AdaptiveKL", "--model.shaping=[]"]
     cli = main(["fit", *ppo(), *named])
     assert isinstance(cli.model.surrogate, KLPenalty)
     assert cli.model.surrogate.target == 0.02
     assert isinstance(cli.model.kl, AdaptiveKL)
-    assert cli.model.missing_eos is None
+    assert cli.model.shaping == ()
 
 
 def test_function_by_dotted_path_is_a_reward(theirs: str, ppo: Arguments) -> None:
-    changes = {"model__reward__path": None, "model__missing_eos": "null"}
+    changes = {"model__reward__path": None, "model__shaping": "[]"}
     metrics = main(["validate", *ppo(**changes), f"--model.reward={theirs}.short"]).trainer.callback_metrics
     assert metrics["eval/reward"] == 1  # every held-out row has "answer": "1"
 
@@ -215,7 +215,7 @@ def test_resumed_run_is_the_uninterrupted_run(config: str, tiny: Any, workplace:
 @pytest.fixture
 def trained(tiny: Any, ppo: Arguments, workplace: Path) -> Arguments:
     """Arguments that go with `kept/last.ckpt`, whose averaged weights are far from its live ones."""
-    same = {"data__val": tiny.file("held_out"), "data__test": tiny.file("held_out"), "model__missing_eos": "null"}
+    same = {"data__val": tiny.file("held_out"), "data__test": tiny.file("held_out"), "model__shaping": "[]"}
     fit(ppo(**same, trainer__enable_checkpointing=True, model__optimizer__init_args__lr=0.3))
     return lambda **changes: [*ppo(**same, **changes), "--ckpt_path=kept/last.ckpt"]
 

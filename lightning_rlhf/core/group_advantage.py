@@ -1,0 +1,109 @@
+"""Advantages within the responses to one prompt: GRPO and Dr. GRPO."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.advantage import AdvantageEstimator, Credit, on_every_action
+from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.core.groups import group_mean, group_size, group_std
+from lightning_rlhf.core.masked import AllSum, masked_variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScale(ABC):
+    """The unit in which a response's distance from its group's mean is measured."""
+
+    @abstractmethod
+    def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
+        """The unit of each response, (B,), reward units, > 0.
+
+        Args:
+            totals: reward of each response, (B,), reward units.
+            groups: which prompt each response answers, (B,), int64.
+            all_sum: sums a tensor over processes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupStd(GroupScale):
+    """The standard deviation of the group, unbiased, plus a guard (Shao et al. 2024, §4.1.2).
+
+    It makes advantages blind to the scale of the reward, and weighs easy and hard prompts up (Liu et al. 2025, §3.1).
+    """
+
+    guard: float = 1e-4
+    """Added to the standard deviation, > 0, reward units: TRL's number; the paper has none."""
+
+    def __post_init__(self) -> None:
+        check_positive(guard=self.guard)
+
+    def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
+        """std + guard, one number per group."""
+        return group_std(totals, groups) + self.guard
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStd(GroupScale):
+    """The standard deviation of all rewards of the rollout, unbiased, over all processes (Liu et al. 2025, 2508.08221).
+
+    One unit serves all prompts, so that none is weighed up for having a small spread.
+    """
+
+    guard: float = 1e-4
+    """Added to the standard deviation, > 0, reward units."""
+
+    def __post_init__(self) -> None:
+        check_positive(guard=self.guard)
+
+    def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
+        """One number in every entry."""
+        everything = torch.ones_like(groups, dtype=torch.bool)
+        count = all_sum(everything.sum().to(totals.dtype))
+        squares = count * masked_variance(totals, everything, all_sum)
+        return ((squares / (count - 1).clamp(min=1)).sqrt() + self.guard).expand_as(totals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unscaled(GroupScale):
+    """1: the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
+
+    def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
+        """Ones."""
+        return torch.ones_like(totals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupAdvantage(AdvantageEstimator):
+    """Âᵢ = (Rᵢ − mean of the group) / unit, the same for every action of a response (GRPO; Shao et al. 2024).
+
+    With `GroupStd` it is GRPO's, with `Unscaled` Dr. GRPO's. A group whose responses all earn the same gives 0. The
+    mean counts the response itself, so without a unit the expected gradient is (k − 1)/k of the unbiased one that
+    `LeaveOneOut` has, k responses to each prompt.
+    """
+
+    scale: GroupScale = field(default_factory=GroupStd)
+    """The unit."""
+
+    @property
+    def needs_group(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+        """Distance from the group's mean in units of `scale`.
+
+        Raises:
+            ValueError: a prompt has a single response.
+        """
+        if bool((group_size(groups) < 2).any()):
+            raise ValueError("`GroupAdvantage` needs at least 2 responses to each prompt: got a prompt with 1")
+        totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
+        distance = (totals - group_mean(totals, groups)) / self.scale(totals, groups, all_sum)
+        spread = group_std(totals, groups) > 0  # without it the mean's rounding is all that distance holds
+        advantages = torch.where(spread, distance, torch.zeros_like(distance))
+        return Credit(on_every_action(advantages, mask), on_every_action(totals, mask))

@@ -1,0 +1,127 @@
+"""Where the KL to the reference enters eq. 2: in the reward, detached, or in the loss, differentiated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.kl import k1, k2, k3
+from lightning_rlhf.core.level import ActionLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLEstimator(ABC):
+    """An estimate of KL(π‖ρ) from log π(a) − log ρ(a) at samples of π."""
+
+    @abstractmethod
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """The estimate at each sample.
+
+        Args:
+            log_ratio: log π(a) − log ρ(a), any shape, nats.
+
+        Returns:
+            the same shape, nats.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class K1(KLEstimator):
+    """log π − log ρ. As a loss its gradient is 0 in expectation."""
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """`kl.k1`."""
+        return k1(log_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class K2(KLEstimator):
+    """½(log π − log ρ)². As a loss, of whole responses, its gradient is that of KL(π‖ρ) (Tang & Munos 2025)."""
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """`kl.k2`."""
+        return k2(log_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class K3(KLEstimator):
+    """ρ/π − 1 + log π − log ρ, GRPO's. As a loss its gradient is that of the *forward* KL(ρ‖π) (Tang & Munos 2025)."""
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """`kl.k3`."""
+        return k3(log_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceKL(ABC):
+    """The KL to the reference, before its price β, as it enters the reward and the loss."""
+
+    @abstractmethod
+    def in_reward(self, kl_ref: Tensor) -> Tensor:
+        """What is charged in the reward of each action, (B, T), nats.
+
+        Args:
+            kl_ref: log π_old − log π_ref of each action, (B, T), nats.
+        """
+
+    @abstractmethod
+    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+        """What is added to the loss of each action, (B, T), nats.
+
+        Args:
+            logprobs: log π_θ per token, (B, R), nats; the gradient flows through it.
+            ref_logprobs: log π_ref per token, (B, R), nats.
+            response: (B, R), bool.
+            level: what an action is.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLInReward(ReferenceKL):
+    """r − β·(log π_old − log π_ref), detached (Ouyang et al. 2022, eq. 2): k1, whose gradient there is that of the KL.
+
+    Per token or per response as the actions are.
+    """
+
+    def in_reward(self, kl_ref: Tensor) -> Tensor:
+        """k1."""
+        return k1(kl_ref)
+
+    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(level.total(ref_logprobs, response))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLInLoss(ReferenceKL):
+    """β·KL(π_θ‖π_ref) beside the surrogate (GRPO; Shao et al. 2024, eq. 3); the reward stays the score.
+
+    Raises:
+        ValueError: the estimator is k1, whose gradient as a loss is noise around 0.
+    """
+
+    estimator: KLEstimator = field(default_factory=K2)
+    """k2 or k3."""
+    level: ActionLevel | None = None
+    """At what the estimate is made: the token, or the whole response, where k2's gradient is exact; None: the action.
+    The estimate of a response is shared out evenly over its tokens, those of tokens sum to a response's."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.estimator, K1):
+            raise ValueError(
+                "`estimator`=K1 does nothing in the loss: its gradient is 0 in expectation. Take K2 (the gradient of "
+                "KL(π‖π_ref)) or K3 (GRPO's), or put the KL in the reward with KLInReward"
+            )
+
+    def in_reward(self, kl_ref: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(kl_ref)
+
+    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+        """The estimate of every action, a token's or a response's."""
+        at = self.level or level
+        estimate = self.estimator(at.total(logprobs - ref_logprobs, response))
+        return level.total(at.spread(estimate, response), response)

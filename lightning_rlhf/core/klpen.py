@@ -1,0 +1,71 @@
+"""KLPEN: PPO's other surrogate, a price on leaving the old policy instead of a bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor
+
+from lightning_rlhf.core.checks import check_not_negative, check_positive
+from lightning_rlhf.core.kl import k3
+from lightning_rlhf.core.surrogate import LARGEST_LOG_RATIO, PerAction, Surrogate, importance_ratio
+
+PENALTY_BOUNDS = (1e-6, 1e6)
+"""Between them an adaptive penalty moves: halving for ever would end at 0, which no doubling leaves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLPenalty(Surrogate):
+    """−ρÂ + b·KL(π_old‖π_θ), the penalty adapted to a target (PPO eq. 8 and §4).
+
+    The KL is to the *old* policy: 0 with gradient 0 at the start of every update and re-centred at each rollout, so
+    it does not move the optimum and does not repeat the KL to SFT in the reward. It is estimated by k3 = ρ − 1 − log ρ
+    at the sampled action, whose gradient in expectation is that of the KL.
+
+    After the update, d = KL(π_old‖π_θ):  d < target/1.5 → b/2;  d > 1.5·target → 2b.
+    """
+
+    coef: float = 1.0
+    """b > 0 at the start, reward units per nat; 0 leaves the plain ρÂ (then `target` must be None)."""
+    target: float | None = 0.01
+    """d_targ, nats per action (a token, or the whole response at sequence level); None keeps b fixed."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(coef=self.coef)
+        if self.target is not None:
+            check_positive(target=self.target)
+            if self.coef == 0:
+                raise ValueError("`coef`=0 can't adapt: doubling 0 gives 0; set `target` to None or `coef` above 0")
+
+    @property
+    def adaptive(self) -> bool:
+        """True where there is a target."""
+        return self.target is not None
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
+        """−ρÂ + b·k3."""
+        kl_old = k3(-log_ratio.clamp(max=LARGEST_LOG_RATIO))
+        return PerAction(
+            -importance_ratio(log_ratio) * advantages + self.coef * kl_old,
+            {"policy/kl_penalty": self.coef * kl_old.detach()},
+        )
+
+    def moving(self) -> tuple[str, ...]:
+        """The penalty coefficient b where it adapts."""
+        return () if self.target is None else ("coef",)
+
+    def adapted(self, kl_old: float) -> Self:
+        """b halved, doubled or kept, within `PENALTY_BOUNDS`.
+
+        Raises:
+            ValueError: `kl_old` is not finite.
+        """
+        if self.target is None:
+            return self
+        if not math.isfinite(kl_old):
+            raise ValueError(f"KL(π_old‖π_θ) after the update is {kl_old}: lower the learning rate or raise `coef`")
+        factor = 0.5 if kl_old < self.target / 1.5 else 2.0 if kl_old > self.target * 1.5 else 1.0
+        smallest, largest = PENALTY_BOUNDS
+        return replace(self, coef=min(max(self.coef * factor, min(smallest, self.coef)), max(largest, self.coef)))

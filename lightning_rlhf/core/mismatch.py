@@ -1,0 +1,74 @@
+"""Corrections for tokens drawn by other weights than those that train: low precision, another kernel, a stale copy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.core.clip import Clip
+from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class MismatchWeights(Surrogate):
+    """Another surrogate, each action's loss times a detached function of w = π_old(a|s) / π_sampler(a|s).
+
+    E_sampler[w·loss] = E_old[loss], up to the truncation. Do not also take π_sampler for π_old: that counts w twice.
+    """
+
+    surrogate: Surrogate = field(default_factory=Clip)
+    """What is weighted."""
+
+    @property
+    def adaptive(self) -> bool:
+        """As the inner surrogate."""
+        return self.surrogate.adaptive
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
+        """The inner surrogate's loss."""
+        return self.surrogate(log_ratio, advantages)
+
+    def adapted(self, kl_old: float) -> Self:
+        """With the inner surrogate's successor."""
+        return replace(self, surrogate=self.surrogate.adapted(kl_old))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedWeights(MismatchWeights):
+    """min(w, cap): truncated importance sampling (TIS; Yao et al. 2025)."""
+
+    cap: float = 2.0
+    """C > 0."""
+
+    def __post_init__(self) -> None:
+        check_positive(cap=self.cap)
+
+    def weights(self, mismatch: Tensor) -> Tensor:
+        """min(w, C)."""
+        return importance_ratio(mismatch).clamp(max=self.cap) * self.surrogate.weights(mismatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedWeights(MismatchWeights):
+    """w inside [smallest, largest], 0 outside: actions on which the two disagree teach nothing (IcePop, MIS)."""
+
+    smallest: float = 0.5
+    """≥ 0 and below `largest`."""
+    largest: float = 2.0
+    """> 0."""
+
+    def __post_init__(self) -> None:
+        check_positive(largest=self.largest)
+        if not (math.isfinite(self.smallest) and 0 <= self.smallest < self.largest):
+            raise ValueError(f"`smallest` must lie in [0, largest): got {self.smallest} with largest={self.largest}")
+
+    def weights(self, mismatch: Tensor) -> Tensor:
+        """w, or 0."""
+        ratio = importance_ratio(mismatch)
+        inside = (ratio >= self.smallest) & (ratio <= self.largest)
+        return torch.where(inside, ratio, torch.zeros_like(ratio)) * self.surrogate.weights(mismatch)

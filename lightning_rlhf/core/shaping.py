@@ -1,0 +1,132 @@
+"""What a score becomes before it is a reward: rules on length, missing ends and size, applied in turn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.checks import check_not_negative, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping(ABC):
+    """A rule for the score of a response."""
+
+    @abstractmethod
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """Scores after the rule.
+
+        Args:
+            scores: (B,), float, reward units.
+            lengths: tokens of each response, end token included, (B,), int64, ≥ 1.
+            ended: the response closed with an end token, (B,), bool.
+
+        Returns:
+            (B,).
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceScore(Shaping):
+    """Without end token the score becomes a fixed value (Ziegler et al. 2019, code; Huang et al. 2024, detail 23)."""
+
+    value: float = -1.0
+    """Reward units, after normalisation of the reward."""
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """`value` where the response did not end."""
+        return torch.where(ended, scores, torch.full_like(scores, self.value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubtractFromScore(Shaping):
+    """Without end token the score is lowered by a penalty (TRL's `missing_eos_penalty`)."""
+
+    penalty: float = 1.0
+    """Reward units, ≥ 0; with 0 the score stands as it is."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(penalty=self.penalty)
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """score − `penalty` where the response did not end."""
+        return torch.where(ended, scores, scores - self.penalty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftOverlong(Shaping):
+    """A penalty that grows over the last tokens before the limit (DAPO; Yu et al. 2025, eq. 13).
+
+    0 up to `limit` − `buffer` tokens, −penalty·(|y| − limit + buffer)/buffer up to `limit`, −penalty beyond.
+    """
+
+    limit: int
+    """L_max, tokens; usually `max_new_tokens`."""
+    buffer: int
+    """L_c, tokens, in [1, `limit`]; the paper has 4,096 of 20,480."""
+    penalty: float = 1.0
+    """Reward units, > 0; the paper's is 1."""
+
+    def __post_init__(self) -> None:
+        check_positive(limit=self.limit, buffer=self.buffer, penalty=self.penalty)
+        if self.buffer > self.limit:
+            raise ValueError(f"`buffer` must not exceed `limit`: got {self.buffer} of {self.limit} tokens")
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """score − penalty · the share of the buffer that was used."""
+        used = (lengths - (self.limit - self.buffer)).to(scores.dtype) / self.buffer
+        return scores - self.penalty * used.clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPenalty(Shaping):
+    """score − coef·|y|: a price on every token, against rewards that like length (Singhal et al. 2023)."""
+
+    coef: float
+    """Reward units per token, > 0."""
+
+    def __post_init__(self) -> None:
+        check_positive(coef=self.coef)
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """score − coef·|y|."""
+        return scores - self.coef * lengths.to(scores.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthNormalised(Shaping):
+    """score · (length / |y|): the score per token, in units of a response of `length` tokens.
+
+    A response below 0 gains by being longer: take it for rewards that count something, or shift them above 0 first.
+    """
+
+    length: float = 1.0
+    """Tokens, > 0: a response this long keeps its score."""
+
+    def __post_init__(self) -> None:
+        check_positive(length=self.length)
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """score · length / |y|."""
+        return scores * (self.length / lengths.to(scores.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipScore(Shaping):
+    """The score held in [low, high], so that no single response steers a batch."""
+
+    low: float = -5.0
+    """Reward units, below `high`."""
+    high: float = 5.0
+    """Reward units."""
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"`low` must be below `high`: got {self.low} and {self.high}")
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """The nearest value in [low, high]."""
+        return scores.clamp(self.low, self.high)

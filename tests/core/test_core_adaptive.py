@@ -1,0 +1,195 @@
+"""What moves, and how it survives a checkpoint: every class of the core that can adapt."""
+
+import json
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from inspect import isabstract
+
+import pytest
+
+from lightning_rlhf.core import (
+    CISPO,
+    GAE,
+    Adaptive,
+    AdaptiveKL,
+    BanditAdvantage,
+    BatchMean,
+    Clip,
+    FixedKL,
+    GroupAdvantage,
+    KLPenalty,
+    LearnedValue,
+    LeaveOneOut,
+    MaskedWeights,
+    NoBaseline,
+    RewardToGo,
+    RunningMean,
+    TruncatedWeights,
+    Unclipped,
+    Whitened,
+)
+
+RUNNING = RunningMean(decay=0.5)
+NESTED = Whitened(estimator=BanditAdvantage(baseline=RUNNING))
+
+# a setting, one step of adapting it, and the numbers that a checkpoint must hold after it
+MOVING = {
+    "adaptive_kl": (AdaptiveKL(coef=0.5, horizon=10.0), lambda x: x.adapted(60.0, 5), {"coef": 0.55}),  # 0.5·(1 + 0.1)
+    "kl_penalty": (KLPenalty(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
+    "running_mean": (RUNNING, lambda x: x.adapted(4.0), {"mean": 2.0, "weight": 0.5}),
+    "bandit": (
+        BanditAdvantage(baseline=RUNNING),
+        lambda x: x.adapted(4.0),
+        {"baseline.mean": 2.0, "baseline.weight": 0.5},
+    ),
+    "whitened": (
+        NESTED,
+        lambda x: x.adapted(4.0),
+        {"estimator.baseline.mean": 2.0, "estimator.baseline.weight": 0.5},
+    ),
+    "truncated": (TruncatedWeights(surrogate=KLPenalty(coef=2.0)), lambda x: x.adapted(1.0), {"surrogate.coef": 4.0}),
+    "masked": (
+        MaskedWeights(surrogate=TruncatedWeights(surrogate=KLPenalty(coef=2.0))),
+        lambda x: x.adapted(1.0),
+        {"surrogate.surrogate.coef": 4.0},
+    ),
+}
+
+STILL = {
+    "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
+    "clip": (Clip(), lambda x: x.adapted(1.0)),
+    "cispo": (CISPO(), lambda x: x.adapted(1.0)),
+    "unclipped": (Unclipped(), lambda x: x.adapted(1.0)),
+    "fixed_penalty": (KLPenalty(coef=2.0, target=None), lambda x: x.adapted(1.0)),
+    "truncated": (TruncatedWeights(), lambda x: x.adapted(1.0)),
+    "masked": (MaskedWeights(), lambda x: x.adapted(1.0)),
+    "gae": (GAE(), lambda x: x.adapted(4.0)),
+    "reward_to_go": (RewardToGo(), lambda x: x.adapted(4.0)),
+    "group": (GroupAdvantage(), lambda x: x.adapted(4.0)),
+    "bandit": (BanditAdvantage(), lambda x: x.adapted(4.0)),
+    "whitened": (Whitened(), lambda x: x.adapted(4.0)),
+    "no_baseline": (NoBaseline(), lambda x: x.adapted(4.0)),
+    "batch_mean": (BatchMean(), lambda x: x.adapted(4.0)),
+    "leave_one_out": (LeaveOneOut(), lambda x: x.adapted(4.0)),
+    "learned_value": (LearnedValue(), lambda x: x.adapted(4.0)),
+}
+
+
+def concrete(cls):
+    below = {c for sub in cls.__subclasses__() for c in concrete(sub)}
+    own = set() if isabstract(cls) or not cls.__module__.startswith("lightning_rlhf.core") else {cls}
+    return own | below
+
+
+def test_every_class_that_adapts_is_tested_here():
+    tested = {type(setting) for setting, *_ in [*MOVING.values(), *STILL.values()]}
+    missing = {c.__name__ for c in concrete(Adaptive) - tested} - {"Adaptive", "MismatchWeights"}
+    assert not missing
+    # what moves is among the classes that say so
+    assert {type(s) for s, *_ in MOVING.values()} >= {c for c in concrete(Adaptive) if "moving" in vars(c)} - {Adaptive}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_state_round_trip(name):
+    fresh, step, expected = MOVING[name]
+    moved = step(fresh)
+    state = moved.state()
+    assert state.keys() == expected.keys()
+    assert all(abs(state[key] - expected[key]) <= 1e-12 for key in expected)
+    assert all(type(number) is float for number in state.values())
+    # through JSON, as a checkpoint of plain numbers may be; and not the identity by accident
+    assert fresh.restored(json.loads(json.dumps(state))) == moved
+    assert fresh != moved
+    assert fresh.restored(fresh.state()) == fresh
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_resumed_and_uninterrupted_take_the_same_next_step(name):
+    fresh, step, _ = MOVING[name]
+    assert step(fresh.restored(step(fresh).state())) == step(step(fresh))
+    assert step(step(fresh)) != step(fresh)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_adapting_returns_a_successor_and_does_not_change_the_setting(name):
+    fresh, step, _ = MOVING[name]
+    before = fresh.state()
+    moved = step(fresh)
+    assert type(moved) is type(fresh)
+    assert moved is not fresh
+    assert fresh.state() == before
+    with pytest.raises(FrozenInstanceError):
+        setattr(fresh, fields(fresh)[0].name, 1.0)
+    moved.state()["coef"] = 7.0  # a copy: the setting does not follow
+    assert moved == step(fresh)
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_what_does_not_adapt_is_its_own_successor(name):
+    setting, step = STILL[name]
+    assert step(setting) == setting
+    assert setting.state() == {}
+    assert setting.restored({}) == setting
+    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for .*, which needs \[\]"):
+        setting.restored({"coef": 1.0})
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_state_of_other_numbers_is_refused(name):
+    fresh, _, expected = MOVING[name]
+    wrong = [
+        {},
+        dict(list(expected.items())[1:]),
+        expected | {"extra": 1.0},
+        {f"baseline.{key}": number for key, number in expected.items()},
+        {key.rpartition(".")[2] + "x": number for key, number in expected.items()},
+    ]
+    for state in wrong:
+        with pytest.raises(ValueError, match="the checkpoint holds .* resume with the class that wrote it"):
+            fresh.restored(state)
+
+
+def test_a_refusal_names_what_came_and_what_is_needed():
+    message = r"the checkpoint holds \['mean', 'weight'\] for Whitened, which needs \['estimator.baseline.mean', "
+    with pytest.raises(ValueError, match=message):
+        NESTED.restored({"mean": 1.0, "weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("setting", "state"),
+    [
+        (AdaptiveKL(), {"coef": float("nan")}),
+        (AdaptiveKL(), {"coef": 0.0}),
+        (KLPenalty(), {"coef": -1.0}),
+        (RUNNING, {"mean": 1.0, "weight": 2.0}),
+        (NESTED, {"estimator.baseline.mean": 1.0, "estimator.baseline.weight": 0.0}),
+    ],
+    ids=repr,
+)
+def test_a_state_is_checked_as_a_constructor_argument_is(setting, state):
+    with pytest.raises(ValueError, match="`(coef|weight|mean)`"):
+        setting.restored(state)
+
+
+def test_restored_keeps_the_settings_of_the_run_that_resumes():
+    # numbers that move come from the checkpoint, the others from the configuration
+    wrote = Whitened(estimator=BanditAdvantage(baseline=RunningMean(decay=0.9, mean=1.0, weight=0.5)))
+    resumed = NESTED.restored(wrote.state())
+    assert resumed.estimator.baseline == RunningMean(decay=0.5, mean=1.0, weight=0.5)
+    penalty = TruncatedWeights(surrogate=KLPenalty(target=0.3), cap=7.0).restored({"surrogate.coef": 9.0})
+    assert penalty == TruncatedWeights(surrogate=KLPenalty(coef=9.0, target=0.3), cap=7.0)
+
+
+def test_states_of_two_inner_settings_stay_apart():
+    @dataclass(frozen=True, kw_only=True)
+    class Two(Adaptive):
+        kl: AdaptiveKL
+        kl_2: AdaptiveKL  # one name is the beginning of the other
+        own: float = 3.0
+
+        def moving(self):
+            return ("own",)
+
+    two = Two(kl=AdaptiveKL(coef=1.0), kl_2=AdaptiveKL(coef=2.0))
+    assert two.state() == {"own": 3.0, "kl.coef": 1.0, "kl_2.coef": 2.0}
+    state = {"kl_2.coef": 5.0, "own": 6.0, "kl.coef": 4.0}
+    assert two.restored(state) == replace(two, own=6.0, kl=AdaptiveKL(coef=4.0), kl_2=AdaptiveKL(coef=5.0))
