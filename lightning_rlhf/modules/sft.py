@@ -8,13 +8,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Cosine, Schedule, masked_sum, next_token_loss
+from lightning_rlhf.core import Cosine, Schedule, next_token_loss
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.modules.hparams import keep_hyperparameters
-from lightning_rlhf.modules.metrics import begin
+from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.types import TextBatch
@@ -45,7 +44,7 @@ class SFTModule(LightningModule):
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: PolicyModel | None = None
         self.optimizer, self.schedule = optimizer, schedule
-        self.eval_loss = MeanMetric()
+        self.eval_loss = Mean()
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
 
     def configure_model(self) -> None:
@@ -82,9 +81,7 @@ class SFTModule(LightningModule):
         self._evaluate(batch, "test/loss")
 
     def _evaluate(self, batch: TextBatch, name: str) -> None:
-        count = batch.target.sum()
-        if count:
-            self.eval_loss.update(-masked_sum(self(batch), batch.target[:, 1:]) / count, weight=count)
+        self.eval_loss.update(-self(batch)[batch.target[:, 1:]])
         self.log(name, self.eval_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.tokens))
 
     def configure_optimizers(self) -> dict:
