@@ -6,6 +6,7 @@ Every equation is named with its source in the docstring of the function or clas
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, RewardToGo, Whitened
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
+from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
 from lightning_rlhf.core.ensemble import Combination, MeanOf, UncertaintyWeighted, WorstOf
@@ -111,6 +112,8 @@ __all__ = [
     "ValueLoss",
     "Whitened",
     "WorstOf",
+    "best_of_n",
+    "best_of_n_kl",
     "entropy",
     "full_precision",
     "group_mean",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.adaptive import Adaptive
-from lightning_rlhf.core.checks import check_unit_interval
+from lightning_rlhf.core.checks import check_finite, check_unit_interval
 from lightning_rlhf.core.groups import group_size, group_sum
 from lightning_rlhf.core.masked import AllSum, masked_mean
 
@@ -117,6 +117,7 @@ class RunningMean(Baseline):
 
     def __post_init__(self) -> None:
         check_unit_interval(decay=self.decay, weight=self.weight)
+        check_finite(mean=self.mean)
         if self.decay == 1:
             raise ValueError("`decay` must be below 1: with 1 the mean would never move")
         if self.mean != 0 and self.weight == 0:
@@ -131,7 +132,12 @@ class RunningMean(Baseline):
         return ("mean", "weight")
 
     def adapted(self, mean: float) -> Self:
-        """One more rollout taken in."""
+        """One more rollout taken in.
+
+        Raises:
+            ValueError: `mean` is not finite.
+        """
+        check_finite(mean=mean)
         new = 1 - self.decay
         return replace(self, mean=self.decay * self.mean + new * mean, weight=self.decay * self.weight + new)
 

@@ -24,3 +24,10 @@ def check_unit_interval(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]: got {value}")
+
+
+def check_finite(**numbers: float) -> None:
+    """Raises ValueError unless every named number is finite."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number: got {value}")

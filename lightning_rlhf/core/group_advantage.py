@@ -104,6 +104,6 @@ class GroupAdvantage(AdvantageEstimator):
             raise ValueError("`GroupAdvantage` needs at least 2 responses to each prompt: got a prompt with 1")
         totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
         distance = (totals - group_mean(totals, groups)) / self.scale(totals, groups, all_sum)
-        spread = group_std(totals, groups) > 0  # without it the mean's rounding is all that distance holds
-        advantages = torch.where(spread, distance, torch.zeros_like(distance))
+        flat = group_std(totals, groups) == 0  # there the mean's rounding is all that distance holds
+        advantages = torch.where(flat, torch.zeros_like(distance), distance)
         return Credit(on_every_action(advantages, mask), on_every_action(totals, mask))

@@ -40,8 +40,9 @@ def group_mean(x: Tensor, groups: Tensor) -> Tensor:
 
 def group_std(x: Tensor, groups: Tensor) -> Tensor:
     """√(Σ(x − mean)² / (n − 1)) of each entry's group, (B,); exactly 0 where all entries of a group are equal."""
+    mean = group_mean(x, groups)
     differs = group_sum((x != group_first(x, groups)).to(x.dtype), groups) > 0
-    squares = group_sum((x - group_mean(x, groups)).square(), groups)
+    squares = group_sum((x - mean).square(), groups)
     spread = (squares / (group_size(groups) - 1).clamp(min=1)).sqrt()
     return torch.where(differs, spread, torch.zeros_like(spread))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -15,7 +16,7 @@ from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class MismatchWeights(Surrogate):
+class MismatchWeights(Surrogate, ABC):
     """Another surrogate, each action's loss times a detached function of w = π_old(a|s) / π_sampler(a|s).
 
     E_sampler[w·loss] = E_old[loss], up to the truncation. Do not also take π_sampler for π_old: that counts w twice.
@@ -33,6 +34,14 @@ class MismatchWeights(Surrogate):
         """The inner surrogate's loss."""
         return self.surrogate(log_ratio, advantages)
 
+    def weights(self, mismatch: Tensor) -> Tensor:
+        """The correction, times those of the inner surrogate."""
+        return self.correction(importance_ratio(mismatch)) * self.surrogate.weights(mismatch)
+
+    @abstractmethod
+    def correction(self, ratio: Tensor) -> Tensor:
+        """The function of w = π_old / π_sampler, (B, T)."""
+
     def adapted(self, kl_old: float) -> Self:
         """With the inner surrogate's successor."""
         return replace(self, surrogate=self.surrogate.adapted(kl_old))
@@ -48,9 +57,9 @@ class TruncatedWeights(MismatchWeights):
     def __post_init__(self) -> None:
         check_positive(cap=self.cap)
 
-    def weights(self, mismatch: Tensor) -> Tensor:
+    def correction(self, ratio: Tensor) -> Tensor:
         """min(w, C)."""
-        return importance_ratio(mismatch).clamp(max=self.cap) * self.surrogate.weights(mismatch)
+        return ratio.clamp(max=self.cap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +76,7 @@ class MaskedWeights(MismatchWeights):
         if not (math.isfinite(self.smallest) and 0 <= self.smallest < self.largest):
             raise ValueError(f"`smallest` must lie in [0, largest): got {self.smallest} with largest={self.largest}")
 
-    def weights(self, mismatch: Tensor) -> Tensor:
+    def correction(self, ratio: Tensor) -> Tensor:
         """w, or 0."""
-        ratio = importance_ratio(mismatch)
         inside = (ratio >= self.smallest) & (ratio <= self.largest)
-        return torch.where(inside, ratio, torch.zeros_like(ratio)) * self.surrogate.weights(mismatch)
+        return torch.where(inside, ratio, torch.zeros_like(ratio))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core.checks import check_not_negative, check_positive
+from lightning_rlhf.core.checks import check_finite, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class ReplaceScore(Shaping):
 
     value: float = -1.0
     """Reward units, after normalisation of the reward."""
+
+    def __post_init__(self) -> None:
+        check_finite(value=self.value)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
         """`value` where the response did not end."""

@@ -15,6 +15,7 @@ from lightning_rlhf.core import (
     Baseline,
     BatchMean,
     BatchStd,
+    Centred,
     Clip,
     ClippedValueLoss,
     ClipScore,
@@ -35,6 +36,8 @@ from lightning_rlhf.core import (
     MeanOf,
     MeanOfMeans,
     NoBaseline,
+    PlackettLuce,
+    PreferenceLoss,
     RankingLoss,
     Reduction,
     ReferenceKL,
@@ -178,6 +181,8 @@ CALLS = {
     "mean_of_means": (MeanOfMeans().total, X, MASK),
     "constant_length": (ConstantLength().total, X, MASK),
     "ranking_loss": (RankingLoss(), X, RANK),
+    "plackett_luce": (PlackettLuce(), X, RANK),
+    "centred": (Centred(), X, RANK),
     "next_token_loss": (lambda x, t: next_token_loss(x, t, count=7), X, TARGET),
 }
 
@@ -213,10 +218,9 @@ def test_results_keep_the_dtype_of_their_arguments(name, dtype):
 def test_every_callable_of_the_core_is_called_here():
     # a new surrogate, rule or term must join the table: its name stands in this file
     source = Path(__file__).read_text()
-    kinds = (Shaping, Combination, AdvantageEstimator, Baseline, GroupScale, Surrogate, Reduction, ActionLevel)
-    classes = [
-        x for x in vars(core).values() if isinstance(x, type) and issubclass(x, (*kinds, ReferenceKL, ValueLoss))
-    ]
+    rules = (Shaping, Combination, AdvantageEstimator, Baseline, GroupScale)
+    terms = (Surrogate, Reduction, ActionLevel, ReferenceKL, ValueLoss, PreferenceLoss)
+    classes = [x for x in vars(core).values() if isinstance(x, type) and issubclass(x, rules + terms)]
     missing = {x.__name__ for x in classes if not isabstract(x) and f"{x.__name__}(" not in source}
     assert missing <= {"MismatchWeights"}
     assert len(classes) > 30

@@ -625,3 +625,25 @@ def test_padding_and_the_order_of_responses_change_no_gradient(seed, batch, part
     assert_close(step_gradient(p.new, p, batch=batch[::-1], **settings), reference, **TIGHT)
     wide = Rows(*(torch.nn.functional.pad(x, (0, 3)) for x in RAGGED[:3]), RAGGED.lengths)
     assert_close(step_gradient(p.new, p, wide, batch=batch, **settings), reference, **TIGHT)
+
+
+@given(SEEDS, st.lists(st.integers(0, 14), min_size=2, max_size=6), st.sampled_from(PARTS), st.sampled_from(SURROGATES))
+@settings(deadline=None, max_examples=30)
+def test_microbatches_with_the_steps_count_have_the_gradient_of_the_batch(seed, batch, parts, surrogate):
+    p = problem(seed)
+    settings = {"surrogate": surrogate, "sampler": p.sampler, **parts}
+    pieces = [batch[:1], batch[1:]]
+    # what an action is, and whether actions or responses are counted, by hand
+    tokens = isinstance(parts["reduction"], TokenMean) and isinstance(parts["level"], TokenLevel)
+    counts = [sum(int(RAGGED.lengths[i]) if tokens else 1 for i in piece) for piece in pieces]
+    got = [n * step_gradient(p.new, p, batch=piece, **settings) for n, piece in zip(counts, pieces, strict=True)]
+    assert_close((got[0] + got[1]) / sum(counts), step_gradient(p.new, p, batch=batch, **settings), **TIGHT)
+
+
+def test_the_mean_of_microbatch_gradients_is_another():
+    # negative control of the test above, responses of 1, 2 and 3 tokens
+    p = problem(0)
+    for reduction in (TokenMean(), SequenceMean(), MeanOfMeans(), ConstantLength(length=4)):
+        settings = {"level": TokenLevel(), "reduction": reduction}
+        parts = [step_gradient(p.new, p, batch=piece, **settings) for piece in ([0], [1, 14])]
+        assert apart((parts[0] + parts[1]) / 2, step_gradient(p.new, p, batch=[0, 1, 14], **settings)) > 0.01

@@ -52,7 +52,7 @@ def test_k3_is_never_negative_and_keeps_small_ratios():
     assert k3(x).ge(0).all()
     assert k2(x).ge(0).all()
     assert k1(x).lt(0).any()
-    # near 0, k3 ≈ x²/2 − x³/6; exp(−x) − 1 would cancel to 0 at x = 1e-6 in float32. 1e-5: float32 rounding
+    # near 0, k3 ≈ x²/2 − x³/6 = 5e-7; exp(−x) − 1 would be off by 6e-8. 1e-9: float32 rounds 1e-3 by 6e-11
     small = torch.tensor([1e-3, -1e-3])
     assert_close(k3(small), small**2 / 2 - small**3 / 6, rtol=0, atol=1e-9)
 

@@ -110,7 +110,6 @@ def test_truncated_and_masked_together_count_w_once():
     assert weights(both, 1.5, 9.0, 0.1) == pytest.approx([1.5, 0.0, 0.0], rel=0, abs=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="the base class has no abstract method: built by itself it weighs with 1")
 def test_mismatch_weights_is_abstract():
     with pytest.raises(TypeError):
         MismatchWeights()

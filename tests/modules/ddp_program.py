@@ -17,22 +17,36 @@ from torch.nn.utils import parameters_to_vector
 from lightning_rlhf import (
     GAE,
     AdaptiveKL,
+    BanditAdvantage,
+    BatchStd,
     ComparisonDataModule,
     Constant,
+    ConstantLength,
     DemonstrationDataModule,
+    EnsembleReward,
     FixedKL,
     Generation,
+    GroupAdvantage,
+    KLInLoss,
     KLPenalty,
+    LeaveOneOut,
     Linear,
+    MeanOfMeans,
     ModelSource,
     PPOModule,
     PromptDataModule,
     Reward,
     RewardModule,
+    RewardToGo,
+    RunningMean,
+    SequenceLevel,
     SFTModule,
     TokenLevel,
+    Unscaled,
     Updates,
+    WeightedReward,
     Whitened,
+    WorstOf,
 )
 
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
@@ -41,8 +55,11 @@ ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
 class Table(Reward):
     """Σ of a number per response token."""
 
+    def __init__(self, roll: int = 7) -> None:
+        self.roll = roll
+
     def __call__(self, rollout, rows):
-        numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(7)
+        numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll)
         return torch.where(rollout.response, numbers[rollout.tokens[:, rollout.prompt_width :]], 0.0).sum(1)
 
 
@@ -116,6 +133,42 @@ def gae(folder: Path, devices: int) -> dict:
     )
     data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
     return run(module, data, devices)
+
+
+KL_IN_LOSS = KLInLoss(level=SequenceLevel())
+TOKENS, MEANS = {"level": TokenLevel()}, {"level": TokenLevel(), "reduction": MeanOfMeans()}
+GROUPED = {
+    "grpo": MEANS | {"advantage": GroupAdvantage()},
+    "batch_std": TOKENS | {"advantage": GroupAdvantage(scale=BatchStd()), "reduction": ConstantLength(length=8)},
+    "dr_grpo": MEANS | {"advantage": GroupAdvantage(scale=Unscaled()), "kl_term": KL_IN_LOSS},
+    "rloo": {"advantage": BanditAdvantage(baseline=LeaveOneOut())},
+    "reinforce_pp": TOKENS | {"advantage": Whitened(estimator=RewardToGo())},
+    "running_mean": {"advantage": BanditAdvantage(baseline=RunningMean(decay=0.5))},
+}
+
+
+def grouped(folder: Path, devices: int) -> dict:
+    """Two responses to each prompt, by name of the method; a minibatch holds whole groups on every process."""
+    found = {}
+    for name, options in GROUPED.items():
+        parts = {"long": Table(), "both": EnsembleReward([Table(3), Table(11)], combine=WorstOf())}
+        module = PPOModule(
+            policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+            reward=WeightedReward(parts, weights={"long": 1.0, "both": 0.5}),
+            generation=Generation(max_new_tokens=6, samples_per_prompt=2),
+            updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
+            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            shaping=(),
+            optimizer=ADAM,
+            schedule=Constant(),
+            **options,
+        )
+        data = PromptDataModule(
+            train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
+        )
+        result = run(module, data, devices, max_epochs=1)
+        found[name] = result | {"advantage": module.advantage.state(), "n": module.episodes, "kl": module.kl.coef}
+    return found
 
 
 def sft(folder: Path, devices: int) -> dict:

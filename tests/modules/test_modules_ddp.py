@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen, timeout: float) -> None:
 @pytest.fixture(scope="module")
 def outcomes(folder) -> Callable[[str], tuple[dict, dict]]:
     """What came out of one process and of two, by name of the run."""
-    processes = [launch(folder, devices, "ppo,gae,sft,reward,scarce_sft,scarce_ppo") for devices in (2, 1)]
+    processes = [launch(folder, devices, "ppo,gae,sft,reward,scarce_sft,scarce_ppo,grouped") for devices in (2, 1)]
     for process in processes:
         finish(process, timeout=150)
     return lambda name: tuple(torch.load(folder / f"{name}-{devices}.pt") for devices in (1, 2))
@@ -102,6 +102,34 @@ def test_two_processes_evaluate_as_one(outcomes, name):
     one, two = outcomes(name)
     assert one["eval"]
     assert_same_numbers(one["eval"], two["eval"])
+
+
+METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_groups_as_one(outcomes, method):
+    """Two responses to each prompt: the rows, the group statistics and the reductions."""
+    one, two = (found[method] for found in outcomes("grouped"))
+    assert (one["n"], len(one["steps"])) == (two["n"], len(two["steps"])) == (24, 3)  # 3 rollouts of 4 · 2 responses
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert_same_numbers(a, b)
+    assert {"eval/reward/long", "eval/reward/both", "eval/reward/both/spread"} <= one["eval"].keys()
+    assert_same_numbers(one["eval"], two["eval"])
+    assert one["kl"] == pytest.approx(two["kl"], abs=1e-9)
+    assert one["advantage"] == pytest.approx(two["advantage"], abs=1e-9)
+    assert bool(one["advantage"]) == (method == "running_mean")
+
+
+@pytest.mark.slow
+def test_methods_train_differently(outcomes):
+    """Or equal weights above would say nothing of them."""
+    found, _ = outcomes("grouped")
+    for i, first in enumerate(METHODS):
+        for second in METHODS[:i]:
+            assert float((found[first]["weights"] - found[second]["weights"]).abs().max()) > 1e-4
 
 
 @pytest.mark.slow

@@ -1,0 +1,181 @@
+"""Switches of the mathematics: every object on one grid of random numbers, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from switch_harness import Table, case, to
+from torch import Tensor
+
+from lightning_rlhf.core import (
+    CISPO,
+    GAE,
+    K3,
+    AdaptiveKL,
+    AdvantageEstimator,
+    BanditAdvantage,
+    Baseline,
+    BatchMean,
+    BatchStd,
+    Centred,
+    Clip,
+    ClippedValueLoss,
+    ClipScore,
+    Combination,
+    Constant,
+    ConstantLength,
+    Cosine,
+    FixedKL,
+    GroupAdvantage,
+    GroupScale,
+    GroupStd,
+    KLController,
+    KLInLoss,
+    KLPenalty,
+    LengthNormalised,
+    LengthPenalty,
+    Linear,
+    MaskedWeights,
+    MismatchWeights,
+    PlackettLuce,
+    PreferenceLoss,
+    RankingLoss,
+    Reduction,
+    ReferenceKL,
+    ReplaceScore,
+    RewardToGo,
+    RunningMean,
+    Schedule,
+    SequenceLevel,
+    Shaping,
+    SoftOverlong,
+    SubtractFromScore,
+    Surrogate,
+    TokenLevel,
+    TruncatedWeights,
+    UncertaintyWeighted,
+    Unclipped,
+    Unscaled,
+    ValueLoss,
+    Whitened,
+    local,
+    penalised_rewards,
+)
+
+_GENERATOR = torch.Generator().manual_seed(0)
+X, Y, Z = torch.randn(3, 6, 4, generator=_GENERATOR, dtype=torch.float64)
+LENGTHS = torch.tensor([4, 2, 1, 3, 4, 2])
+MASK = torch.arange(4) < LENGTHS.unsqueeze(1)
+ENDED = torch.tensor([True, False, True, False, True, True])
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+RANK = torch.tensor([[0, 1, 2, -1], [0, 0, 1, -1], [3, 2, 1, 0]] * 2)
+
+
+def _with_gradient(loss: Tensor, x: Tensor) -> list[Tensor]:
+    return [loss, *torch.autograd.grad(loss.sum(), x)]
+
+
+def loss(surrogate: Surrogate) -> list[Tensor]:
+    log_ratio = X.clone().requires_grad_()
+    return _with_gradient(surrogate(log_ratio, Y).loss, log_ratio)
+
+
+def weights(surrogate: Surrogate) -> Tensor:
+    return surrogate.weights(X)
+
+
+def later_loss(surrogate: Surrogate) -> list[list[Tensor]]:
+    """After rollouts that stayed near π_old, and that left it."""
+    return [loss(surrogate.adapted(kl_old)) for kl_old in (1e-4, 0.1)]
+
+
+def advantages(estimator: AdvantageEstimator) -> Any:
+    return estimator(torch.where(MASK, X, 0.0), Y, MASK, groups=GROUPS, all_sum=local)
+
+
+def baselines(baseline: Baseline) -> list[Tensor]:
+    """In three rollouts, the mean reward of the first two known to the next."""
+    found = []
+    for mean in (0.7, -1.3, 0.2):
+        found.append(baseline(X[:, 0], Y[:, 0], groups=GROUPS, all_sum=local))
+        baseline = baseline.adapted(mean)
+    return found
+
+
+def unit(scale: GroupScale) -> Tensor:
+    return scale(X[:, 0], GROUPS, local)
+
+
+def shaped(rule: Shaping) -> Tensor:
+    return rule(X[:, 0], lengths=LENGTHS, ended=ENDED)
+
+
+def combined(combination: Combination) -> Tensor:
+    return combination(X)
+
+
+def charged(kl: KLController) -> Tensor:
+    return penalised_rewards(X[:, 0], Y, MASK, coef=kl.coef)
+
+
+def charged_later(kl: KLController) -> list[Tensor]:
+    """After a KL of 1 nat, and of 5."""
+    return [charged(kl.adapted(nats, 100)) for nats in (1.0, 5.0)]
+
+
+def kl_losses(term: ReferenceKL) -> list[Tensor]:
+    return [term.in_loss(X, Y, MASK, level) for level in (TokenLevel(), SequenceLevel())]
+
+
+def factors(schedule: Schedule) -> list[float]:
+    return [schedule.factor(step, 10) for step in range(12)]
+
+
+def reduced(reduction: Reduction) -> Tensor:
+    return reduction.total(X, MASK) / reduction.count(MASK)
+
+
+def preference(loss: PreferenceLoss) -> list[Tensor]:
+    scores = X.clone().requires_grad_()
+    return _with_gradient(loss(scores, RANK, Y), scores)
+
+
+def value(loss: ValueLoss) -> list[Tensor]:
+    values = X.clone().requires_grad_()
+    return _with_gradient(loss(values, Y, Z).loss, values)
+
+
+TABLE: Table = {
+    AdaptiveKL: case(charged_later, coef=to(0.3, by=charged), target=to(3.0), horizon=to(5_000.0)),
+    BanditAdvantage: case(advantages, baseline=to(BatchMean())),
+    BatchStd: case(unit, guard=to(0.1)),
+    CISPO: case(loss, largest=to(1.2), smallest=to(0.8)),
+    Centred: case(preference, loss=to(PlackettLuce()), coef=to(0.1)),
+    Clip: case(loss, epsilon=to(0.1), epsilon_high=to(0.5), dual=to(1.1)),
+    ClipScore: case(shaped, low=to(-0.1), high=to(0.1)),
+    ClippedValueLoss: case(value, epsilon=to(0.5), coef=to(1.0)),
+    Constant: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4)),
+    ConstantLength: case(reduced, length=to(16)),
+    Cosine: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
+    FixedKL: case(charged, coef=to(0.1)),
+    GAE: case(advantages, gamma=to(0.9), lam=to(0.5)),
+    GroupAdvantage: case(advantages, scale=to(Unscaled())),
+    GroupStd: case(unit, guard=to(0.1)),
+    KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel())),
+    KLPenalty: case(loss, coef=to(0.5), target=to(0.5, by=later_loss)),
+    LengthNormalised: case(shaped, length=to(3.0)),
+    LengthPenalty: case(shaped, {"coef": 0.1}, coef=to(0.2)),
+    Linear: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
+    MaskedWeights: case(weights, surrogate=to(Unclipped(), by=loss), smallest=to(0.9), largest=to(1.1)),
+    MismatchWeights: case(loss, surrogate=to(Unclipped())),
+    RankingLoss: case(preference, margin=to(0.5)),
+    ReplaceScore: case(shaped, value=to(0.0)),
+    RewardToGo: case(advantages, gamma=to(0.9)),
+    RunningMean: case(baselines, {"weight": 0.3}, decay=to(0.5), mean=to(0.7), weight=to(0.6, mean=0.7)),
+    SoftOverlong: case(shaped, {"limit": 4, "buffer": 2}, limit=to(3), buffer=to(3), penalty=to(2.0)),
+    SubtractFromScore: case(shaped, penalty=to(2.0)),
+    TruncatedWeights: case(weights, surrogate=to(Unclipped(), by=loss), cap=to(1.1)),
+    UncertaintyWeighted: case(combined, coef=to(0.5)),
+    Whitened: case(advantages, estimator=to(RewardToGo())),
+}

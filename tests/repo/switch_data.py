@@ -1,0 +1,110 @@
+"""Switches of data: the batches that small files give, and what a record is read as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning import LightningDataModule
+from switch_bench import Bench
+from switch_harness import Table, case, to
+
+from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
+from lightning_rlhf.data.formats import demonstration_of, prompt_of, ranking_of, text_of
+
+ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
+PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
+SCORED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "scores": [1, 0], "ratings": [0, 1]}
+PLACED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "ranks": [1, 0], "places": [0, 1]}
+
+
+def table(bench: Bench) -> Table:
+    common = {"tokenizer": bench.tokenizer, "batch_size": 2}
+
+    def files(kind: str, *stages: str) -> dict[str, Any]:
+        return dict.fromkeys(stages, bench.file(kind))
+
+    switched = {
+        "batch_size": to(3),
+        "eval_batch_size": to(1),
+        "prompt_role": to("user"),
+        "columns": to(Columns(prompt="question")),
+        "tokenizer": to(bench.other_tokenizer),
+        "num_workers": to(1, by=made_elsewhere),
+        "seed": to(1),
+    }
+    texts = {"pretrain": bench.file("texts")}
+    return {
+        Columns: case(
+            records,
+            prompt=to("question"),
+            response=to("answer"),
+            chosen=to("best"),
+            rejected=to("worst"),
+            margin=to("gap"),
+            responses=to("answers"),
+            scores=to("ratings"),
+            ranks=to("places"),
+            text=to("document"),
+        ),
+        ComparisonDataModule: case(
+            batches,
+            common | files("rankings", "train", "val", "test"),
+            **dict.fromkeys(("train", "val", "test"), to(bench.file("other_rankings"))),
+            demonstrations=to(bench.file("demonstrations")),
+            max_tokens=to(6),
+            **switched,
+        ),
+        DemonstrationDataModule: case(
+            batches,
+            common | files("demonstrations", "train", "val", "test"),
+            **dict.fromkeys(("train", "val", "test"), to(bench.file("other_demonstrations"))),
+            loss_on_prompt=to(True),
+            max_tokens=to(6),
+            **switched,
+        ),
+        PromptDataModule: case(
+            batches,
+            common | files("prompts", "train", "val", "test", "predict"),
+            **dict.fromkeys(("train", "val", "test", "predict"), to(bench.file("other_prompts"))),
+            pretrain=to(bench.file("other_texts"), **texts),
+            val_pretrain=to(bench.file("texts")),
+            pretrain_ratio=to(2.0, **texts),
+            max_prompt_tokens=to(3),
+            text_tokens=to(6, **texts),
+            **switched,
+        ),
+    }
+
+
+def batches(data: LightningDataModule) -> dict[str, list[Any]]:
+    """Of two epochs of training, and of every evaluation."""
+    found = {}
+    for stage, serve in _loaders(data).items():
+        loaders = serve()
+        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+            found[f"{stage}/{number}"] = [batch for _ in range(2) for batch in loader]
+    return found
+
+
+def made_elsewhere(data: LightningDataModule) -> bool:
+    """Whether batches come from another process: their tensors lie in shared memory then."""
+    first = next(iter(_loaders(data)["train"]()))
+    while not hasattr(first, "tokens"):
+        first = first["prompts"]
+    return first.tokens.is_shared()
+
+
+def records(columns: Columns) -> list[Any]:
+    """What rows with every key and a second one like it are read as."""
+    read = [prompt_of(ROW, columns), demonstration_of(ROW, columns), text_of(ROW, columns)]
+    return read + [ranking_of(row | {"question": "z"}, columns) for row in (PAIR, SCORED, PLACED)]
+
+
+def _loaders(data: LightningDataModule) -> dict[str, Callable[[], Any]]:
+    stages = {"fit": "train", "validate": "val", "test": "test"}
+    if isinstance(data, PromptDataModule):
+        stages["predict"] = "predict"
+    for stage in stages:
+        data.setup(stage)
+    return {name: getattr(data, f"{name}_dataloader") for name in stages.values()}

@@ -1,0 +1,77 @@
+"""Switches of rewards: the scores of one rollout, whose tokens are the policy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from switch_bench import Bench
+from switch_harness import Table, case, to
+
+from lightning_rlhf.core import WorstOf
+from lightning_rlhf.rollout import (
+    EnsembleReward,
+    FunctionReward,
+    LearnedReward,
+    ModuleReward,
+    Reward,
+    WeightedReward,
+)
+from lightning_rlhf.types import Rollout
+
+RESPONSES = torch.tensor([[12, 13, 0], [20, 0, 0], [33, 34, 35], [10, 11, 0]])
+LENGTHS = torch.tensor([3, 2, 3, 3])
+
+
+def words(prompts: list[Any], responses: list[str]) -> list[float]:
+    return [float(len(response.split())) for response in responses]
+
+
+def letters(prompts: list[Any], responses: list[str]) -> list[float]:
+    return [sum(0.7**t * (ord(letter) % 7) for t, letter in enumerate(response)) for response in responses]
+
+
+def table(bench: Bench) -> Table:
+    rollout = _rollout(bench)
+    rows = [{"prompt": "a b"}] * len(RESPONSES)
+
+    def scores(reward: Reward, tokenizer: Any = bench.tokenizer) -> Any:
+        reward.prepare(tokenizer)
+        return reward.scored(rollout, rows)
+
+    def scores_of_another_vocabulary(reward: Reward) -> Any:
+        return scores(reward, bench.other_tokenizer)
+
+    both = {"words": words, "letters": letters}
+    return {
+        EnsembleReward: case(scores, {"rewards": [words, letters]}, rewards=to([words, words]), combine=to(WorstOf())),
+        FunctionReward: case(scores, {"fn": words}, fn=to(letters)),
+        LearnedReward: case(
+            scores,
+            {"path": bench.folder(bench.scorer)},
+            path=to(bench.folder(bench.other_scorer)),
+            dtype=to("bfloat16"),
+            prompt_role=to("user", by=scores_of_another_vocabulary),
+        ),
+        ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
+        WeightedReward: case(
+            scores, {"parts": both}, parts=to({"words": words}), weights=to({"words": 1.0, "letters": -0.5})
+        ),
+    }
+
+
+def _rollout(bench: Bench) -> Rollout:
+    response = torch.arange(RESPONSES.shape[1]) < LENGTHS.unsqueeze(1)
+    zeros = torch.zeros(RESPONSES.shape, dtype=torch.float64)
+    return Rollout(
+        tokens=torch.cat([bench.prompts.tokens, RESPONSES], 1),
+        attention=torch.cat([bench.prompts.mask, response], 1),
+        response=response,
+        ended=RESPONSES.gather(1, LENGTHS.unsqueeze(1) - 1).squeeze(1) == 0,
+        groups=torch.arange(len(RESPONSES)),
+        logprobs=zeros,
+        sampler_logprobs=zeros,
+        ref_logprobs=zeros,
+        entropy=zeros,
+        values=zeros,
+    )

@@ -1,0 +1,207 @@
+"""Switches of the stages and of what surrounds them: short runs on tiny networks, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from peft import LoraConfig
+from switch_bench import Bench
+from switch_harness import Observer, Table, case, to
+from switch_rewards import letters, words
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
+from lightning_rlhf.core import (
+    GAE,
+    BanditAdvantage,
+    BatchMean,
+    ClippedValueLoss,
+    Constant,
+    FixedKL,
+    KLInLoss,
+    MeanOfMeans,
+    PlackettLuce,
+    TokenLevel,
+    Unclipped,
+)
+from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
+from lightning_rlhf.models import ModelSource
+from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.rollout import Generation, Updates
+
+SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
+FREE = Updates(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
+MANY = Updates(epochs=3, max_grad_norm=None)  # ratios leave 1
+
+
+def table(bench: Bench) -> Table:
+    return _rl(bench) | _supervised(bench) | _around(bench)
+
+
+def _rl(bench: Bench) -> Table:
+    """Two rollouts, for at the first the policy is still its own reference."""
+    usual = {"policy": bench.policy, "reward": letters, "tokenizer": bench.tokenizer, "optimizer": SGD}
+    usual |= {"generation": Generation(max_new_tokens=5), "updates": FREE, "schedule": Constant()}
+    source, other = (ModelSource(path=bench.folder(network)) for network in (bench.policy, bench.other_policy))
+    critic = {"policy": source, "advantage": GAE(), "level": TokenLevel()}
+
+    def fitted(module: PPOModule) -> PPOModule:
+        batch = {"prompts": bench.prompts, "pretrain": bench.texts}
+        bench.trainer().fit(module, _loader(batch, batch))
+        return module
+
+    def weights(module: PPOModule) -> list[Tensor]:
+        return list(fitted(module).policy.parameters())
+
+    def value_weights(module: PPOModule) -> list[Tensor]:
+        return list(fitted(module).value.parameters())
+
+    def logged(module: PPOModule) -> dict[str, Tensor]:
+        return fitted(module).trainer.callback_metrics
+
+    def sequences_per_pass(module: PPOModule) -> list[int]:
+        module.configure_model()
+        sizes: list[int] = []
+        module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        fitted(module)
+        return sizes
+
+    def inside(argument: str) -> Callable[[Observer], Observer]:
+        """From an observer of the module to one of a setting of it."""
+
+        def of_setting(observe: Observer) -> Observer:
+            return wraps(observe)(lambda setting: observe(PPOModule(**copy.deepcopy(usual) | {argument: setting})))
+
+        return of_setting
+
+    generation, updates = inside("generation"), inside("updates")
+    return {
+        Generation: case(
+            generation(weights),
+            {"max_new_tokens": 5},
+            max_new_tokens=to(3),
+            samples_per_prompt=to(2),
+            temperature=to(0.7),
+            dtype=to("bfloat16", by=generation(logged)),
+            seed=to(1),
+        ),
+        PPOModule: case(
+            weights,
+            usual,
+            policy=to(bench.other_policy),
+            reward=to(words),
+            reference=to(other),
+            value=to(other, **critic),
+            tokenizer=to(bench.other_tokenizer),
+            generation=to(Generation(max_new_tokens=3)),
+            updates=to(MANY),
+            level=to(TokenLevel()),
+            kl=to(FixedKL(coef=0.5)),
+            kl_term=to(
+                KLInLoss(), updates=MANY
+            ),  # at ratio 1 the gradient of k2 in the loss is that of k1 in the reward
+            advantage=to(BanditAdvantage(baseline=BatchMean())),
+            surrogate=to(Unclipped(), updates=MANY),
+            value_loss=to(ClippedValueLoss(coef=1.0), by=value_weights, **critic),
+            reduction=to(MeanOfMeans(), level=TokenLevel()),
+            shaping=to(()),
+            ptx_coef=to(0.5),
+            optimizer=to(SLOW),
+            value_lr=to(0.5, by=value_weights, **critic),
+            schedule=to(Constant(warmup=10)),
+        ),
+        Updates: case(
+            updates(weights),
+            epochs=to(2),
+            minibatch=to(2),
+            microbatch=to(2, by=updates(sequences_per_pass)),  # it changes memory, never the result
+            max_grad_norm=to(0.01),
+        ),
+    }
+
+
+def _supervised(bench: Bench) -> Table:
+    """Two steps on data that take their tokenizer from the module."""
+    usual = {"tokenizer": bench.tokenizer, "optimizer": SGD}
+    demonstrations = {"train": bench.file("demonstrations"), "batch_size": 2}
+    rankings = {"train": bench.file("rankings"), "batch_size": 2}
+
+    def weights(module: SFTModule | RewardModule) -> list[Tensor]:
+        sft = isinstance(module, SFTModule)
+        data = DemonstrationDataModule(**demonstrations) if sft else ComparisonDataModule(**rankings)
+        bench.trainer().fit(module, datamodule=data)
+        return list(module.model.parameters())
+
+    shared = {"tokenizer": to(bench.other_tokenizer), "optimizer": to(SLOW), "schedule": to(Constant())}
+    return {
+        RewardModule: case(
+            weights,
+            usual | {"model": bench.scorer},
+            model=to(bench.other_scorer),
+            loss=to(PlackettLuce()),
+            **shared,
+        ),
+        SFTModule: case(
+            weights,
+            usual | {"model": bench.policy},
+            model=to(bench.other_policy),
+            **shared,
+        ),
+    }
+
+
+def _around(bench: Bench) -> Table:
+    """Callbacks, in a current folder of their own, which paths are relative to."""
+    adapted = ModelSource(path=bench.folder(bench.policy), peft=LoraConfig(r=2, target_modules=["c_attn"]))
+
+    def fitted(callback: Callback, model: Any) -> LightningModule:
+        module = SFTModule(copy.deepcopy(model), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        bench.trainer([callback]).fit(module, _loader(bench.texts, bench.texts), _loader(bench.texts))
+        return module
+
+    def evaluated(callback: EMA) -> Tensor:
+        return fitted(callback, bench.policy).trainer.callback_metrics["eval/loss"]
+
+    def exported(callback: Export, model: Any = bench.policy) -> list[str]:
+        folder = bench.empty()
+        with contextlib.chdir(folder):
+            fitted(callback, model)
+        return _files(folder)
+
+    def exported_adapter(callback: Export) -> list[str]:
+        return exported(callback, adapted)
+
+    def predicted(callback: PredictionWriter) -> list[str]:
+        folder = bench.empty()
+        policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
+        module = PPOModule(policy, letters, tokenizer=bench.tokenizer, generation=generation)
+        with contextlib.chdir(folder):
+            bench.trainer([callback]).predict(module, _loader(bench.prompts))
+        return _files(folder)
+
+    return {
+        EMA: case(evaluated, decay=to(0.5)),
+        Export: case(
+            exported,
+            {"folder": "out"},
+            folder=to("elsewhere"),
+            merge_adapter=to(True, by=exported_adapter),
+        ),
+        PredictionWriter: case(predicted, path=to("elsewhere.jsonl")),
+    }
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def _loader(*batches: Any) -> DataLoader[Any]:
+    return DataLoader(list(batches), batch_size=None, shuffle=False)
