@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -65,6 +64,11 @@ class Bandit:
     def best(self) -> Tensor:
         """J* = BETA log Z, mean over the prompts, (S,)."""
         return BETA * (self.logp_ref + self.scores / BETA).logsumexp(-1).mean(-1)
+
+    def gradient(self, logp: Tensor) -> Tensor:
+        """The gradient of J in the logits, (S, P, Y)."""
+        logits = logp.clone().requires_grad_()
+        return torch.autograd.grad(self.objective(logits.log_softmax(-1)).sum(), logits)[0]
 
     def gap_closed(self, logp: Tensor) -> Tensor:
         """(J - J_SFT) / (J* - J_SFT), (S,): 1 at the optimum, below 0 where J is worse than at the start."""
@@ -193,9 +197,9 @@ class Learner:
         for rollout in range(self.run.rollouts):
             yield rollout + 1, self.iterate(self.run.schedule.factor(rollout, self.run.rollouts))
 
-    def penalty(self) -> float:
-        """KLPEN's b, mean over the seeds; 0 for the others."""
-        return fmean(getattr(surrogate, "coef", 0.0) for surrogate in self.surrogates)
+    def prices(self) -> list[float]:
+        """KLPEN's b of each seed; 0 for the other surrogates."""
+        return [getattr(surrogate, "coef", 0.0) for surrogate in self.surrogates]
 
 
 def gradient_noise(bandit: Bandit, advantage: AdvantageEstimator, at: Tensor, *, draws: int, samples: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from bandit import BETA, Bandit, Learner, Run, gradient_noise, kl
 from grid import NAMES, Scale, append
+from torch import Tensor
 
 from lightning_rlhf import BanditAdvantage, BatchMean, KLPenalty, LeaveOneOut, Linear, NoBaseline, RunningMean
 
@@ -98,6 +99,43 @@ def noise(bandit: Bandit, trial: Trial, size: Size) -> dict[str, list[float]]:
         one = Bandit(scores=bandit.scores[seed : seed + 1], logp_ref=bandit.logp_ref[seed : seed + 1])
         signal = one.gradient(one.logp_ref).square().sum()
         for name, at in (("noise_start", one.logp_ref), ("noise_end", one.optimum())):
-            settled = trial.run.advantage.settled(float(one.objective(at)))
+            settled = trial.run.advantage.adapted(float(one.objective(at)))  # what a running mean settles at
             found[name].append(gradient_noise(one, settled, at, draws=size.draws, samples=8) / float(signal))
     return found
+
+
+def checkpoint(bandit: Bandit, learner: Learner, kl_old: Tensor) -> dict[str, list[float]]:
+    """The exact figures of the policies as they are, per seed."""
+    logp, optimum = learner.logp.detach(), bandit.optimum()
+    exact = {"reward": bandit.reward(logp), "kl": bandit.kl(logp), "objective": bandit.objective(logp)}
+    exact |= {"best": bandit.best(), "gap_closed": bandit.gap_closed(logp), "kl_best": bandit.kl(optimum)}
+    exact |= {"kl_old": kl_old, "kl_to_best": kl(logp, optimum)}
+    return {name: values.tolist() for name, values in exact.items()} | {"b": learner.prices()}
+
+
+def rows_of(experiment: str, trial: Trial, size: Size) -> Iterator[dict[str, object]]:
+    """A row per seed and checkpoint."""
+    seeds = range(size.seeds)
+    bandit, run = Bandit.drawn(seeds, mean=trial.mean), trial.run
+    learner = Learner(bandit, run)
+    named = {"experiment": experiment, "score_mean": trial.mean, "beta": run.beta, "epochs": run.epochs, "lr": run.lr}
+    extra = noise(bandit, trial, size) if experiment == "baselines" else {}
+    for rollout, kl_old in learner.train():
+        last = rollout == run.rollouts
+        if last or (trial.every and rollout in CHECKPOINTS):
+            found = checkpoint(bandit, learner, kl_old) | (extra if last else {})
+            for seed in seeds:
+                own = {name: values[seed] for name, values in found.items()}
+                yield named | trial.names | {"seed": seed, "rollout": rollout} | own
+
+
+def study(path: Path, size: Size) -> None:
+    """Run all experiments; the file is written whole, since they take minutes only."""
+    rows: list[dict[str, object]] = []
+    for experiment, trials in EXPERIMENTS.items():
+        start = process_time()
+        for trial in trials(size):
+            rows += rows_of(experiment, trial, size)
+        print(f"bandit, {experiment}: {process_time() - start:.0f} s of processor time", flush=True)
+    path.unlink(missing_ok=True)
+    append(path, COLUMNS, rows)

@@ -1,7 +1,7 @@
 """The grid on a language model: SmolLM2-135M through `PPOModule` and `Trainer`, the reward VADER of the response.
 
 The policy at the start is the reference, the prompts are the quickstart's, and reward and KL at the end are those of
-the module's own validation on held-out prompts. A finished run is written at once, so that an interrupted study resumes.
+the module's own validation on held-out prompts. A finished run is written at once: an interrupted study resumes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.checks import check_not_negative, check_positive
 from lightning_rlhf.core.kl import k3
-from lightning_rlhf.core.surrogate import LARGEST_LOG_RATIO, PerAction, Surrogate, importance_ratio
+from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 
 PENALTY_BOUNDS = (1e-6, 1e6)
 """Between them an adaptive penalty moves: halving for ever would end at 0, which no doubling leaves."""
@@ -46,7 +46,7 @@ class KLPenalty(Surrogate):
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
         """−ρÂ + b·k3."""
-        kl_old = k3(-log_ratio.clamp(max=LARGEST_LOG_RATIO))
+        kl_old = k3(-log_ratio)
         return PerAction(
             -importance_ratio(log_ratio) * advantages + self.coef * kl_old,
             {"policy/kl_penalty": self.coef * kl_old.detach()},

@@ -19,7 +19,8 @@ from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 class MismatchWeights(Surrogate, ABC):
     """Another surrogate, each action's loss times a detached function of w = π_old(a|s) / π_sampler(a|s).
 
-    E_sampler[w·loss] = E_old[loss], up to the truncation. Do not also take π_sampler for π_old: that counts w twice.
+    E_sampler[w·loss] = E_old[loss] for whole responses, up to the truncation; per token, as is usual, the tokens before
+    it stay uncorrected. Do not also take π_sampler for π_old: that counts w twice.
     """
 
     surrogate: Surrogate = field(default_factory=Clip)
@@ -35,8 +36,10 @@ class MismatchWeights(Surrogate, ABC):
         return self.surrogate(log_ratio, advantages)
 
     def weights(self, mismatch: Tensor) -> Tensor:
-        """The correction, times those of the inner surrogate."""
-        return self.correction(importance_ratio(mismatch)) * self.surrogate.weights(mismatch)
+        """The correction of w, after that of an inner one."""
+        inner = self.surrogate
+        corrected = isinstance(inner, MismatchWeights)
+        return self.correction(inner.weights(mismatch) if corrected else importance_ratio(mismatch))
 
     @abstractmethod
     def correction(self, ratio: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.adaptive import Adaptive
-
-LARGEST_LOG_RATIO = 40.0
-"""Above it a ratio is held, so that neither it, its square nor a clipped gradient overflows float32."""
+from lightning_rlhf.core.kl import held
 
 
 def importance_ratio(log_ratio: Tensor) -> Tensor:
@@ -24,7 +22,7 @@ def importance_ratio(log_ratio: Tensor) -> Tensor:
     Returns:
         the same shape, > 0 and finite.
     """
-    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    return held(log_ratio).exp()
 
 
 class PerAction(NamedTuple):

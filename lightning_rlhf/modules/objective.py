@@ -54,7 +54,7 @@ class Objective:
         logprobs = self.logprobs(old)
         log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response)
         action = self.surrogate(log_ratio, piece.advantages)
-        weights = self.surrogate.weights(self.level.log_ratio(old.logprobs, old.sampler_logprobs, old.response))
+        weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response))
         kl = self.kl_coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response, self.level)
         total = self.reduction.total(weights * action.loss + kl, mask)
         stats = {"loss/policy_avg": weights * action.loss, "loss/kl_avg": kl} | action.stats

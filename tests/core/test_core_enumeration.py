@@ -432,9 +432,14 @@ def test_without_weights_or_with_cut_ones_the_sampler_shows():
         Unclipped(),
         TruncatedWeights(cap=1.0, surrogate=Unclipped()),
         MaskedWeights(smallest=0.8, largest=1.2, surrogate=Unclipped()),
-        TruncatedWeights(cap=1e9, surrogate=TruncatedWeights(cap=1e9, surrogate=Unclipped())),  # w twice
     ):
         assert apart(step_gradient(p.old, p, surrogate=surrogate, sampler=p.sampler), expected) > 0.01
+
+
+def test_nested_weights_count_the_sampler_once():
+    p = problem(0)
+    nested = TruncatedWeights(cap=1e9, surrogate=TruncatedWeights(cap=1e9, surrogate=Unclipped()))
+    assert_close(step_gradient(p.old, p, surrogate=nested, sampler=p.sampler), step_gradient(p.old, p), **TIGHT)
 
 
 def test_token_weights_leave_the_prefix_uncorrected():

@@ -103,7 +103,6 @@ def test_state_of_nested_weights_carries_the_whole_path():
     assert nested.restored(moved.state()) == moved
 
 
-@pytest.mark.xfail(strict=True, reason="the inner weights are multiplied in, so that w counts twice: w² = 2.25")
 def test_truncated_and_masked_together_count_w_once():
     # w = 1.5 is inside both bounds, w = 9 and w = 0.1 are outside the inner one; E_sampler[w²·loss] is not E_old[loss]
     both = TruncatedWeights(cap=3.0, surrogate=MaskedWeights(smallest=0.5, largest=2.0))

@@ -1,4 +1,10 @@
-"""The switch test's machinery: which arguments there are, and whether one of them moves anything."""
+"""The switch test's machinery: which arguments there are, and whether one of them moves anything.
+
+A new argument goes into its class's case, `argument=to(another value)`; `by=` observes it elsewhere than the class's
+other arguments, and `name=value` beside it sets what it acts on. A new class gets a `case(observe, what it is built
+with, …)` in the table of its room: `switch_core`, `_data`, `_models`, `_rewards`, `_run`. Observe what the library
+does (losses, weights, batches, files) and never the attribute that holds the argument.
+"""
 
 from __future__ import annotations
 

@@ -105,9 +105,7 @@ def _rl(bench: Bench) -> Table:
             updates=to(MANY),
             level=to(TokenLevel()),
             kl=to(FixedKL(coef=0.5)),
-            kl_term=to(
-                KLInLoss(), updates=MANY
-            ),  # at ratio 1 the gradient of k2 in the loss is that of k1 in the reward
+            kl_term=to(KLInLoss(), updates=MANY),  # at ratio 1 its gradient is that of the KL in the reward
             advantage=to(BanditAdvantage(baseline=BatchMean())),
             surrogate=to(Unclipped(), updates=MANY),
             value_loss=to(ClippedValueLoss(coef=1.0), by=value_weights, **critic),
