@@ -12,6 +12,8 @@ from lightning_rlhf import Clip, KLPenalty, Surrogate, Unclipped
 
 NAMES = ("CLIP", "KLPEN fixed", "KLPEN adaptive", "unclipped")
 EPOCHS = (1, 4)
+HELD_OUT = 48
+"""Prompts on which the model is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

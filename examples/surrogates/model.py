@@ -18,7 +18,7 @@ from pathlib import Path
 from time import process_time
 
 import torch
-from grid import NAMES, Scale, append, read
+from grid import HELD_OUT, NAMES, Scale, append, read
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Size:
     prompts: int = 16
     """To a rollout, one response each."""
     minibatch: int = 8
-    held_out: int = 48
+    held_out: int = HELD_OUT
     tokens: int = 16
     """Longest response."""
     lr: float = 3e-5
