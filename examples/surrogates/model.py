@@ -48,7 +48,7 @@ LOGGED = {
     "b": "surrogate/coef",
 }
 MEASURED = {"reward": "eval/reward", "kl": "eval/kl", "entropy": "eval/entropy", "length": "eval/response_length"}
-COLUMNS = ("surrogate", "beta", "epochs", "rollout", *MEASURED, *LOGGED, "cpu_seconds")
+COLUMNS = ("surrogate", "beta", "epochs", "lr", "rollout", *MEASURED, *LOGGED, "cpu_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +145,11 @@ def trained(material: Material, size: Size, data: PromptDataModule, settings: Se
     """A row for every rollout, as the policy was before its updates; the last row is the policy at the end."""
     start, record = process_time(), Record()
     module = module_of(material, size, *settings)
-    quiet(size, max_epochs=1, limit_train_batches=size.rollouts, limit_val_batches=0, callbacks=[record]).fit(
-        module, data
-    )
+    options = {"max_epochs": 1, "limit_train_batches": size.rollouts, "limit_val_batches": 0, "callbacks": [record]}
+    quiet(size, **options).fit(module, data)
     end = measured(module, size, data) | {"cpu_seconds": process_time() - start}
     names = dict(zip(("surrogate", "beta", "epochs"), settings, strict=True))
+    names["lr"] = size.lr
     return [names | {"rollout": done} | row for done, row in enumerate([*record.rows, end])]
 
 
@@ -166,7 +166,8 @@ def study(path: Path, material: Callable[[], Material], size: Size) -> None:
         seed_everything(0, verbose=False)
         if settings == start:
             module = module_of(loaded, size, NAMES[0], 0.0, 1)
-            rows = [dict(zip(("surrogate", "beta", "epochs"), start, strict=True)) | measured(module, size, data)]
+            names = dict(zip(("surrogate", "beta", "epochs", "lr"), (*start, 0.0), strict=True))
+            rows = [names | measured(module, size, data)]
         else:
             rows = trained(loaded, size, data, settings)
         append(path, COLUMNS, rows)

@@ -75,7 +75,8 @@ def trust_panel(axis: Axes, rows: Sequence[Row]) -> None:
             axis.errorbar(rates, means, errors, color=COLOURS[name], linestyle=style, marker=".", linewidth=1.2)
     shown = zip(epochs, STYLES, strict=False)
     styles = [
-        Line2D([], [], color="grey", linestyle=style, label=f"{count:.0f} inner epochs") for count, style in shown
+        Line2D([], [], color="grey", linestyle=style, label=f"{count:.0f} inner epoch{'s' * (count > 1)}")
+        for count, style in shown
     ]
     axis.legend(handles=styles, fontsize=8, loc="lower left")
     axis.axhline(1, color="#2ca02c", linewidth=1)
@@ -93,11 +94,14 @@ def fixed_point_panel(axis: Axes, rows: Sequence[Row]) -> None:
             steps = values(own, "rollout")
             means = [estimate(numbers(chosen(own, rollout=step), "gap_closed")).mean for step in steps]
             axis.plot(steps, means, style, color=colour, alpha=alpha, marker=".", linewidth=1.2)
-            axis.annotate(f"b={price:g}", (steps[-1], means[-1]), (3, 0), textcoords="offset points", fontsize=7)
+            if means[-1] < 0.95:  # those at the optimum lie on one another
+                axis.annotate(
+                    f"b = {price:g}", (steps[-1], means[-1]), (4, -3), textcoords="offset points", fontsize=7.5
+                )
     kinds = ((BETA, "-", "#1f77b4", "with the KL to SFT"), (0.0, "--", "#d62728", "without"))
     axis.legend(handles=[Line2D([], [], linestyle=s, color=c, label=t) for _, s, c, t in kinds], fontsize=8, loc="best")
     axis.axhline(1, color="#2ca02c", linewidth=1)
-    axis.set(xscale="log", xlabel="rollouts", ylabel="share of the gap to J* closed")
+    axis.set(xscale="log", xlabel="rollouts", ylabel="share of the gap to J* closed", xlim=(0.9, 1.5 * max(steps)))
     axis.set(title="bandit: KLPEN maximised and re-centred, no noise")
 
 

@@ -28,12 +28,12 @@ def setting(bandit: Sequence[Row]) -> str:
     """What the bandit is."""
     own = chosen(bandit, experiment="grid")
     return (
-        f"The **bandit**: 8 prompts of 32 responses, scores N(2, 1), a softmax table as policy, 8 responses per prompt and "
-        f"rollout, 4 minibatches, Adam, {values(own, 'rollout')[-1]:.0f} rollouts, {len(values(own, 'seed'))} seeds "
-        f"(mean ± standard error; batch-mean baseline where nothing else is said). J = E[r] − {BETA}·KL(π‖π_SFT) is "
-        "enumerated; the *gap closed* is (J − J_SFT)/(J* − J_SFT) with J* = β·log Z: 1 at the optimum π*, below 0 where "
-        "it is worse than no training. The **model**: SmolLM2-135M through `PPOModule`, reward VADER of the response, "
-        "whole responses as actions, batch-mean baseline."
+        f"The **bandit**: 8 prompts of 32 responses, scores N(2, 1), a softmax table as policy, 8 responses per prompt "
+        f"and rollout, 4 minibatches, Adam, {values(own, 'rollout')[-1]:.0f} rollouts, {len(values(own, 'seed'))} "
+        f"seeds (mean ± standard error; batch-mean baseline where nothing else is said). J = E[r] − {BETA}·KL(π‖π_SFT) "
+        "is enumerated; the *gap closed* is (J − J_SFT)/(J* − J_SFT) with J* = β·log Z: 1 at the optimum π*, below 0 "
+        "where it is worse than no training. The **model**: SmolLM2-135M through `PPOModule`, whole responses as "
+        "actions, reward VADER, batch-mean baseline."
     )
 
 

@@ -20,6 +20,7 @@ from lightning_rlhf.core import (
     Constant,
     ConstantLength,
     FixedKL,
+    GeometricLevel,
     KLInLoss,
     KLInReward,
     MeanOfMeans,
@@ -199,6 +200,11 @@ CASES = {
         {"level": TokenLevel(), "reduction": ConstantLength(length=7)},
         None,
         lambda k, rows: mean(k(row).sum() for row in rows) / 7,
+    ),
+    "other-sampler": (  # whose weights are for the surrogate
+        {"level": SequenceLevel(), "surrogate": TruncatedWeights(cap=1.001), "generation": LOW},
+        None,
+        lambda k, rows: mean(k(row.sum()) for row in rows),
     ),
     "response-of-tokens": (
         {"level": TokenLevel(), "reduction": SequenceMean()},
@@ -398,12 +404,11 @@ def test_low_precision_sampler_is_seen_and_weighed(make_ppo, credited, kind, lev
     assert distance(*gradients) > 1e-4
 
 
-@pytest.mark.parametrize("by_token", [True, False], ids=["token", "sequence"])
-def test_weights_multiply_the_surrogate_alone(make_ppo, credited, by_token):
-    """In what is logged: −w·Â with w = min(π_old/π_sampler, C) of each action, and the KL without w."""
-    cap = 1.001
-    level = TokenLevel() if by_token else SequenceLevel()
-    surrogate = TruncatedWeights(surrogate=Clip(), cap=cap)
+@pytest.mark.parametrize("level", [TokenLevel(), SequenceLevel(), GeometricLevel()], ids=["token", "response", "gspo"])
+def test_weights_are_those_of_each_action(make_ppo, credited, level):
+    """In what is logged: −w·Â with w = min(π_old/π_sampler, C), the whole ratio under GSPO, too; the KL without w."""
+    cap, by_token = 1.001, isinstance(level, TokenLevel)
+    surrogate = TruncatedWeights(surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4), cap=cap)
     module = make_ppo(generation=LOW, level=level, kl_term=KLInLoss(), surrogate=surrogate)
     experience, _ = credited(module)
     _, logged = learned(module, experience)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -38,6 +39,7 @@ from lightning_rlhf.core import (
     Linear,
     MaskedWeights,
     MeanOfMeans,
+    Reduction,
     RewardToGo,
     RunningMean,
     SequenceLevel,
@@ -82,21 +84,18 @@ def make_module(network, table, *, samples: int = 1, lr: float = 0.02, epochs: i
     )
 
 
-class Setting:
-    """A policy that has left its reference, and all responses to both prompts.
+class Enumerated:
+    """A policy that has left its reference, and all responses to both prompts; made once, nothing trains it.
 
     Attributes:
         probabilities: π_old(y|x) of each row / number of prompts.
         expected: ∇J by autograd through the plain network.
     """
 
-    def __init__(self, make_lm, kind: str, **options) -> None:
-        self.network = make_lm(kind, vocab=VOCAB, seed=1, initializer_range=0.15)
+    def __init__(self, make_lm, kind: str) -> None:
+        self.network = make_lm(kind, vocab=VOCAB, seed=1, initializer_range=0.15).double().eval()
         self.reference = make_lm(kind, vocab=VOCAB, seed=2, initializer_range=0.15).double().eval()
-        self.module = make_module(self.network, score_table(), **options)
-        self.module.configure_model()
-        self.module.double()
-        self.rollout = every_response(self.module, self.network.eval(), self.reference)
+        self.rollout = every_response(None, self.network, self.reference)
         self.logp = enumerated_logprobs(self.network)
         with torch.no_grad():
             self.logp_ref = enumerated_logprobs(self.reference)
@@ -108,23 +107,54 @@ class Setting:
         grads = torch.autograd.grad(value, self.parameters, retain_graph=True)
         return torch.cat([g.flatten() for g in grads])
 
-    def credited(self) -> Experience:
-        scores = TableReward(score_table())(self.rollout, ROWS)
-        return self.module.credit(self.rollout, Scores(scores, {}), Tally())
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation(Reduction):
+    """Another reduction's total, every row times a probability: all of them are sums over rows."""
+
+    inner: Reduction
+    probabilities: torch.Tensor
+
+    def total(self, losses, mask):
+        return self.inner.total(losses * self.probabilities.unsqueeze(1), mask)
+
+    def count(self, mask):
+        return self.inner.count(mask)
+
+
+class Setting:
+    """The enumerated bandit in the hands of a module."""
+
+    def __init__(self, bandit: Enumerated, **options) -> None:
+        self.bandit, self.expected, self.probabilities = bandit, bandit.expected, bandit.probabilities
+        self.module = make_module(bandit.network, score_table(), **options)
+        self.module.configure_model()
+
+    def credited(self, **changes: torch.Tensor) -> Experience:
+        rollout = replace(self.bandit.rollout, **changes)
+        scores = TableReward(score_table())(rollout, ROWS)
+        return self.module.credit(rollout, Scores(scores, {}), Tally())
 
     def accumulated(self, experience: Experience, probabilities: torch.Tensor | None = None) -> torch.Tensor:
-        """−Σ_y p(y|x)·∇ of the loss that the module has for the response y, one row at a time."""
+        """−∇ Σ_y p(y|x)·loss(y), as the module has it."""
         probabilities = self.probabilities if probabilities is None else probabilities
-        total = torch.zeros_like(self.expected)
-        for i, p in enumerate(probabilities.tolist()):
-            loss = self.module.objective.actions(experience.select(torch.tensor([i])), Tally())
-            total -= p * torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)])
-        return total
+        inner = self.module.reduction
+        self.module.reduction = Expectation(inner=inner, probabilities=probabilities)
+        loss = self.module.objective.actions(experience, Tally())
+        self.module.reduction = inner
+        return -self.bandit.gradient(loss)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def setting(make_lm):
-    return partial(Setting, make_lm)
+    known: dict[str, Enumerated] = {}
+
+    def make(kind: str, **options) -> Setting:
+        if kind not in known:
+            known[kind] = Enumerated(make_lm, kind)
+        return Setting(known[kind], **options)
+
+    return make
 
 
 def apart(a, b) -> float:
@@ -196,7 +226,7 @@ def test_k2_of_tokens_is_not_the_gradient_of_the_objective(setting):
     exact = setting("gpt2", kl_term=KLInLoss(), surrogate=Clip(), level=TokenLevel(), reduction=SequenceMean())
     found = exact.accumulated(exact.credited())
     assert apart(found, exact.expected) > 1e-4
-    reward = exact.gradient((exact.logp.exp() * score_table()).sum(1).mean())
+    reward = exact.bandit.gradient((exact.bandit.logp.exp() * score_table()).sum(1).mean())
     wrong, right = reward - found, reward - exact.expected
     assert float((wrong - right).norm() / right.norm()) < 0.7  # yet it points the same way
     assert float(wrong @ right) > 0
@@ -209,15 +239,16 @@ def test_k3_is_the_gradient_of_the_forward_kl(setting, at):
     exact = setting("gpt2", kl_term=term, surrogate=Clip(), level=TokenLevel(), reduction=SequenceMean())
     found = exact.accumulated(exact.credited())
     assert apart(found, exact.expected) > 1e-3
-    reward = (exact.logp.exp() * score_table()).sum(1).mean()
+    logp, logp_ref = exact.bandit.logp, exact.bandit.logp_ref
+    reward = (logp.exp() * score_table()).sum(1).mean()
     if isinstance(at, SequenceLevel):
-        forward = (exact.logp_ref.exp() * (exact.logp_ref - exact.logp)).sum(1).mean()
+        forward = (logp_ref.exp() * (logp_ref - logp)).sum(1).mean()
     else:
-        forward = sum(state_forward_kl(exact, prompt) for prompt in PROMPTS) / len(PROMPTS)
-    assert apart(found, exact.gradient(reward - BETA * forward)) < 1e-9
+        forward = sum(state_forward_kl(exact.bandit, prompt) for prompt in PROMPTS) / len(PROMPTS)
+    assert apart(found, exact.bandit.gradient(reward - BETA * forward)) < 1e-9
 
 
-def state_forward_kl(exact: Setting, prompt: list[int]) -> torch.Tensor:
+def state_forward_kl(exact: Enumerated, prompt: list[int]) -> torch.Tensor:
     """Σ over states of π_old(state)·KL(π_ref(·|s)‖π(·|s)): the prompt, and the prompt with each token but the end."""
 
     def tables(tokens):
@@ -235,21 +266,14 @@ def state_forward_kl(exact: Setting, prompt: list[int]) -> torch.Tensor:
     return total
 
 
-def test_k1_in_reward_and_k2_in_loss_agree_only_in_expectation_with_a_baseline(setting):
-    """The baseline cancels in expectation, so both are ∇J; row by row they differ."""
+def test_a_baseline_cancels_wherever_the_kl_is(setting):
+    """In expectation, so both are ∇J."""
     found = []
     for term in (KLInReward(), KLInLoss()):
         exact = setting("gpt2", kl_term=term, surrogate=Unclipped())
         experience = exact.credited()
-        experience = Experience(
-            rollout=experience.rollout,
-            mask=experience.mask,
-            advantages=experience.advantages - 5.0,
-            returns=experience.returns,
-        )
-        found.append(exact.accumulated(experience))
+        found.append(exact.accumulated(replace(experience, advantages=experience.advantages - 5.0)))
         assert apart(found[-1], exact.expected) < 1e-9
-    assert apart(*found) < 1e-9
 
 
 # (e) Another policy sampled
@@ -258,7 +282,8 @@ def test_k1_in_reward_and_k2_in_loss_agree_only_in_expectation_with_a_baseline(s
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "klpen"])
 def test_weights_give_the_gradient_of_the_objective_under_another_sampler(setting, make_lm, surrogate):
     """Σ π_sampler·w·∇ = ∇J where no weight is capped; without w, or with a low cap, it is not."""
-    found = {}
+    sampler, found = make_lm("gpt2", vocab=VOCAB, seed=7, initializer_range=0.15).double().eval(), {}
+    drawn = every_response(None, sampler, sampler).logprobs
     for name, wrapper in {
         "none": lambda inner: inner,
         "truncated": lambda inner: TruncatedWeights(surrogate=inner, cap=1e9),
@@ -267,14 +292,7 @@ def test_weights_give_the_gradient_of_the_objective_under_another_sampler(settin
         "rejecting": lambda inner: MaskedWeights(surrogate=inner, smallest=0.9, largest=1.1),
     }.items():
         exact = setting("gpt2", surrogate=wrapper(SURROGATES[surrogate]))
-        sampler = make_lm("gpt2", vocab=VOCAB, seed=7, initializer_range=0.15).double().eval()
-        drawn = every_response(exact.module, sampler, sampler).logprobs
-        experience = exact.credited()
-        changed = {name: getattr(experience.rollout, name) for name in experience.rollout.__dataclass_fields__}
-        rollout = type(experience.rollout)(**(changed | {"sampler_logprobs": drawn}))
-        experience = Experience(
-            rollout=rollout, mask=experience.mask, advantages=experience.advantages, returns=experience.returns
-        )
+        experience = exact.credited(sampler_logprobs=drawn)
         probabilities = drawn.sum(1).exp() / len(PROMPTS)
         assert float(probabilities.sum()) == pytest.approx(1.0, abs=1e-12)
         assert apart(probabilities, exact.probabilities) > 1e-3
@@ -290,19 +308,18 @@ def test_weights_give_the_gradient_of_the_objective_under_another_sampler(settin
 ALL_LEVELS = LEVELS | {"geometric": GeometricLevel()}
 
 
-@pytest.mark.parametrize("level", ALL_LEVELS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+PAIRS = [(s, n) for s in SURROGATES for n in ALL_LEVELS if not (s.startswith("klpen") and n == "geometric")]  # refused
+
+
+@pytest.mark.parametrize(("surrogate", "level"), PAIRS)
+@pytest.mark.filterwarnings("ignore:.*never acts on GeometricLevel")  # bounds of 0.2 inside the weights, on purpose
 def test_first_minibatch_has_ratio_one(make_lm, left_padded, surrogate, level):
     """As the module measures it after a rollout of its own, k = 2; and not after the policy has moved."""
     chosen = SURROGATES[surrogate]
-    if surrogate.startswith("klpen") and level == "geometric":
-        pytest.skip("refused")
     if level == "geometric" and isinstance(chosen, Clip):
         chosen = Clip(epsilon=3e-4, epsilon_high=4e-4, dual=chosen.dual)
     network = make_lm("gpt2", vocab=VOCAB, seed=1, initializer_range=0.15)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *a, **o: None)  # bounds of 0.2 inside the weights, on purpose
-        module = make_module(network, score_table(), surrogate=chosen, level=ALL_LEVELS[level], samples=2, minibatch=16)
+    module = make_module(network, score_table(), surrogate=chosen, level=ALL_LEVELS[level], samples=2, minibatch=16)
     module.configure_model()
     module.double()
     prompts = left_padded(PROMPTS * 8, rows=[{"prompt": i % 2} for i in range(16)])
@@ -368,20 +385,23 @@ def with_value(module, build, make_scorer) -> None:
     module.collector.value = module.value
 
 
-RLOO = {"samples": 4, "advantage": BanditAdvantage(baseline=LeaveOneOut()), "surrogate": Unclipped()}
+ON_POLICY = {"epochs": 1, "minibatch": 128, "rollouts": 40}  # one step a rollout, for what nothing bounds
+RLOO = {"samples": 4, "advantage": BanditAdvantage(baseline=LeaveOneOut())}
 DR_GRPO = {
     "samples": 4,
     "advantage": GroupAdvantage(scale=Unscaled()),
-    "surrogate": Clip(),
     "kl_term": KLInLoss(estimator=K2(), level=SequenceLevel()),
+    "surrogate": Clip(),
+    "epochs": 1,
+    "rollouts": 40,
 }
 METHODS = {
-    "rloo": RLOO,
+    "rloo": RLOO | ON_POLICY | {"surrogate": Unclipped()},
+    "cispo": RLOO | ON_POLICY | {"surrogate": CISPO(), "level": TokenLevel(), "reduction": SequenceMean()},
     "dr-grpo": DR_GRPO,
     "dr-grpo-tokens": DR_GRPO | {"level": TokenLevel(), "reduction": SequenceMean()},
-    "running-mean": {"advantage": BanditAdvantage(baseline=RunningMean()), "surrogate": Clip()},
-    "learned-value": {"advantage": BanditAdvantage(baseline=LearnedValue()), "surrogate": Clip(), "rollouts": 20},
-    "cispo": {"surrogate": CISPO(), "advantage": BanditAdvantage(baseline=LeaveOneOut()), "samples": 4},
+    "running-mean": {"advantage": BanditAdvantage(baseline=RunningMean()), "surrogate": Clip(), "lr": 0.01},
+    "learned-value": {"advantage": BanditAdvantage(baseline=LearnedValue()), "surrogate": Clip(), "lr": 0.01},
 }
 
 
@@ -394,4 +414,12 @@ def test_training_reaches_beta_log_z(gap_closed, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "dr-grpo"])
 def test_training_on_flipped_scores_moves_away(gap_closed, method):
-    assert gap_closed(**METHODS[method], flip=-1.0, rollouts=8) < 0
+    assert gap_closed(**(METHODS[method] | {"flip": -1.0, "rollouts": 8})) < 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surrogate", ["unclipped", "cispo"])
+def test_many_steps_on_a_rollout_run_off_where_nothing_bounds_them(gap_closed, surrogate):
+    """E_old[ρÂ] = J + β·KL(π_θ‖π_old): the surrogate praises leaving. Four steps a rollout, where CLIP arrives."""
+    assert gap_closed(**RLOO, surrogate=SURROGATES[surrogate]) < 0.5
+    assert gap_closed(**RLOO, surrogate=Clip()) > 0.8
