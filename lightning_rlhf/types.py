@@ -85,8 +85,9 @@ class Rollout:
         logprobs: log π_old(token | before), (B, R), nats, 0 where `response` is False.
         sampler_logprobs: the same under the weights that drew the token, which may be of lower precision, (B, R), nats.
         ref_logprobs: log π_ref of the same tokens, (B, R), nats.
-        entropy: entropy of π_old's next-token distribution, (B, R), nats.
+        entropy: of the next-token distribution that each token was drawn from, (B, R), nats.
         values: V(state before each token), (B, R); zeros where there is no value network.
+        live: `logprobs` with the graph they came by, where the one update there is goes on from it; else None.
     """
 
     tokens: Tensor
@@ -99,6 +100,7 @@ class Rollout:
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    live: Tensor | None = None
 
     @property
     def prompt_width(self) -> int:
@@ -110,8 +112,25 @@ class Rollout:
         """Response lengths in tokens, end token included, (B,)."""
         return self.response.sum(1)
 
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """Prompt lengths in tokens, (B,)."""
+        return self.attention[:, : self.prompt_width].sum(1)
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def select(self, index: Tensor) -> Rollout:
+        """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
+        first = self.prompt_width - max(int(self.prompt_lengths[index].max()), 1)
+        width = max(int(self.lengths[index].max()), 1)
+        cut = {"tokens": slice(first, self.prompt_width + width), "attention": slice(first, self.prompt_width + width)}
+        found = {}
+        for field in fields(self):
+            whole = getattr(self, field.name)
+            part = None if whole is None else whole[index]
+            found[field.name] = part if part is None or part.ndim == 1 else part[:, cut.get(field.name, slice(width))]
+        return Rollout(**found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +153,8 @@ class Experience:
         return len(self.rollout)
 
     def select(self, index: Tensor) -> Experience:
-        """The sequences at `index`, (b,), int64, as a smaller experience."""
-        rollout = Rollout(**{field.name: getattr(self.rollout, field.name)[index] for field in fields(Rollout)})
-        return Experience(
-            rollout=rollout,
-            mask=self.mask[index],
-            advantages=self.advantages[index],
-            returns=self.returns[index],
-        )
+        """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
+        rollout = self.rollout.select(index)
+        width = rollout.response.shape[1]  # T is R, or 1
+        mask, advantages, returns = (x[index][:, :width] for x in (self.mask, self.advantages, self.returns))
+        return Experience(rollout=rollout, mask=mask, advantages=advantages, returns=returns)

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core.logprobs import entropy, token_logprobs
+from lightning_rlhf.core.linear_logprobs import linear_logprobs
+from lightning_rlhf.core.logprobs import token_logprobs
 from lightning_rlhf.models.adapter import is_adapted, merged
+from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.folder import write_folder
+from lightning_rlhf.models.states import Backbone, positions
 
-
-class TokenStats(NamedTuple):
-    """What a policy says of the last W tokens of each row.
-
-    Attributes:
-        logprobs: log π(token | before), (B, W), float32 or float64, nats.
-        entropy: entropy of the next-token distribution, (B, W), nats; zeros where it was not asked for.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones, (B, L), so that left padding moves nothing."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+logger = logging.getLogger(__name__)
 
 
 class PolicyModel(nn.Module):
@@ -46,31 +34,69 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.network = network
         self.tokenizer = tokenizer
-        base = network.get_base_model() if is_adapted(network) else network
-        self._accepts = set(inspect.signature(base.forward).parameters)
+        self.backbone = Backbone(network)
+        self._linear_head: bool | None = None  # found out by the first forward
 
     def forward(
-        self, tokens: Tensor, mask: Tensor, *, width: int, temperature: float = 1.0, with_entropy: bool = False
-    ) -> TokenStats:
-        """log π of the last `width` tokens; logits are made for those positions only.
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        *,
+        width: int,
+        temperature: float = 1.0,
+        wanted: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """log π(token | before) of the last `width` tokens, (B, W), float32 or float64, nats; 0 where not wanted.
+
+        The head is applied to wanted positions alone and its (B, W, V) logits are never whole, where the network's
+        logits are a linear map of its hidden states (`linear_logprobs`).
 
         Args:
             tokens: (B, L), int64, padded on either side.
             mask: (B, L), bool, True on real tokens.
             width: W, 1 ≤ W < L.
             temperature: τ the logits are divided by.
-            with_entropy: also the exact entropy, at the price of a softmax.
+            wanted: (B, W), bool; None: the real tokens.
+            groups: (B,), int64; rows of one number have the same first L − W columns, which are then read once.
         """
-        logits = self.logits(tokens, mask, keep=width + 1)[:, :-1]
-        logprobs = token_logprobs(logits, tokens[:, -width:], temperature)
-        return TokenStats(logprobs, entropy(logits, temperature) if with_entropy else torch.zeros_like(logprobs))
+        wanted = mask[:, -width:] if wanted is None else wanted
+        head = self._head(tokens)
+        if head is None:
+            logits = self.logits(tokens, mask, keep=width + 1)[:, :-1]
+            return torch.where(wanted, token_logprobs(logits, tokens[:, -width:], temperature), 0.0)
+        states = self.backbone.states(tokens, mask, width=width, groups=groups)
+        chosen = tokens[:, -width:][wanted]
+        found = linear_logprobs(states[wanted], head.weight, chosen, bias=head.bias, temperature=temperature)
+        return found.new_zeros(wanted.shape).masked_scatter(wanted, found)
 
     def logits(self, tokens: Tensor, mask: Tensor, *, keep: int) -> Tensor:
         """Next-token logits of the last `keep` positions, (B, keep, V)."""
-        options = {"position_ids": positions(mask)} if "position_ids" in self._accepts else {}
-        if "logits_to_keep" in self._accepts:
-            options["logits_to_keep"] = keep
+        options = {"logits_to_keep": keep} if self.backbone.accepts("logits_to_keep") else {}
+        if self.backbone.accepts("position_ids"):
+            options["position_ids"] = positions(mask)
         return self.network(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **options).logits[:, -keep:]
+
+    def _head(self, tokens: Tensor) -> nn.Linear | None:
+        """The head, where logits are its linear map of the hidden states, which no hook watches or changes."""
+        head = bare(self.network).get_output_embeddings()
+        if type(head) is not nn.Linear or isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
+            return None
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (head, self.network, bare(self.network))):
+            return None
+        if self._linear_head is None:
+            self._linear_head = self._is_linear(head, tokens[:1, -2:])
+            if not self._linear_head:
+                logger.info("%s does more than its head to make logits: all of them are computed", type(self.network))
+        return head if self._linear_head else None
+
+    @torch.no_grad()
+    def _is_linear(self, head: nn.Linear, tokens: Tensor) -> bool:
+        """Whether head and backbone alone give the network's logits of some tokens: some networks scale or cap them."""
+        known = torch.ones_like(tokens)
+        whole = self.network(input_ids=tokens, attention_mask=known, use_cache=False).logits
+        states = self.backbone.module(input_ids=tokens, attention_mask=known, use_cache=False).last_hidden_state
+        return torch.equal(whole, head(states).to(whole.dtype))
 
     @property
     def end_tokens(self) -> list[int]:

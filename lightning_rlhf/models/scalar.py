@@ -12,8 +12,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.folder import write_folder
-from lightning_rlhf.models.policy import positions
 from lightning_rlhf.models.source import ModelSource, scalar_head
+from lightning_rlhf.models.states import positions
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:

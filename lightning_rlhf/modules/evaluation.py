@@ -56,8 +56,9 @@ class Evaluation:
             rollout, scores = self._rollout(batch, batch_idx)
             observe(self.tally, rollout, scores, batch.counts, "")
             return
-        logprobs = self.module.policy(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1).logprobs
-        self.tally.add("/ptx_loss", -logprobs, batch.target[:, 1:])
+        wanted, width = batch.target[:, 1:], batch.tokens.shape[1] - 1
+        logprobs = self.module.policy(batch.tokens, batch.mask, width=width, wanted=wanted)
+        self.tally.add("/ptx_loss", -logprobs, wanted)
 
     def log(self, stage: str) -> None:
         """Log the means over all processes as `stage/name` and begin anew; `stage/reward` is the mean score."""

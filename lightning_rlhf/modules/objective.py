@@ -21,7 +21,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector
-from lightning_rlhf.types import Experience, Rollout, TextBatch
+from lightning_rlhf.types import Experience, TextBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Objective:
     def actions(self, piece: Experience, tally: Tally) -> Tensor:
         """Surrogate, KL in the loss and value loss over the actions of some rows, scalar."""
         old, mask = piece.rollout, piece.mask
-        logprobs = self.logprobs(old)
+        logprobs = self.collector.logprobs(old) if old.live is None else old.live
         log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response)
         action = self.surrogate(log_ratio, piece.advantages)
         weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response))
@@ -59,7 +59,7 @@ class Objective:
         total = self.reduction.total(weights * action.loss + kl, mask)
         stats = {"loss/policy_avg": weights * action.loss, "loss/kl_avg": kl} | action.stats
         if self.collector.value is not None:
-            values = self.collector.values(old.tokens, old.attention, old.response)
+            values = self.collector.values(old)
             values, before = (self.level.state_value(v, old.response) for v in (values, old.values))
             value = self.value_loss(values, before, piece.returns)
             total = total + self.reduction.total(value.loss, mask)
@@ -70,20 +70,16 @@ class Objective:
             tally.add(name, per_action, mask)
         return total
 
-    def logprobs(self, old: Rollout) -> Tensor:
-        """log π_θ of each response token, (B, R), nats."""
-        width, temperature = old.response.shape[1], self.collector.generation.temperature
-        return self.policy(old.tokens, old.attention, width=width, temperature=temperature).logprobs
-
     def text(self, text: TextBatch, tally: Tally, *, count: Tensor) -> Tensor:
         """−Σ log π_θ(token) / count, nats per token: the γ term before its γ."""
-        logprobs = self.policy(text.tokens, text.mask, width=text.tokens.shape[1] - 1).logprobs
-        tally.add("ptx/loss", -logprobs, text.target[:, 1:])
+        wanted = text.target[:, 1:]
+        logprobs = self.policy(text.tokens, text.mask, width=wanted.shape[1], wanted=wanted)
+        tally.add("ptx/loss", -logprobs, wanted)
         return next_token_loss(logprobs, text.target, count=count)
 
     @torch.no_grad()
     def kl_old(self, piece: Experience, tally: Tally) -> None:
         """Adds KL(π_old‖π_θ) per action, by k3 at the samples of π_old (PPO §4)."""
         old = piece.rollout
-        log_ratio = self.level.log_ratio(self.logprobs(old), old.logprobs, old.response)
+        log_ratio = self.level.log_ratio(self.collector.logprobs(old), old.logprobs, old.response)
         tally.add("policy/kl_old", k3(-log_ratio), piece.mask)

@@ -45,7 +45,7 @@ from lightning_rlhf.modules.networks import build_policy, build_reference, build
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Collector, Generation, Reward, Scores, Updates, as_reward
+from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
@@ -64,6 +64,7 @@ class PPOModule(LightningModule):
         tokenizer: of a built policy; otherwise the one beside the weights.
         generation: how responses are drawn, and how many to each prompt.
         updates: inner epochs, minibatches, microbatches, gradient clipping.
+        old_logprobs: where the ratio's log π_old comes from; None takes the cheapest that is exact, and logs which.
         level: what an action is: the whole response (the bandit) or a token.
         kl: β and how it adapts.
         kl_term: whether the KL to the reference is charged in the reward or in the loss.
@@ -91,6 +92,7 @@ class PPOModule(LightningModule):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         generation: Generation = Generation(),
         updates: Updates = Updates(),
+        old_logprobs: OldLogprobs | None = None,
         level: ActionLevel = SequenceLevel(),
         kl: KLController = FixedKL(),
         kl_term: ReferenceKL = KLInReward(),
@@ -114,7 +116,7 @@ class PPOModule(LightningModule):
         keep_hyperparameters(self, {"tokenizer": tokenizer, "ptx_coef": ptx_coef, "value_lr": value_lr})
         self.automatic_optimization = False
         self.tokenizer = find_tokenizer(policy, tokenizer)
-        self.generation, self.updates, self.level = generation, updates, level
+        self.generation, self.updates, self.old_logprobs, self.level = generation, updates, old_logprobs, level
         self.kl, self.kl_term, self.advantage = kl, kl_term, advantage
         self.surrogate, self.reduction = surrogate, reduction
         self.value_loss = value_loss or ClippedValueLoss()
@@ -142,7 +144,8 @@ class PPOModule(LightningModule):
             self.value,
             self.reward,
             generation=self.generation,
-            microbatch=self.updates.microbatch,
+            updates=self.updates,
+            old_logprobs=self.old_logprobs,
         )
 
     def on_fit_start(self) -> None:

@@ -54,7 +54,7 @@ class SFTModule(LightningModule):
 
     def forward(self, batch: TextBatch) -> Tensor:
         """Log-probs of tokens 1 .. L−1, (B, L − 1), nats."""
-        return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1).logprobs
+        return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1, wanted=batch.target[:, 1:])
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Nats per token that counts, times the processes over which the strategy will average."""

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.models import PolicyModel, ScalarModel, TokenStats
+from lightning_rlhf.models import PolicyModel, ScalarModel
+from lightning_rlhf.rollout.clock import Clock
 from lightning_rlhf.rollout.generation import Generation, row_uniforms
+from lightning_rlhf.rollout.old import OldLogprobs, Situation, choose
 from lightning_rlhf.rollout.reward import Reward
 from lightning_rlhf.rollout.sampler import Sampler
+from lightning_rlhf.rollout.updates import Updates
 from lightning_rlhf.types import PromptBatch, Rollout
+
+logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Samples and measures; nothing in it has a gradient.
+    """Samples and measures; only `FromUpdate` leaves a gradient in it.
 
     It owns the frozen networks. They are no part of the module's state, so `apply` carries `.to()` and casts to them.
 
@@ -27,7 +34,8 @@ class Collector:
         value: V, or None.
         reward: whose networks move along.
         generation: how responses are drawn.
-        microbatch: sequences per forward pass; None takes all at once.
+        updates: what learns from the rollout; its microbatches are also how it is measured.
+        old_logprobs: where log π_old comes from; None chooses.
     """
 
     def __init__(
@@ -38,11 +46,13 @@ class Collector:
         reward: Reward,
         *,
         generation: Generation,
-        microbatch: int | None,
+        updates: Updates,
+        old_logprobs: OldLogprobs | None = None,
     ) -> None:
         self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
-        self.generation, self.microbatch = generation, microbatch
-        self.sampler = Sampler(policy, generation)
+        self.generation, self.updates, self.old_logprobs = generation, updates, old_logprobs
+        self.sampler, self.clock = Sampler(policy, generation), Clock()
+        self._named: set[OldLogprobs] = set()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the frozen networks."""
@@ -63,7 +73,6 @@ class Collector:
         memo[id(self)] = clone
         return clone
 
-    @torch.no_grad()
     def __call__(
         self, prompts: PromptBatch, *, samples: int = 1, stream: str, iteration: int, rank: int, world: int
     ) -> Rollout:
@@ -72,54 +81,87 @@ class Collector:
         Args:
             prompts: B prompts of this process.
             samples: k, responses to each prompt.
-            stream: which random numbers, by name.
+            stream: which random numbers, by name; those of `train` are learned from.
             iteration: which rollout of that stream.
             rank: this process; its prompt i is prompt i·world + rank of the whole batch.
             world: how many processes.
         """
+        with self.clock.phase("generate"):
+            rollout = self._sampled(prompts, samples, stream=stream, iteration=iteration, rank=rank, world=world)
+        learning = stream == "train"
+        pieces = self.updates.pieces(rollout) if learning else self.updates.split(rollout)
+        with self.clock.phase("reference"):
+            rollout = replace(rollout, ref_logprobs=self._in_pieces(self._reference, rollout, pieces))
+        with self.clock.phase("old_logprobs"):
+            old = self._old(rollout, learning=learning, one_piece=len(pieces) == 1)
+            rollout = old(rollout, lambda x: self._in_pieces(self.logprobs, x, pieces), self.logprobs)
+        if self.value is not None:
+            with self.clock.phase("values"):
+                rollout = replace(rollout, values=self._in_pieces(self.values, rollout, pieces))
+        return rollout
+
+    @torch.no_grad()
+    def _sampled(
+        self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int, rank: int, world: int
+    ) -> Rollout:
         groups = torch.arange(len(prompts.tokens)).repeat_interleave(samples)
         rows = [(prompt * world + rank) * samples + i % samples for i, prompt in enumerate(groups.tolist())]
         length, seed = self.generation.max_new_tokens, self.generation.seed
         uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
-        sampled = self.sampler(prompts, uniforms, samples=samples)
-        width = int(sampled.response.sum(1).max())
-        response = sampled.response[:, :width]
-        groups = groups.to(response.device)
-        tokens = torch.cat([prompts.tokens[groups], sampled.tokens[:, :width]], 1)
-        attention = torch.cat([prompts.mask[groups], response], 1)
-        old = self._in_pieces(self._old, tokens, attention, response)
+        drawn = self.sampler(prompts, uniforms, samples=samples)
+        width = int(drawn.response.sum(1).max())
+        response, groups = drawn.response[:, :width], groups.to(drawn.response.device)
+        unknown = torch.zeros_like(drawn.logprobs[:, :width])
         return Rollout(
-            tokens=tokens,
-            attention=attention,
+            tokens=torch.cat([prompts.tokens[groups], drawn.tokens[:, :width]], 1),
+            attention=torch.cat([prompts.mask[groups], response], 1),
             response=response,
-            ended=sampled.ended,
+            ended=drawn.ended,
             groups=groups,
-            sampler_logprobs=sampled.logprobs[:, :width],
-            logprobs=torch.where(response, old.logprobs, 0.0),
-            entropy=torch.where(response, old.entropy, 0.0),
-            ref_logprobs=torch.where(response, self._in_pieces(self._ref, tokens, attention, response), 0.0),
-            values=self._in_pieces(self.values, tokens, attention, response),
+            sampler_logprobs=drawn.logprobs[:, :width],
+            entropy=drawn.entropy[:, :width],
+            logprobs=unknown,
+            ref_logprobs=unknown,
+            values=unknown,
         )
 
-    def values(self, tokens: Tensor, attention: Tensor, response: Tensor) -> Tensor:
-        """V of the state before each response token, (b, R); zeros without a value network."""
-        if self.value is None:
-            return torch.zeros(response.shape, device=response.device)
-        return self.value(tokens, attention)[:, -response.shape[1] - 1 : -1]
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """log π_θ of each response token, (B, R), nats, 0 outside the responses."""
+        return self._of(self.policy, rollout)
 
-    def _old(self, tokens: Tensor, attention: Tensor, response: Tensor) -> TokenStats:
-        """What the policy says, computed as the update will compute it, so that the first ratio is 1."""
-        width, temperature = response.shape[1], self.generation.temperature
-        return self.policy(tokens, attention, width=width, temperature=temperature, with_entropy=True)
+    def values(self, rollout: Rollout) -> Tensor:
+        """V of the state before each response token, (B, R)."""
+        return self.value(rollout.tokens, rollout.attention)[:, rollout.prompt_width - 1 : -1]
 
-    def _ref(self, tokens: Tensor, attention: Tensor, response: Tensor) -> Tensor:
-        width, temperature = response.shape[1], self.generation.temperature
+    def _reference(self, rollout: Rollout) -> Tensor:
         with self.policy.reference() if self.reference is None else nullcontext():
-            model = self.policy if self.reference is None else self.reference
-            return model(tokens, attention, width=width, temperature=temperature).logprobs
+            return self._of(self.policy if self.reference is None else self.reference, rollout)
 
-    def _in_pieces(self, measure: Callable, *tensors: Tensor) -> TokenStats | Tensor:
-        pieces = [measure(*part) for part in zip(*(t.split(self.microbatch or len(t)) for t in tensors), strict=True)]
-        if isinstance(pieces[0], Tensor):
-            return torch.cat(pieces)
-        return TokenStats(*(torch.cat(fields) for fields in zip(*pieces, strict=True)))
+    def _of(self, model: PolicyModel, rollout: Rollout) -> Tensor:
+        width, temperature = rollout.response.shape[1], self.generation.temperature
+        return model(rollout.tokens, rollout.attention, width=width, temperature=temperature, groups=rollout.groups)
+
+    @torch.no_grad()
+    def _in_pieces(self, measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: list[Tensor]) -> Tensor:
+        """What is measured of the pieces, (B, R)."""
+        found: Tensor | None = None
+        for index in pieces:
+            part = measure(rollout.select(index))
+            found = part.new_zeros(rollout.response.shape) if found is None else found
+            found[index, : part.shape[1]] = part
+        return found
+
+    def _old(self, rollout: Rollout, *, learning: bool, one_piece: bool) -> OldLogprobs:
+        """Where log π_old comes from; said once."""
+        device, updates = rollout.tokens.device.type, self.updates
+        samples_in, trains_in = self.sampler.dtype(device), self.sampler.training_dtype(device)
+        situation = Situation(
+            full_precision=samples_in == trains_in and trains_in in (torch.float32, torch.float64),
+            one_step=learning and one_piece and updates.epochs == 1,
+            epochs=updates.epochs if learning else 0,
+        )
+        chosen = choose(self.old_logprobs, situation)
+        if learning and chosen not in self._named:
+            self._named.add(chosen)
+            logger.info("log π_old is %s (sampled in %s, trained in %s)", chosen.meaning, samples_in, trains_in)
+        return chosen

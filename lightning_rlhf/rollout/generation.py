@@ -25,6 +25,9 @@ class Generation:
     """Longest response, end token included."""
     samples_per_prompt: int = 1
     """k, responses to each prompt in training; evaluation draws one."""
+    slots: int | None = None
+    """Responses decoded at the same time, at least `samples_per_prompt`; one that ends makes room for the next prompt.
+    None decodes all at once. Where lengths differ widely, a part of the rollout is faster and takes less memory."""
     temperature: float = 1.0
     """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -36,6 +39,11 @@ class Generation:
         check_positive(
             max_new_tokens=self.max_new_tokens, samples_per_prompt=self.samples_per_prompt, temperature=self.temperature
         )
+        if self.slots is not None and self.slots < self.samples_per_prompt:
+            raise ValueError(
+                f"`slots` must hold the responses to one prompt: got slots={self.slots} for "
+                f"samples_per_prompt={self.samples_per_prompt}"
+            )
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:

@@ -1,22 +1,29 @@
-"""The weights that sample: the policy's own, or a low-precision copy that is refreshed once a rollout."""
+"""Who samples: the policy's network, or a copy of today's weights in low precision, made for one rollout."""
 
 from __future__ import annotations
 
-import copy
+import logging
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_rlhf.models.actor import make_actor
+from lightning_rlhf.models.cache import why_no_cache
 from lightning_rlhf.models.policy import PolicyModel
-from lightning_rlhf.rollout.decode import Sampled, decode
+from lightning_rlhf.rollout.decode import decode
+from lightning_rlhf.rollout.fallback import generate
 from lightning_rlhf.rollout.generation import Generation
+from lightning_rlhf.rollout.record import Sampled
 from lightning_rlhf.types import PromptBatch
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler:
     """Draws responses from a policy.
 
-    Not an `nn.Module`: its copy of the weights is no part of the model's state.
+    Not an `nn.Module`: it owns no weights between rollouts.
 
     Args:
         policy: whose responses.
@@ -25,7 +32,10 @@ class Sampler:
 
     def __init__(self, policy: PolicyModel, generation: Generation) -> None:
         self.policy, self.generation = policy, generation
-        self._copy: nn.Module | None = None
+        reason = why_no_cache(policy.network)
+        if reason is not None:
+            logger.info("sampling by transformers' `generate`, which is slower: %s", reason)
+        self._decode = partial(decode, slots=generation.slots) if reason is None else generate
 
     def __call__(self, prompts: PromptBatch, uniforms: Tensor | None, *, samples: int = 1) -> Sampled:
         """Responses to the prompts.
@@ -35,43 +45,33 @@ class Sampler:
             uniforms: (B·k, R), float64, in [0, 1); None decodes greedily.
             samples: k, responses to each prompt; those of one prompt follow each other.
         """
-        device = prompts.tokens.device.type
-        network = self._actor(self._dtype(device))
-        ends = self.policy.end_tokens
-        with torch.autocast(device, enabled=False):
-            return decode(
-                network,
+        device, length = prompts.tokens.device.type, self.generation.max_new_tokens
+        ends, dtype = self.policy.end_tokens, self.dtype(device)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            return self._decode(
+                make_actor(self.policy.network, dtype, passes=length),
                 prompts.tokens,
                 prompts.mask,
                 uniforms,
                 samples=samples,
-                length=self.generation.max_new_tokens,
+                length=length,
                 temperature=self.generation.temperature,
                 end_tokens=ends,
                 pad_token=ends[0],
             )
 
-    def _dtype(self, device: str) -> torch.dtype:
-        """What samples: the setting, else what training computes in."""
+    def dtype(self, device: str) -> torch.dtype:
+        """What samples: the setting, else what training computes in.
+
+        Args:
+            device: type of the device, whose autocast is asked.
+        """
         if self.generation.dtype is not None:
             return getattr(torch, self.generation.dtype)
+        return self.training_dtype(device)
+
+    def training_dtype(self, device: str) -> torch.dtype:
+        """What training computes in: autocast's dtype, or the weights'."""
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return next(self.policy.parameters()).dtype
-
-    def _actor(self, dtype: torch.dtype) -> nn.Module:
-        """The policy's network, or its copy in `dtype` with today's weights."""
-        network = self.policy.network
-        if next(network.parameters()).dtype == dtype:
-            return network
-        with torch.inference_mode(False), torch.no_grad():  # a copy made in `validate` must serve `fit`
-            return self._refreshed(network, dtype)
-
-    def _refreshed(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
-        if self._copy is None or next(self._copy.parameters()).dtype != dtype:
-            self._copy = copy.deepcopy(network).eval().requires_grad_(False)
-            for copied in self._copy.parameters():
-                copied.data = copied.data.to(dtype)  # buffers stay: rotary frequencies must not be rounded
-        for copied, weight in zip(self._copy.parameters(), network.parameters(), strict=True):
-            copied.copy_(weight)
-        return self._copy

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_rlhf.core.checks import check_positive
-from lightning_rlhf.types import Experience, TextBatch
+from lightning_rlhf.rollout.pieces import pieces_of
+from lightning_rlhf.types import Experience, Rollout, TextBatch
 
 Minibatch = tuple[Experience, TextBatch | None]
 
@@ -23,12 +25,21 @@ class Updates:
     """Sequences per optimizer step; None takes the whole rollout. Must divide the rollout."""
     microbatch: int | None = None
     """Sequences per forward and backward; None takes the whole minibatch. Changes memory, never the result."""
+    microbatch_tokens: int | None = None
+    """Tokens per forward and backward, padding included, instead of `microbatch`: short sequences go through together.
+    A longer sequence goes alone."""
     max_grad_norm: float | None = 1.0
     """Norm to which gradients are clipped; None does not clip."""
 
     def __post_init__(self) -> None:
-        named = {"minibatch": self.minibatch, "microbatch": self.microbatch, "max_grad_norm": self.max_grad_norm}
+        names = ("minibatch", "microbatch", "microbatch_tokens", "max_grad_norm")
+        named = {name: getattr(self, name) for name in names}
         check_positive(epochs=self.epochs, **{name: value for name, value in named.items() if value is not None})
+        if self.microbatch is not None and self.microbatch_tokens is not None:
+            raise ValueError(
+                f"a microbatch is limited by sequences or by tokens: got microbatch={self.microbatch} and "
+                f"microbatch_tokens={self.microbatch_tokens}; leave one out"
+            )
 
     def steps(self, episodes: int) -> int:
         """Optimizer steps of a rollout of `episodes` sequences.
@@ -67,15 +78,35 @@ class Updates:
             for index, part in zip(order.chunk(count), texts, strict=True):
                 yield experience.select(index.to(device)), part
 
+    def pieces(self, rollout: Rollout) -> list[Tensor]:
+        """Row numbers of each microbatch of the first epoch, (b,), int64, those of similar length together.
+
+        What is measured of these very pieces before the updates is what the first epoch measures, to the bit, although
+        kernels of low precision round differently in other company.
+
+        Args:
+            rollout: B responses.
+        """
+        rows = torch.arange(len(rollout), device=rollout.tokens.device)
+        minibatches = rows.chunk(self.steps(len(rollout)) // self.epochs)
+        return [rows[piece] for rows in minibatches for piece in self.split(rollout.select(rows))]
+
+    def split(self, rollout: Rollout) -> list[Tensor]:
+        """Row numbers of each microbatch, (b,), int64, those of similar length together.
+
+        Args:
+            rollout: a minibatch, or what nothing is learned from.
+        """
+        return pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
+
     def microbatches(self, experience: Experience, text: TextBatch | None) -> list[Minibatch]:
-        """A minibatch in pieces that fit in memory.
+        """A minibatch in pieces that fit in memory, those of similar length together.
 
         Args:
             experience: a minibatch.
             text: its pretraining texts.
         """
-        size = self.microbatch or len(experience)
-        order = torch.arange(len(experience), device=experience.advantages.device).split(size)
+        order = self.split(experience.rollout)
         return list(zip((experience.select(index) for index in order), _split_text(text, len(order)), strict=True))
 
 

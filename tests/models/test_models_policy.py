@@ -26,15 +26,14 @@ def padded(texts, side, extra=0, fill=25):
 
 
 def naive(network, text, temperature=1.0):
-    """log π of tokens 1 .. L−1 and the entropy before each, by Python sums over the vocabulary."""
+    """log π of tokens 1 .. L−1, by Python sums over the vocabulary."""
     with torch.no_grad():
         logits = (network(input_ids=torch.tensor([text])).logits[0] / temperature).tolist()
-    logprobs, entropies = [], []
+    logprobs = []
     for row, token in zip(logits[:-1], text[1:], strict=True):
         total = math.log(math.fsum(math.exp(x - max(row)) for x in row)) + max(row)
         logprobs.append(row[token] - total)
-        entropies.append(-math.fsum(math.exp(x - total) * (x - total) for x in row))
-    return logprobs, entropies
+    return logprobs
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -45,22 +44,22 @@ def test_logprobs_equal_a_naive_loop_under_both_paddings(make_lm, kind, temperat
     for side, extra in (("right", 0), ("right", 2), ("left", 0), ("left", 3)):
         tokens, mask = padded(TEXTS, side, extra)
         width = tokens.shape[1] - 1
-        stats = policy(tokens, mask, width=width, temperature=temperature, with_entropy=True)
-        assert stats.logprobs.shape == stats.entropy.shape == (4, width)
-        assert stats.logprobs.dtype == torch.float64
+        found = policy(tokens, mask, width=width, temperature=temperature)
+        assert found.shape == (4, width)
+        assert found.dtype == torch.float64
         for i, text in enumerate(TEXTS):
             first = 0 if side == "right" else tokens.shape[1] - len(text)
             place = slice(first, first + len(text) - 1)
-            logprobs, entropies = naive(policy.network, text, temperature)
-            assert stats.logprobs[i, place].tolist() == pytest.approx(logprobs, abs=1e-10)
-            assert stats.entropy[i, place].tolist() == pytest.approx(entropies, abs=1e-10)
+            assert found[i, place].tolist() == pytest.approx(naive(policy.network, text, temperature), abs=1e-10)
+        real = mask[:, 1:]
+        assert not found[~real].any()
 
 
 def test_padding_is_seen_without_the_mask(make_lm):
     """Negative control of the test above."""
     policy = PolicyModel(make_lm().double().eval())
     tokens, mask = padded(TEXTS, "left", 3)
-    real, unmasked = (policy(tokens, m, width=WIDTH).logprobs for m in (mask, torch.ones_like(mask)))
+    real, unmasked = (policy(tokens, m, width=WIDTH) for m in (mask, torch.ones_like(mask)))
     assert float((real - unmasked).abs().max()) > 0.1
 
 
@@ -68,8 +67,8 @@ def test_padding_is_seen_without_the_mask(make_lm):
 def test_width_takes_the_last_tokens(make_lm, width):
     policy = PolicyModel(make_lm().double().eval())
     tokens, mask = padded(TEXTS, "left")
-    whole = policy(tokens, mask, width=4).logprobs
-    assert torch.allclose(policy(tokens, mask, width=width).logprobs, whole[:, -width:], rtol=0, atol=1e-12)
+    whole = policy(tokens, mask, width=4)
+    assert torch.allclose(policy(tokens, mask, width=width), whole[:, -width:], rtol=0, atol=1e-12)
 
 
 def test_logits_are_made_for_the_kept_positions_only(make_lm):
@@ -80,17 +79,10 @@ def test_logits_are_made_for_the_kept_positions_only(make_lm):
     assert shapes == [(4, WIDTH + 1, 36)]
 
 
-def test_entropy_is_zeros_unless_asked_for(make_lm):
-    policy = PolicyModel(make_lm().eval())
-    assert not policy(*padded(TEXTS, "left"), width=WIDTH).entropy.any()
-    assert policy(*padded(TEXTS, "left"), width=WIDTH, with_entropy=True).entropy.all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logprobs_are_float32_in_low_precision(make_lm, dtype):
     policy = PolicyModel(make_lm("llama").to(dtype).eval())
-    stats = policy(*padded(TEXTS, "left"), width=WIDTH, with_entropy=True)
-    assert stats.logprobs.dtype == stats.entropy.dtype == torch.float32
+    assert policy(*padded(TEXTS, "left"), width=WIDTH).dtype == torch.float32
 
 
 # End tokens
@@ -130,7 +122,7 @@ def test_frozen_copy_stays_as_it_was(make_lm, toy_tokenizer):
     policy = PolicyModel(make_lm(), toy_tokenizer).train()
     clone = policy.frozen_copy()
     batch = padded(TEXTS, "left")
-    before = clone(*batch, width=WIDTH).logprobs
+    before = clone(*batch, width=WIDTH)
     assert not clone.training
     assert not any(p.requires_grad for p in clone.parameters())
     assert policy.training
@@ -138,26 +130,26 @@ def test_frozen_copy_stays_as_it_was(make_lm, toy_tokenizer):
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.5)
-    assert torch.equal(clone(*batch, width=WIDTH).logprobs, before)
-    assert not torch.allclose(policy.eval()(*batch, width=WIDTH).logprobs, before, atol=1e-2)
+    assert torch.equal(clone(*batch, width=WIDTH), before)
+    assert not torch.allclose(policy.eval()(*batch, width=WIDTH), before, atol=1e-2)
 
 
 def test_reference_of_an_adapted_policy_is_its_base(adapted):
     policy = PolicyModel(adapted().eval())
     batch = padded(TEXTS, "left")
     with policy.reference():
-        inside = policy(*batch, width=WIDTH).logprobs
+        inside = policy(*batch, width=WIDTH)
     bare = copy.deepcopy(policy.network).unload()
-    assert torch.equal(inside, PolicyModel(bare)(*batch, width=WIDTH).logprobs)
-    assert float((policy(*batch, width=WIDTH).logprobs - inside).abs().max()) > 0.1
+    assert torch.equal(inside, PolicyModel(bare)(*batch, width=WIDTH))
+    assert float((policy(*batch, width=WIDTH) - inside).abs().max()) > 0.1
 
 
 def test_reference_of_a_bare_policy_is_itself(make_lm):
     policy = PolicyModel(make_lm().eval())
     batch = padded(TEXTS, "left")
-    outside = policy(*batch, width=WIDTH).logprobs
+    outside = policy(*batch, width=WIDTH)
     with policy.reference():
-        assert torch.equal(policy(*batch, width=WIDTH).logprobs, outside)
+        assert torch.equal(policy(*batch, width=WIDTH), outside)
 
 
 # Folders
@@ -183,8 +175,8 @@ def test_saved_folder_loads_in_transformers(make_lm, toy_tokenizer, tmp_path, ki
     again = PolicyModel(source.causal_lm(), source.tokenizer())
     assert again.end_tokens == [0, 4]
     batch = padded(TEXTS, "left")
-    ours = PolicyModel(network)(*batch, width=WIDTH).logprobs
-    assert torch.equal(again(*batch, width=WIDTH).logprobs, ours)
+    ours = PolicyModel(network)(*batch, width=WIDTH)
+    assert torch.equal(again(*batch, width=WIDTH), ours)
     assert list(tmp_path.iterdir()) == [tmp_path / "policy"]
 
 

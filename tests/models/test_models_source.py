@@ -86,7 +86,7 @@ def dropouts(network: nn.Module) -> list[float]:
 def twice(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     policy, tokens = PolicyModel(network).train(), torch.tensor([[12, 13, 14, 15, 16]])
     with torch.no_grad():
-        first, second = (policy(tokens, tokens > 0, width=4).logprobs for _ in range(2))
+        first, second = (policy(tokens, tokens > 0, width=4) for _ in range(2))
     return first, second
 
 

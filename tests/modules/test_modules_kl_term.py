@@ -399,7 +399,7 @@ def test_low_precision_sampler_is_seen_and_weighed(make_ppo, credited, kind, lev
         assert logged["policy/kl_sampler"] == pytest.approx(mean(map(grpo_s, gaps)), abs=1e-12)
         assert logged["policy/kl_sampler"] > 1e-9
         gradient, stats = learned(module, experience)
-        assert stats["policy/approxkl_avg"] == 0.0  # the update's ratio is to the trainer's own numbers
+        assert stats["policy/approxkl_avg"] < 1e-26  # the update's ratio is to the trainer's own numbers
         gradients.append(gradient)
     assert distance(*gradients) > 1e-4
 

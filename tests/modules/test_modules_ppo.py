@@ -25,7 +25,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Generation, Reward, Scores, Updates
+from lightning_rlhf.rollout import Captured, FromUpdate, Generation, Recomputed, Reward, Scores, Updates
 from lightning_rlhf.types import Experience, Rollout
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -86,23 +86,28 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("level", [SequenceLevel(), TokenLevel()], ids=["sequence", "token"])
+@pytest.mark.parametrize("old", [None, Captured(), FromUpdate(), Recomputed()], ids=lambda old: type(old).__name__)
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
-def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, recorder, kind, level, precision):
-    largest = []
+def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, recorder, kind, level, precision, old):
+    """Exactly where log π_old comes from the update's kernels, else within their rounding from the cached passes'."""
+    largest, exact = [], isinstance(old, FromUpdate | Recomputed)
+    apart = 0.0 if exact else {"64-true": 1e-13, "32-true": 1e-4}[precision]
 
     class Watched(Clip):
         def __call__(self, log_ratio, advantages):
             largest.append(float(log_ratio.abs().max()))
             return super().__call__(log_ratio, advantages)
 
-    module = make_ppo(kind, level=level, surrogate=Watched(), generation=Generation(max_new_tokens=5, temperature=0.7))
+    generation = Generation(max_new_tokens=5, temperature=0.7)
+    module = make_ppo(kind, level=level, surrogate=Watched(), generation=generation, old_logprobs=old)
     batches = [{"prompts": left_padded(RAGGED)}] * 2
     make_trainer(callbacks=[recorder], precision=precision).fit(module, as_loader(batches))
-    assert largest == [0.0, 0.0]
+    assert len(largest) == 2
+    assert max(largest) <= apart
     for logged in recorder.steps:
-        assert logged["val/ratio"] == 1.0
-        assert logged["val/ratio_var"] == 0.0
-        assert logged["policy/approxkl_avg"] == 0.0
+        assert logged["val/ratio"] == pytest.approx(1.0, abs=apart)
+        assert logged["val/ratio_var"] <= apart**2 + 1e-15  # of a difference of two numbers near 1
+        assert logged["policy/approxkl_avg"] <= apart**2
         assert logged["policy/clipfrac_avg"] == 0.0
 
 
@@ -120,7 +125,7 @@ def test_lora_dropout_leaves_the_first_ratio_at_one(
     config = peft.LoraConfig(r=2, lora_alpha=64, lora_dropout=0.5, init_lora_weights=False, target_modules=["c_attn"])
     module = make_ppo(policy=ModelSource(path=make_folder(), peft=config))
     make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
-    assert recorder.steps[0]["policy/approxkl_avg"] == 0.0
+    assert recorder.steps[0]["policy/approxkl_avg"] < 1e-24  # the sampler's adapter is folded in: float64's rounding
 
 
 # What must change nothing

@@ -1,0 +1,87 @@
+"""The key-value cache: which networks have one that we know, and one that grows without being copied every token."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lightning_rlhf.models.adapter import is_adapted
+
+SPARE = 64
+"""Columns by which a cache grows at a time."""
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with spare columns: a token is written, and nothing else is copied.
+
+    It also serves layers with a sliding window: the mask, not the cache, hides what lies outside. Nothing in it has a
+    gradient.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; all keys and values, (B, heads, C, d) each."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        used, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if not self._fits(total):
+            self._buffers = [_widened(x, total + SPARE) for x in (self.keys, self.values)]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, used:total] = states
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _fits(self, columns: int) -> bool:
+        """Whether the buffers are those of today's rows and have room."""
+        if not self._buffers or self._buffers[0].shape[2] < columns:
+            return False
+        return self._buffers[0].data_ptr() == self.keys.data_ptr() and len(self._buffers[0]) == len(self.keys)
+
+
+def _widened(states: Tensor, columns: int) -> Tensor:
+    rows, heads, used, size = states.shape
+    buffer = states.new_empty(rows, heads, columns, size)
+    buffer[:, :, :used] = states
+    return buffer
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The transformers model under an adapter."""
+    return network.get_base_model() if is_adapted(network) else network
+
+
+def cache_name(network: nn.Module) -> str | None:
+    """What the network's forward calls its cache, which transformers renamed; None where it takes none."""
+    names = inspect.signature(bare(network).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
+def why_no_cache(network: nn.Module) -> str | None:
+    """Why the network's cache cannot be cut by rows and columns; None where it can."""
+    config = bare(network).config
+    if cache_name(network) is None:
+        return "its forward takes no key-value cache"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if getattr(config, "attention_chunk_size", None):
+        return "it attends within chunks of absolute columns"
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"transformers makes no dynamic cache for it ({error})"
+    other = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    return f"its cache is made of {', '.join(sorted(other))}" if other else None
+
+
+def growing_cache() -> Cache:
+    """An empty cache of `GrowingLayer`s, made as the network asks for them."""
+    return Cache(layer_class_to_replicate=GrowingLayer)

@@ -1,0 +1,82 @@
+"""Hidden states that predict a response: the prompt of several responses is read once, and the last token never."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lightning_rlhf.models.cache import bare, cache_name, why_no_cache
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones, (B, L), so that left padding moves nothing."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+class Backbone:
+    """The transformer under a language model's head, and what its forward accepts.
+
+    Args:
+        network: a causal language model, bare or in an adapter.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._accepted = set(inspect.signature(bare(network).forward).parameters)
+        self._cache_name = cache_name(network)
+        self.shares_prompts = why_no_cache(network) is None
+        """Whether a prompt can be read once for several responses."""
+
+    def accepts(self, name: str) -> bool:
+        """Whether the language model's forward takes an argument of this name."""
+        return name in self._accepted
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformer itself."""
+        return bare(self.network).base_model
+
+    def states(self, tokens: Tensor, mask: Tensor, *, width: int, groups: Tensor | None = None) -> Tensor:
+        """Hidden states from which the last `width` tokens of each row are predicted, (B, W, d).
+
+        Args:
+            tokens: (B, L), int64, padded on either side.
+            mask: (B, L), bool, True on real tokens.
+            width: W, 1 ≤ W < L.
+            groups: (B,), int64; rows of one number have the same first L − W columns. None: nothing is known to be.
+        """
+        if groups is not None and self._sharing():
+            prompts, owner = groups.unique(return_inverse=True)
+            if len(prompts) < len(groups):
+                return self._shared(tokens, mask, width, owner, len(prompts))
+        return self._forward(tokens[:, :-1], mask[:, :-1], positions(mask)[:, :-1])[:, -width:]
+
+    def _sharing(self) -> bool:
+        """Gradient checkpointing has no cache."""
+        checkpointed = self.network.training and getattr(bare(self.network), "is_gradient_checkpointing", False)
+        return self.shares_prompts and not checkpointed
+
+    def _shared(self, tokens: Tensor, mask: Tensor, width: int, owner: Tensor, prompts: int) -> Tensor:
+        """The prompts' states by one pass, the responses' by another that looks back at their keys and values."""
+        first = owner.new_full((prompts,), len(owner)).scatter_reduce(
+            0, owner, torch.arange(len(owner), device=owner.device), "amin"
+        )
+        split, place = tokens.shape[1] - width, positions(mask)
+        cache = DynamicCache()
+        known = {self._cache_name: cache, "use_cache": True}
+        before = self._forward(tokens[first, :split], mask[first, :split], place[first, :split], **known)[:, -1:]
+        if width == 1:
+            return before[owner]
+        cache.batch_select_indices(owner)
+        inside = self._forward(tokens[:, split:-1], mask[:, :-1], place[:, split:-1], **known)
+        return torch.cat([before[owner], inside], 1)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, place: Tensor, **options: Any) -> Tensor:
+        if self.accepts("position_ids"):
+            options["position_ids"] = place
+        output = self.module(input_ids=tokens, attention_mask=mask.long(), **({"use_cache": False} | options))
+        return output.last_hidden_state

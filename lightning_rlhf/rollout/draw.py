@@ -1,0 +1,88 @@
+"""One token of every row: drawn by its own random number, with the log-prob and entropy that the logits give."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_rlhf.core.logprobs import full_precision
+
+
+class Draw(NamedTuple):
+    """What one pass drew.
+
+    Attributes:
+        token: (B,), int64.
+        logprob: log π(token), (B,), float32 or float64, nats.
+        entropy: of the distribution drawn from, (B,), nats.
+    """
+
+    token: Tensor
+    logprob: Tensor
+    entropy: Tensor
+
+
+def draw(logits: Tensor, uniforms: Tensor | None, *, temperature: float) -> Draw:
+    """Tokens from softmax(logits/τ).
+
+    log π = log p(token), and H = log Z − Σ p·z with log Z = z(token) − log p(token), so that one softmax serves all.
+
+    Args:
+        logits: (B, V), any float dtype.
+        uniforms: (B,), float64, in [0, 1); None takes the most likely token.
+        temperature: τ > 0.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    scaled = full_precision(logits) / temperature
+    probabilities = scaled.softmax(-1)
+    token = scaled.argmax(-1) if uniforms is None else _inverse_cdf(probabilities, uniforms)
+    place = token.unsqueeze(1)
+    logprob = probabilities.gather(1, place).log().squeeze(1)
+    mean = torch.linalg.vecdot(probabilities, scaled.clamp(min=torch.finfo(scaled.dtype).min))  # 0·−∞ is no number
+    return Draw(token, logprob, scaled.gather(1, place).squeeze(1) - logprob - mean)
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
+    """Tokens distributed as softmax(logits): the first whose cumulative probability exceeds u.
+
+    First the block of the vocabulary, then the token in it, so that only one block is summed token by token. The
+    running sums are float64: in float32, over a whole vocabulary, up to 2e-4 of the mass can never be drawn.
+
+    Args:
+        logits: (B, V), already divided by the temperature.
+        uniforms: (B,), float64, in [0, 1).
+        block: tokens per block.
+
+    Returns:
+        (B,), int64; a token of probability 0 is never drawn.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    return _inverse_cdf(full_precision(logits).softmax(-1), uniforms, block)
+
+
+def _inverse_cdf(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
+    blocks = pad(probabilities, (0, -probabilities.shape[1] % block)).unflatten(1, (-1, block))
+    mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    if not mass[:, -1].isfinite().all():
+        raise ValueError(
+            "the policy's logits are not finite: it diverged; lower the learning rate, or sample in float32"
+        )
+    which, before = _first_above(mass, uniforms.to(mass.device).unsqueeze(1) * mass[:, -1:])
+    inside = blocks.gather(1, which.unsqueeze(2).expand(-1, -1, block)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    token, _ = _first_above(inside, before)
+    return (which * block + token).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first sum above the target, and what of the target is left at that index, (B, 1) each."""
+    below_all = torch.minimum(target, cumulative[:, -1:] * (1 - 2**-52))  # rounding must not run past the last sum
+    index = torch.searchsorted(cumulative, below_all, right=True)
+    sums = pad(cumulative, (1, 0))
+    return index, (below_all - sums.gather(1, index)).clamp(min=0)

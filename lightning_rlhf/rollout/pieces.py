@@ -1,0 +1,36 @@
+"""Rows that go through a network together: of similar length, so that little of it is padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.types import Rollout
+
+
+def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list[Tensor]:
+    """Which rows make up each piece, longest first; responses to one prompt stay together as far as they fit.
+
+    Args:
+        rollout: B responses.
+        rows: the most rows of a piece; None sets no limit.
+        tokens: the most tokens of a piece, padding included; a longer row is a piece of its own. None sets no limit.
+
+    Returns:
+        row numbers, int64, that together are 0 to B − 1.
+    """
+    prompt, response, group = (x.tolist() for x in (rollout.prompt_lengths, rollout.lengths, rollout.groups))
+    longest: dict[int, int] = {}
+    for row, name in enumerate(group):
+        longest[name] = max(longest.get(name, 0), prompt[row] + response[row])
+    found: list[list[int]] = []
+    widths = 0, 0
+    for row in sorted(range(len(group)), key=lambda i: (-longest[group[i]], group[i])):
+        wider = max(widths[0], prompt[row]), max(widths[1], response[row])
+        size = len(found[-1]) + 1 if found else 1
+        if not found or (rows and size > rows) or (tokens and size * sum(wider) > tokens):
+            found.append([])
+            wider = prompt[row], response[row]
+        found[-1].append(row)
+        widths = wider
+    return [torch.tensor(piece, device=rollout.tokens.device) for piece in found]

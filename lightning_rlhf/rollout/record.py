@@ -1,0 +1,70 @@
+"""Responses as they grow, token by token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.rollout.draw import Draw
+
+
+class Sampled(NamedTuple):
+    """Responses as they were drawn.
+
+    Attributes:
+        tokens: (B, R), int64, `pad_token` after the end.
+        response: (B, R), bool, True up to and including the end token.
+        ended: (B,), bool.
+        logprobs: of the drawn tokens under the weights that drew them, (B, R), nats, 0 after the end.
+        entropy: of the distributions they were drawn from, (B, R), nats, 0 after the end.
+    """
+
+    tokens: Tensor
+    response: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Record:
+    """What has been drawn so far.
+
+    Args:
+        rows: B.
+        length: R, the most tokens of a response.
+        pad_token: stands where nothing was drawn.
+        end_tokens: ids that end a response.
+        device: of all tensors.
+    """
+
+    def __init__(self, rows: int, *, length: int, pad_token: int, end_tokens: list[int], device: torch.device) -> None:
+        self.length, self._ends = length, torch.tensor(end_tokens, device=device)
+        self._tokens = torch.full((rows, length), pad_token, device=device)
+        self._response = torch.zeros_like(self._tokens, dtype=torch.bool)
+        self._numbers = torch.zeros(2, rows, length, dtype=torch.float64, device=device)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._dtype = torch.float32
+
+    def add(self, rows: Tensor, places: Tensor, drawn: Draw) -> Tensor:
+        """Take in a token of each of some responses.
+
+        Args:
+            rows: which, (b,), int64.
+            places: how many tokens each has already, (b,), int64.
+            drawn: b tokens.
+
+        Returns:
+            (b,), bool: the response can go on.
+        """
+        ended = torch.isin(drawn.token, self._ends)
+        self._tokens[rows, places], self._response[rows, places] = drawn.token, True
+        self._numbers[:, rows, places] = torch.stack([drawn.logprob, drawn.entropy]).double()
+        self._ended[rows] = ended
+        self._dtype = drawn.logprob.dtype
+        return ~ended & (places + 1 < self.length)
+
+    def sampled(self) -> Sampled:
+        """All of it, in the precision of the logits."""
+        return Sampled(self._tokens, self._response, self._ended, *self._numbers.to(self._dtype))
