@@ -119,11 +119,13 @@ def _where(lost: Sequence[tuple[str, float]], alike: Sequence[float], count: int
         return f"In none of {count} settings does the plain ratio lose clearly to all three that bound it."
     text = f"**Where the steps of a rollout add up.** Of {count} settings (inner epochs × learning rate) the plain "
     text += f"ratio loses to CLIP and both KLPENs at {', '.join(name for name, _ in lost)}"
-    text += f"; in {len(alike)} the four are within {NEAR} of each other"
+    text += f"; in {len(alike)} the four end within {NEAR} of each other."
     if alike and max(alike) < min(kl for _, kl in lost):
-        text += f", all with KL(old‖new) ≤ {max(alike):.3f} nats a rollout, where it loses from "
-        text += f"{min(kl for _, kl in lost):.2f}"
-    return text + "."
+        text += " What tells these apart is how far one rollout still moves the plain ratio at the end: KL(old‖new) is "
+        text += (
+            f"at least {min(kl for _, kl in lost):.2f} nats where it loses, at most {max(alike):.3f} where all agree."
+        )
+    return text
 
 
 def _price_of_epochs(own: Sequence[Row]) -> list[str]:
@@ -132,9 +134,8 @@ def _price_of_epochs(own: Sequence[Row]) -> list[str]:
     ends = {run: of(own, "gap_closed", surrogate=run[0], epochs=run[1], lr=run[2]) for run in dict.fromkeys(found)}
     once = max((run for run in ends if run[1] == 1), key=lambda run: ends[run].mean)
     more = max((run for run in ends if run[1] > 1), key=lambda run: ends[run].mean)
-    verdict = (
-        "Yet one inner epoch needs none of them and ends best" if ends[once] > ends[more] else "Several epochs end best"
-    )
+    best = "Yet one inner epoch needs no trust region and ends best"
+    verdict = best if ends[once] > ends[more] else "Several epochs end best"
     shown = [f"{ends[run].text()} ({run[0]}, {run[1]:g}×{run[2]:g})" for run in (once, more)]
     return [f"{verdict}: {shown[0]} against {shown[1]} with several."]
 
@@ -176,8 +177,8 @@ def _cost(own: Sequence[Row], mean: float) -> str:
     )
     less = [difference(own, "gap_closed", none | {"epochs": c}, batch | {"epochs": c}) for c in EPOCHS]
     return (
-        f"{_verdict(less)} at scores of mean {mean:g}: against the batch mean, {start:.1f} times the gradient variance "
-        f"at SFT and {end:.0f} times at the optimum, and a gap closed that changes by "
+        f"{_verdict(less)} at scores of mean {mean:g}: without a baseline the gradient has {start:.1f} times the "
+        f"variance it has with the batch mean at SFT, {end:.0f} times at the optimum, and the gap closed changes by "
         + " and ".join(f"{x.text()} ({c} inner)" for c, x in zip(EPOCHS, less, strict=True))
         + "."
     )

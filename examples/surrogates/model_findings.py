@@ -48,6 +48,7 @@ def model(rows: Sequence[Row]) -> list[str]:
         "so neighbours are not to be ranked.",
         _kl_term(runs),
         _plain(runs, start),
+        _steps(rows),
         _below(runs, start),
         _worth(runs, start),
     ]
@@ -84,8 +85,20 @@ def _plain(runs: Sequence[End], start: End) -> str:
     )
 
 
+def _steps(rows: Sequence[Row]) -> str:
+    """Negative: how far the first rollout's updates went, before anything can have adapted."""
+    first = [(int(row["epochs"]), float(row["approxkl"])) for row in rows if row["rollout"] == "0"]
+    once, many = ([moved for count, moved in first if count == epochs] for epochs in (min(EPOCHS), max(EPOCHS)))
+    if min(many) < 10 * max(once):
+        return ""
+    return (
+        f"No surrogate kept those {max(EPOCHS)} epochs small: already in the first rollout ½(log ρ)² is "
+        f"{min(many):.0f} to {max(many):.0f} on average, against {max(once):.2f} with {min(EPOCHS)}."
+    )
+
+
 def _below(runs: Sequence[End], start: End) -> str:
-    """Negative: who ended worse than it started, and whether its ratios had stayed in bounds."""
+    """Negative: who ended worse than it started."""
     found = [run.name for run in runs if run.reward < start.reward]
     return f"Below the start ended: {', '.join(found)}." if found else "None ended below the start."
 

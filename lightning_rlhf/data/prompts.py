@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
@@ -76,11 +77,7 @@ class PromptDataModule(TextDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        if round(pretrain_ratio * batch_size) < 1:
-            raise ValueError(
-                f"`pretrain_ratio` must give at least one text per batch: got {pretrain_ratio} x batch_size="
-                f"{batch_size}; raise it to {1 / batch_size:.3g} or more, or leave out `pretrain`"
-            )
+        check_positive(pretrain_ratio=pretrain_ratio)
         self.train, self.val, self.test, self.predict = train, val, test, predict
         self.pretrain, self.val_pretrain = pretrain, val_pretrain
         self.pretrain_ratio = pretrain_ratio
@@ -106,12 +103,21 @@ class PromptDataModule(TextDataModule):
             self._load_texts("val_pretrain")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Prompts, and in step with them `pretrain_ratio` texts per episode."""
+        """Prompts, and in step with them `pretrain_ratio` texts per episode.
+
+        Raises:
+            ValueError: that is less than one text per rollout.
+        """
         streams = {"prompts": self.training_stream("train", collate_prompts, batch_size=self.batch_size)}
         if self.pretrain is not None:
             module = None if self.trainer is None else self.trainer.lightning_module
             episodes = self.batch_size * getattr(module, "samples_per_prompt", 1)
             size = round(self.pretrain_ratio * episodes)
+            if size < 1:
+                raise ValueError(
+                    f"`pretrain_ratio` must give at least one text per rollout: got {self.pretrain_ratio} for "
+                    f"{episodes} responses; raise it to {1 / episodes:.3g} or more, or leave out `pretrain`"
+                )
             streams["pretrain"] = self.training_stream("pretrain", collate_texts, batch_size=size)
         return self.training_loader(JointStream(streams))
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from lightning_rlhf.core import (
+    CISPO,
     AdvantageEstimator,
     Clip,
     GeometricLevel,
@@ -14,6 +15,7 @@ from lightning_rlhf.core import (
     Shaping,
     SoftOverlong,
     Surrogate,
+    Whitened,
 )
 from lightning_rlhf.core.level import ActionLevel
 from lightning_rlhf.rollout import Generation
@@ -42,7 +44,7 @@ def check_groups(advantage: AdvantageEstimator, generation: Generation) -> None:
 
 
 def check_level(level: ActionLevel, surrogate: Surrogate) -> None:
-    """A length-normalised ratio needs bounds of its own size, and is no ratio of probabilities.
+    """A length-normalised ratio needs bounds of its own size, of which it warns, and is no ratio of probabilities.
 
     Raises:
         ValueError: `KLPenalty` on it, whose penalty would be no KL.
@@ -56,12 +58,27 @@ def check_level(level: ActionLevel, surrogate: Surrogate) -> None:
             "KLPenalty needs the ratio π_θ/π_old, but GeometricLevel normalises it by the length, so that its k3 is no "
             "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
         )
-    if isinstance(surrogate, Clip) and max(surrogate.epsilon, surrogate.epsilon_high or 0) > WIDEST_GEOMETRIC_BOUND:
+    for never in _idle_bounds(surrogate):
         warnings.warn(
-            f"Clip(epsilon={surrogate.epsilon}, epsilon_high={surrogate.epsilon_high}) never acts on GeometricLevel's "
-            "length-normalised ratio: GSPO's bounds are epsilon=3e-4, epsilon_high=4e-4",
+            f"{never} never acts on GeometricLevel's length-normalised ratio: GSPO's bounds are epsilon=3e-4, "
+            "epsilon_high=4e-4",
             stacklevel=3,
         )
+
+
+def _idle_bounds(surrogate: Surrogate) -> list[str]:
+    """The bounds of a surrogate that a length-normalised ratio does not reach, as one would write them."""
+    if isinstance(surrogate, CISPO):
+        near_one = abs(surrogate.largest - 1) <= WIDEST_GEOMETRIC_BOUND
+        return [] if near_one else [f"CISPO(largest={surrogate.largest})"]
+    if not isinstance(surrogate, Clip):
+        return []
+    idle = []
+    if max(surrogate.epsilon, surrogate.epsilon_high or 0) > WIDEST_GEOMETRIC_BOUND:
+        idle.append(f"Clip(epsilon={surrogate.epsilon}, epsilon_high={surrogate.epsilon_high})")
+    if surrogate.dual is not None and surrogate.dual - 1 > WIDEST_GEOMETRIC_BOUND:
+        idle.append(f"Clip(dual={surrogate.dual})")
+    return idle
 
 
 def check_shaping(shaping: Sequence[Shaping], generation: Generation) -> None:
@@ -76,5 +93,8 @@ def check_shaping(shaping: Sequence[Shaping], generation: Generation) -> None:
 
 
 def _named(advantage: AdvantageEstimator) -> str:
+    """What compares the responses: the estimator inside a whitening, or its baseline."""
+    if isinstance(advantage, Whitened):
+        return _named(advantage.estimator)
     baseline = getattr(advantage, "baseline", None)
     return type(advantage).__name__ if baseline is None else type(baseline).__name__

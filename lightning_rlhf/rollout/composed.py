@@ -22,12 +22,15 @@ class ComposedReward(Reward):
         members: by name; a `Reward`, an `nn.Module` on token ids, or a function.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a name holds a slash, which stands between a member and its own parts.
     """
 
     def __init__(self, members: Mapping[str, Reward | Callable[..., Any]]) -> None:
         if not members:
             raise ValueError(f"{type(self).__name__} needs at least one reward: got none")
+        slashed = sorted(name for name in members if "/" in name)
+        if slashed:
+            raise ValueError(f"names of rewards must hold no '/', which separates nested parts: got {slashed}")
         self.members = {name: as_reward(member) for name, member in members.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -101,5 +104,5 @@ class EnsembleReward(ComposedReward):
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
         """The combined score; its parts are the members' scores and `spread`, their standard deviation."""
         totals, parts = self._scored_members(rollout, rows)
-        scores = torch.stack(list(totals.values()))
+        scores = torch.stack([total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals.values()])
         return Scores(self.combine(scores), parts | {"spread": scores.std(0, correction=0)})

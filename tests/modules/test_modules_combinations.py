@@ -137,7 +137,6 @@ def test_groups_of_one_are_refused_inside_a_whitening(inner):
     silent(advantage=Whitened(estimator=inner), generation=K2)
 
 
-@pytest.mark.xfail(strict=True, reason="the sentence names `Whitened`, which compares nothing, not what is inside it")
 @pytest.mark.parametrize(
     ("inner", "named"),
     [(GroupAdvantage(), "GroupAdvantage"), (BanditAdvantage(baseline=LeaveOneOut()), "LeaveOneOut")],
@@ -202,15 +201,24 @@ def test_small_bounds_pass_everywhere(level):
     silent(level=level, surrogate=GSPO)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="nothing is said of CISPO's cap of 5 nor of a dual clip of 3 on GeometricLevel's length-normalised ratio, "
-    "which stays within some thousandths of 1",
+@pytest.mark.parametrize(
+    ("surrogate", "said", "near"),
+    [
+        (CISPO(), "CISPO(largest=5.0)", CISPO(largest=1.0004)),
+        (
+            Clip(epsilon=3e-4, epsilon_high=4e-4, dual=3.0),
+            "Clip(dual=3.0)",
+            Clip(epsilon=3e-4, epsilon_high=4e-4, dual=1.01),
+        ),
+    ],
+    ids=["cispo", "dual"],
 )
-@pytest.mark.parametrize("surrogate", [CISPO(), Clip(epsilon=3e-4, epsilon_high=4e-4, dual=3.0)], ids=["cispo", "dual"])
-def test_other_bounds_that_never_act_are_warned_of(surrogate):
-    with pytest.warns(UserWarning, match="GeometricLevel"):
+def test_other_bounds_that_never_act_are_warned_of(surrogate, said, near):
+    with pytest.warns(UserWarning, match="GeometricLevel") as found:
         make(level=GeometricLevel(), surrogate=surrogate)
+    assert [str(w.message).split(" never acts")[0] for w in found] == [said]
+    silent(level=GeometricLevel(), surrogate=near)
+    silent(level=TokenLevel(), surrogate=surrogate)
 
 
 # Lengths that no response reaches

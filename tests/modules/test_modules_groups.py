@@ -326,17 +326,14 @@ def test_pretraining_texts_go_with_the_responses(
     assert module.episodes == 2 * 4 * k
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="PromptDataModule counts pretrain_ratio x batch_size when it is built, though 8 responses to a prompt make "
-    "0.25 x 8 = 2 texts: the check belongs where the size is known, in train_dataloader",
-)
 def test_pretraining_ratio_that_gives_a_text_per_rollout_is_taken(make_ppo, make_trainer, make_tokenizer, files):
     module = make_ppo(k=8, tokenizer=make_tokenizer(), ptx_coef=0.1)
     data = PromptDataModule(files[0], pretrain=files[1], batch_size=1, pretrain_ratio=0.25, text_tokens=6)
     make_trainer(limit_train_batches=1).fit(module, data)
     assert module.iteration == 1
+    module = make_ppo(k=1, tokenizer=make_tokenizer(), ptx_coef=0.1)
+    with pytest.raises(ValueError, match="at least one text per rollout: got 0.25 for 1 responses; raise it to 1"):
+        make_trainer(limit_train_batches=1).fit(module, data)
 
 
 # Interrupted = uninterrupted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,85 @@ from lightning_rlhf.cli import main
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(CONFIGS.glob("*.yaml"))
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
+
+PAPERS: dict[str, dict[str, Any]] = {
+    "instructgpt": {  # Ouyang et al. 2022, C.3, C.4
+        "model.kl.coef": 0.02,
+        "model.generation.temperature": 1.0,
+        "model.updates.epochs": 1,
+        "model.updates.minibatch": 64,
+        "model.surrogate.epsilon": 0.2,
+        "model.advantage.estimator.gamma": 1.0,
+        "model.value_lr": 9e-6,
+        "model.ptx_coef": 27.8,
+        "model.optimizer.betas": [0.9, 0.95],
+        "model.schedule.warmup": 10,
+        "model.schedule.warmup_start": 0.1,
+        "data.batch_size": 512,
+        "data.max_prompt_tokens": 1024,
+        "data.pretrain_ratio": 8.0,
+    },
+    "tldr": {  # Huang et al. 2024, details 20-25
+        "model.kl.coef": 0.05,
+        "model.generation.temperature": 0.7,
+        "model.generation.max_new_tokens": 53,
+        "model.updates.epochs": 4,
+        "model.updates.minibatch": None,
+        "model.surrogate.epsilon": 0.2,
+        "model.advantage.estimator.lam": 0.95,
+        "model.value_loss.epsilon": 0.2,
+        "model.value_loss.coef": 0.1,
+        "model.optimizer.lr": 3e-6,
+        "model.optimizer.eps": 1e-5,
+        "model.schedule": "Linear",
+        "data.batch_size": 512,
+    },
+    "rloo": {"model.kl.coef": 0.03, "model.generation.samples_per_prompt": 4, "model.updates.epochs": 1},  # 2402.14740
+    "grpo": {  # 2402.03300, §4.1; 16 prompts times 64 are a batch of 1,024
+        "model.kl.coef": 0.04,
+        "model.kl_term.estimator": "K3",
+        "model.generation.samples_per_prompt": 64,
+        "model.updates.epochs": 1,
+        "model.updates.minibatch": None,
+        "model.optimizer.lr": 1e-6,
+        "data.batch_size": 1024 // 64,
+    },
+    "dr_grpo": {  # 2503.20783, and the authors' scripts
+        "model.kl.coef": 0.0,
+        "model.generation.samples_per_prompt": 8,
+        "model.generation.max_new_tokens": 3000,
+        "model.reduction.length": 3000,
+        "model.surrogate.epsilon": 0.2,
+        "model.updates.minibatch": 128,
+        "data.batch_size": 128,
+    },
+    "dapo": {  # 2503.14476, §4.1
+        "model.kl.coef": 0.0,
+        "model.generation.samples_per_prompt": 16,
+        "model.generation.max_new_tokens": 16_384 + 4_096,
+        "model.surrogate.epsilon": 0.2,
+        "model.surrogate.epsilon_high": 0.28,
+        "model.updates.minibatch": 512,
+        "model.optimizer.lr": 1e-6,
+        "model.schedule.warmup": 20,
+        "data.batch_size": 512,
+    },
+    "gspo": {  # 2507.18071, §5.1; 128 prompts times 8 in 4 minibatches
+        "model.kl.coef": 0.0,
+        "model.surrogate.epsilon": 3e-4,
+        "model.surrogate.epsilon_high": 4e-4,
+        "model.updates.minibatch": 128 * 8 // 4,
+        "model.generation.samples_per_prompt": 8,
+        "data.batch_size": 128,
+    },
+    "reinforce_pp": {  # 2501.03262
+        "model.kl.coef": 0.001,
+        "model.surrogate.epsilon": 0.2,
+        "model.advantage.estimator.gamma": 1.0,
+        "model.generation.samples_per_prompt": 1,
+    },
+}
+"""What the papers print, by preset."""
 
 
 def named(path: Path) -> str:
@@ -38,7 +118,8 @@ def header(path: Path) -> str:
 
 
 def test_there_are_configs_to_test() -> None:
-    assert {"sft", "reward", "ppo", "ppo_ptx", "bandit_klpen", "instructgpt"} <= {path.stem for path in STAGES}
+    stages = {"sft", "reward", "ppo", "ppo_ptx", "bandit_klpen"}
+    assert stages | PAPERS.keys() <= {path.stem for path in STAGES}
     assert {"ddp", "fsdp"} <= {path.stem for path in STRATEGIES}
 
 
@@ -47,6 +128,57 @@ def test_stage_says_what_it_reproduces_departs_from_and_how_to_run_it(config: Pa
     opening = header(config)
     for word in ("Reproduces", "Departs", f"Run: lightning-rlhf fit --config configs/{config.name}"):
         assert word in opening
+
+
+def inside(written: Any) -> Any:
+    """A class's arguments, or what stands there."""
+    return written.get("init_args", written) if isinstance(written, dict) else written
+
+
+def of_class(written: Any) -> str:
+    """A class as the README writes it: its name, with the classes inside it."""
+    if not isinstance(written, dict):
+        return str(written).rsplit(".", 1)[-1]
+    inner = [x for x in written.get("init_args", {}).values() if isinstance(x, dict | str)]
+    return of_class(written["class_path"]) + (f"({', '.join(map(of_class, inner))})" if inner else "")
+
+
+@pytest.mark.parametrize("preset", PAPERS)
+def test_preset_has_the_numbers_of_its_paper(preset: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    for name, number in PAPERS[preset].items():
+        found = config
+        for key in name.split("."):
+            found = inside(found)[key]
+        assert number in (found, of_class(found)), name
+
+
+def published_methods() -> dict[str, list[str]]:
+    """The rows of the README's table that name a config, by that name."""
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rows = [row for row in rows if len(row) == 7 and "configs/" in row[6]]
+    return {name: row for row in rows for name in re.findall(r"configs/(\w+)\.yaml", row[6])}
+
+
+def test_readme_lists_every_preset() -> None:
+    assert published_methods().keys() == {path.stem for path in STAGES} - {"sft", "reward"}
+
+
+@pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in ("sft", "reward")], ids=named)
+def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
+    _, *cells, _ = [cell.strip("`") for cell in published_methods()[config.stem]]
+    level, advantage, surrogate, reduction, kl = (re.sub(r"`", "", cell) for cell in cells)
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]
+    assert level == of_class(written["level"])
+    assert advantage == of_class(written["advantage"])
+    assert surrogate.split("(")[0] == of_class(written["surrogate"])
+    numbers = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", surrogate.partition("(")[2])]
+    assert set(numbers) <= set(inside(written["surrogate"]).values() if numbers else [])
+    assert reduction == of_class(written.get("reduction", "TokenMean"))
+    term = of_class(written.get("kl_term", "KLInReward"))
+    expected = "none" if inside(written["kl"])["coef"] == 0 else term.replace("KLInReward", "in the reward")
+    assert kl == expected
 
 
 @pytest.mark.parametrize("config", STRATEGIES, ids=named)

@@ -186,11 +186,6 @@ def test_members_leave_no_gradient(rollout):
     assert not scores.total.requires_grad
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a Reward of whole numbers serves alone (`PPOModule.score` casts it) and in WeightedReward, but "
-    "EnsembleReward takes mean and std of int64",
-)
 def test_ensemble_takes_whole_numbers(rollout):
     class Whole(Reward):
         def __call__(self, rollout, rows):
@@ -200,18 +195,14 @@ def test_ensemble_takes_whole_numbers(rollout):
     assert EnsembleReward([Whole(), Whole()])(rollout, ROWS).tolist() == [1.0, 2.0, 4.0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a part called `a/b` and the part `b` of `a` share one logged name: the inner one replaces the outer's "
-    "score; names with `/` could be refused",
-)
-def test_names_that_collide_are_told_apart(rollout):
+@pytest.mark.parametrize("name", ["a/b", "/", "style/brief"])
+def test_names_that_could_collide_are_refused(rollout, name):
+    """A part called `a/b` and the part `b` of `a` would share one logged name."""
+    with pytest.raises(ValueError, match=r"^names of rewards must hold no '/'.*got \['" + name):
+        WeightedReward({"a": Fixed(1.0, 1.0, 1.0), name: Fixed(5.0, 5.0, 5.0)})
     inner = WeightedReward({"b": Fixed(1.0, 1.0, 1.0)})
-    try:
-        reward = WeightedReward({"a": inner, "a/b": Fixed(5.0, 5.0, 5.0)})
-    except ValueError:
-        return
-    assert len(reward.scored(rollout, ROWS).parts) == 3
+    reward = WeightedReward({"a": inner, "a.b": Fixed(5.0, 5.0, 5.0)})
+    assert reward.scored(rollout, ROWS).parts.keys() == {"a", "a.b", "a/b"}
 
 
 # Ensembles
