@@ -165,14 +165,18 @@ def as_loader() -> Callable[[Sequence[Any]], DataLoader]:
     return make
 
 
+COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
+
+
 class Recorder(Callback):
-    """Every rollout's logged numbers."""
+    """Every rollout's logged numbers, but for what it cost."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, *_: Any) -> None:
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_rlhf.core.schedule import Schedule
 
+FUSED = ("cpu", "cuda")
+"""Devices on which torch has fused optimizers."""
+
 
 def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
     """What `configure_optimizers` returns: the optimizer and a schedule that steps once per step of `total`.
@@ -24,8 +27,22 @@ def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]
         schedule: the factor on them.
         total: steps of the whole run, asked each time because a trainer may learn it late.
     """
+    _fuse(optimizer)
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, total()))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _fuse(optimizer: Optimizer) -> None:
+    """Turn on the fused kernel of Adam and AdamW, where nothing was chosen and the parameters' devices have one.
+
+    Set on the groups it leaves `_step_supports_amp_scaling` alone, so that fp16 gradients can still be clipped.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        free = not (group["fused"] is not None or group["foreach"] or group["capturable"] or group["differentiable"])
+        if free and all(p.device.type in FUSED and p.is_floating_point() for p in group["params"]):
+            group["fused"], group["foreach"] = True, False
 
 
 def training_steps(module: LightningModule) -> int:

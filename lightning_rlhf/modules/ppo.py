@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,20 +33,18 @@ from lightning_rlhf.core import (
     Surrogate,
     TokenMean,
     ValueLoss,
-    group_size,
-    group_std,
-    k3,
-    penalised_rewards,
 )
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
-from lightning_rlhf.modules.evaluation import Evaluation, observe
+from lightning_rlhf.modules.credit import credit
+from lightning_rlhf.modules.evaluation import Evaluation
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
+from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
@@ -154,18 +153,21 @@ class PPOModule(LightningModule):
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
-        tally, prompts, text = Tally(), batch["prompts"], self._pretraining(batch)
+        tally, prompts, text, start = Tally(), batch["prompts"], self._pretraining(batch), perf_counter()
+        self.clock.lap()  # what validation took is not the step's
         rollout = self.roll_out(prompts, self.samples_per_prompt, stream="train", iteration=self.iteration)  # y ~ π_old
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                        (B,)
         experience = self.credit(rollout, scores, tally)  # Â = r − β·log(π_old/π_ref) − b          (B, T)
 
-        for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
-            self.update(minibatch, share, tally)  # surrogate + value loss − γ·log π(text)
+        with self.clock.phase("update"):
+            for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
+                self.update(minibatch, share, tally)  # surrogate + value loss − γ·log π(text)
 
         if self.surrogate.adaptive:
-            for piece, _ in self.updates.microbatches(experience, None):
-                self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
-        self.conclude(tally, episodes=len(rollout) * self.trainer.world_size)
+            with self.clock.phase("kl_old"):
+                for piece, _ in self.updates.microbatches(experience, None):
+                    self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
+        self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
     @property
     def samples_per_prompt(self) -> int:
@@ -180,33 +182,16 @@ class PPOModule(LightningModule):
     @torch.no_grad()
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
-        scores, parts = self.reward.scored(rollout, [prompts.rows[i] for i in rollout.groups.tolist()])
+        with self.clock.phase("reward"):
+            scores, parts = self.reward.scored(rollout, [prompts.rows[i] for i in rollout.groups.tolist()])
         shaped = scores.detach().to(rollout.logprobs)
         for rule in self.shaping:
             shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
         return Scores(shaped, parts)
 
     def credit(self, rollout: Rollout, scores: Scores, tally: Tally) -> Experience:
-        """Rewards less β·KL to the reference, and the advantages they give.
-
-        Args:
-            rollout: B responses of π_old.
-            scores: (B,), reward units.
-            tally: takes the objective's metrics.
-        """
-        mask = self.level.mask(rollout.response)
-        kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response)
-        rewards = penalised_rewards(scores.total, self.kl_term.in_reward(kl_ref), mask, coef=self.kl.coef)
-        values = self.level.state_value(rollout.values, rollout.response)
-        credit = self.advantage(rewards, values, mask, groups=rollout.groups, all_sum=self.all_sum)
-        observe(tally, rollout, scores, torch.ones_like(rollout.ended), "objective")
-        tally.add("objective/rlhf_reward", rewards.sum(1))
-        tally.add("objective/non_score_reward", rewards.sum(1) - scores.total)
-        tally.add("policy/entropy_avg", rollout.entropy, rollout.response)
-        tally.add("policy/kl_sampler", k3(rollout.sampler_logprobs - rollout.logprobs), rollout.response)
-        flat = group_std(scores.total, rollout.groups) == 0  # of these GRPO learns nothing
-        tally.add("objective/flat_groups", flat.to(rewards), group_size(rollout.groups) > 1)
-        return Experience(rollout=rollout, mask=mask, advantages=credit.advantages, returns=credit.returns)
+        """Rewards less β·KL to the reference, and the advantages they give; see `credit`."""
+        return credit(self, rollout, scores, tally)
 
     def update(self, minibatch: Experience, text: TextBatch | None, tally: Tally) -> None:
         """One optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
@@ -221,8 +206,14 @@ class PPOModule(LightningModule):
                 if share is not None:
                     loss = loss + self.ptx_coef * self.objective.text(share, tally, count=words)
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over processes
-        optimizer.step()
+        with self.clock.phase("optimizer"):
+            optimizer.step()
         tally.add("policy/grad_norm", self._grad_norm)
+
+    @property
+    def clock(self) -> Clock:
+        """Seconds of each phase."""
+        return self.collector.clock
 
     @property
     def objective(self) -> Objective:
@@ -238,9 +229,10 @@ class PPOModule(LightningModule):
             reduction=self.reduction,
         )
 
-    def conclude(self, tally: Tally, *, episodes: int) -> None:
+    def conclude(self, tally: Tally, *, episodes: int, seconds: float) -> None:
         """Log the iteration, adapt β and the surrogate, step the schedule."""
         stats = tally.means(self.all_sum)
+        stats |= cost(self.clock, seconds=seconds, tokens=stats["objective/response_length"] * episodes)
         stats["val/ratio_var"] = max(stats.pop("val/ratio_square") - stats["val/ratio"] ** 2, 0.0)
         self.iteration, self.episodes = self.iteration + 1, self.episodes + episodes
         stats |= {"objective/kl_coef": self.kl.coef, "episode": float(self.episodes)}

@@ -35,6 +35,19 @@ class Clock:
         return seconds
 
 
+def cost(clock: Clock, *, seconds: float, tokens: float) -> dict[str, float]:
+    """What a step took: `time/…` in seconds by phase, of this process, `throughput/…` of all, `memory/peak_gib`.
+
+    Args:
+        clock: of the phases.
+        seconds: of the whole step.
+        tokens: response tokens of all processes.
+    """
+    phases = {f"time/{name}": spent for name, spent in clock.lap().items()}
+    total = {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+    return phases | total | {"memory/peak_gib": peak_memory()}
+
+
 def _now() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

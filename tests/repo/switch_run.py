@@ -35,9 +35,10 @@ from lightning_rlhf.core import (
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import Generation, Recomputed, Updates
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
+COSTS = ("time", "throughput", "memory")  # no two runs agree on them
 FREE = Updates(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
 MANY = Updates(epochs=3, max_grad_norm=None)  # ratios leave 1
 
@@ -65,12 +66,25 @@ def _rl(bench: Bench) -> Table:
         return list(fitted(module).value.parameters())
 
     def logged(module: PPOModule) -> dict[str, Tensor]:
-        return fitted(module).trainer.callback_metrics
+        logged = fitted(module).trainer.callback_metrics
+        return {name: value for name, value in logged.items() if name.split("/")[0] not in COSTS}
 
     def sequences_per_pass(module: PPOModule) -> list[int]:
         module.configure_model()
         sizes: list[int] = []
         module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        fitted(module)
+        return sizes
+
+    def rows_per_token(module: PPOModule) -> list[int]:
+        module.configure_model()
+        sizes: list[int] = []
+
+        def note(_: Any, __: Any, inputs: dict[str, Tensor]) -> None:
+            if inputs["input_ids"].shape[1] == 1:
+                sizes.append(len(inputs["input_ids"]))
+
+        module.policy.network.register_forward_pre_hook(note, with_kwargs=True)
         fitted(module)
         return sizes
 
@@ -89,6 +103,7 @@ def _rl(bench: Bench) -> Table:
             {"max_new_tokens": 5},
             max_new_tokens=to(3),
             samples_per_prompt=to(2),
+            slots=to(2, by=generation(rows_per_token)),  # it changes the passes, never the result
             temperature=to(0.7),
             dtype=to("bfloat16", by=generation(logged)),
             seed=to(1),
@@ -103,6 +118,7 @@ def _rl(bench: Bench) -> Table:
             tokenizer=to(bench.other_tokenizer),
             generation=to(Generation(max_new_tokens=3)),
             updates=to(MANY),
+            old_logprobs=to(Recomputed(), by=sequences_per_pass),  # they are equal, but one is computed
             level=to(TokenLevel()),
             kl=to(FixedKL(coef=0.5)),
             kl_term=to(KLInLoss(), updates=MANY),  # at ratio 1 its gradient is that of the KL in the reward
@@ -121,6 +137,7 @@ def _rl(bench: Bench) -> Table:
             epochs=to(2),
             minibatch=to(2),
             microbatch=to(2, by=updates(sequences_per_pass)),  # it changes memory, never the result
+            microbatch_tokens=to(20, by=updates(sequences_per_pass)),
             max_grad_norm=to(0.01),
         ),
     }
