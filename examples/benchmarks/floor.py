@@ -50,8 +50,13 @@ def responses(network: nn.Module, prompts: Tensor, samples: int, length: int) ->
 
 
 def logprobs(network: nn.Module, tokens: Tensor, length: int) -> Tensor:
-    """log π of the last `length` tokens, (B, length)."""
-    logits = network(tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
+    """log π of the last `length` tokens, (B, length).
+
+    The states are made contiguous: on a slice of them `linear` with frozen weights becomes a batched product that
+    copies the head's weights once for every row.
+    """
+    states = network.base_model(tokens, use_cache=False).last_hidden_state[:, -length - 1 : -1].contiguous()
+    logits = network.lm_head(states).float()
     return logits.gather(-1, tokens[:, -length:, None])[..., 0] - logits.logsumexp(-1)
 
 

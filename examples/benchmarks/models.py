@@ -1,6 +1,6 @@
 """Networks, tokenizers and prompts, written once to a folder from which every side loads the same.
 
-    python examples/benchmarks/models.py WORK_JSON FOLDER
+python examples/benchmarks/models.py WORK_JSON FOLDER
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ class Ending:
             return logits
         logits[..., self.tokens] = -1e4
         if self.probability > 0:
+            logits = logits.float()  # bfloat16 would round the end's logit by several percent of its probability
             odds = math.log(self.probability / (1 - self.probability) / len(self.tokens))
-            logits[..., self.tokens] = (logits.float().logsumexp(-1, keepdim=True) + odds).to(logits.dtype)
+            logits[..., self.tokens] = logits.logsumexp(-1, keepdim=True) + odds
         return logits
 
     @classmethod

@@ -78,9 +78,7 @@ def main(work: Work) -> None:
     prompts = str(Path(work.folder) / "prompts.jsonl")
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     limits = {"max_steps": work.steps, "max_epochs": -1}
-    trainer = Trainer(
-        accelerator="cpu", devices=1, precision=work.precision, callbacks=[Baton(work)], **limits, **off
-    )
+    trainer = Trainer(accelerator="cpu", devices=1, precision=work.precision, callbacks=[Baton(work)], **limits, **off)
     trainer.fit(module_of(work), PromptDataModule(train=prompts, batch_size=work.prompts, seed=work.seed))
 
 

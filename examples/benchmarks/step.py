@@ -8,7 +8,6 @@ writes step_turns.csv (every turn) and step.csv (medians and ratios).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from table import PHASES, ratio, show, summary, write
@@ -23,11 +22,7 @@ def arguments(args: Sequence[str] | None) -> Any:
     options.add_argument("--sides", nargs="+", default=list(SCRIPTS), choices=tuple(SCRIPTS), help="who takes turns")
     options.add_argument("--blocks", type=int, default=5, help="measured turns of each side")
     options.add_argument("--warmup", type=int, default=1, help="turns of each side before them")
-    chosen = parsed(options, args, blocks=2)
-    if "trl" in chosen.sides and find_spec("trl") is None:
-        print("TRL is not installed (pip install '.[benchmarks]'): its side is left out")
-        chosen.sides.remove("trl")
-    return chosen
+    return parsed(options, args, blocks=2)
 
 
 def ratios(rows: Sequence[Row]) -> Row:

@@ -40,7 +40,8 @@ class Turns:
             wall, cpu = (now - before for now, before in zip(self._now(), self._start, strict=True))
             row = {"wall": wall, "cpu": cpu, "rss": peak_rss(), **(found or {})}
         print(json.dumps(row), file=self._out, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            raise SystemExit  # nobody asks for more
         self._start = self._now()
 
     def _now(self) -> tuple[float, float]:
@@ -57,7 +58,8 @@ class Worker:
     """The other end: a side's process, which sleeps until it is asked for a turn."""
 
     def __init__(self, side: str, work: Work, threads: int) -> None:
-        self.side, self._errors = side, tempfile.TemporaryFile("w+")
+        self.side = side
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / SCRIPTS[side]), work.json()],
             stdin=subprocess.PIPE,
@@ -79,7 +81,7 @@ class Worker:
         return {"side": self.side, **self._read()}
 
     def close(self) -> None:
-        """After the last turn: it ends by itself. After an error: it is ended."""
+        """Nobody asks for more turns: it ends."""
         self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
@@ -99,7 +101,7 @@ class Worker:
 
 def environment(threads: int) -> dict[str, str]:
     """Without the hub, and with threads that do not spin while they wait."""
-    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
     return os.environ | offline | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -107,7 +109,8 @@ def environment(threads: int) -> dict[str, str]:
 def prepared(work: Work) -> Iterator[Work]:
     """The work with a folder from which all sides load."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(HERE / "models.py"), work.json(), folder], check=True, env=environment(1))
+        command = [sys.executable, str(HERE / "models.py"), work.json(), folder]
+        subprocess.run(command, check=True, env=environment(1))
         yield work.having(folder=folder)
 
 

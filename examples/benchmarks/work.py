@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,16 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def parsed(options: argparse.ArgumentParser, args: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
-    """The arguments; under `--quick` the toy model in fp32 and what `quick` says."""
+    """The arguments; under `--quick` the defaults are the toy model in fp32 and what `quick` says."""
     chosen = options.parse_args(args)
     if chosen.quick:
-        vars(chosen).update({"models": ["toy"], "precisions": ["32-true"]} | quick)
+        options.set_defaults(models=["toy"], precisions=["32-true"], **quick)
+        chosen = options.parse_args(args)
     chosen.out = chosen.out or (Path("runs/benchmarks") if chosen.quick else RESULTS)
-    chosen.set = dict(_pair(text) for text in chosen.set)
+    chosen.set = pairs(chosen.set)
+    if "trl" in getattr(chosen, "sides", ()) and find_spec("trl") is None:
+        print("TRL is not installed (pip install '.[benchmarks]'): its side is left out")
+        chosen.sides = [side for side in chosen.sides if side != "trl"]
     chosen.out.mkdir(parents=True, exist_ok=True)
     return chosen
 
@@ -91,6 +96,7 @@ def works(chosen: argparse.Namespace) -> list[Work]:
     ]
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    return name, json.loads(value)
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """`name=json` as arguments."""
+    split = (text.partition("=") for text in texts)
+    return {name: json.loads(value) for name, _, value in split}
