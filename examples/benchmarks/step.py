@@ -46,7 +46,8 @@ def measured(work: Work, chosen: Any, turns: list[Row]) -> list[Row]:
     with prepared(work) as ready:
         for row in alternate(ready, chosen.sides, warmup=chosen.warmup, blocks=chosen.blocks, threads=chosen.threads):
             rows.append(named | row)
-            turns.append(rows[-1])
+            write(chosen.out / "step_turns.csv", [*turns, *rows])
+    turns += rows
     found = [named | summary(rows, side) for side in chosen.sides]
     return [row | (ratios(rows) if row["side"] == "ours" else {}) for row in found]
 
@@ -58,7 +59,6 @@ def main(args: Sequence[str] | None = None) -> None:
     for work in works(chosen):
         found = measured(work, chosen, turns)
         medians += found
-        write(chosen.out / "step_turns.csv", turns)
         write(chosen.out / "step.csv", medians)
         print(f"\n{work.model}, {work.precision}, {work.responses} responses x {work.tokens} tokens")
         show([{k: v for k, v in row.items() if k not in ("model", "precision") and "/" not in k} for row in found])

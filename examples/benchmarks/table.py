@@ -32,8 +32,9 @@ def summary(rows: Sequence[Row], side: str) -> dict[str, Any]:
     found["tokens_per_s"] = median(row["tokens"] / row["wall"] for row in own)
     found |= {f"{name}_s": column(own, name) for name in PHASES}
     timed = [found[f"{name}_s"] for name in PHASES if found[f"{name}_s"] is not None]
-    if timed and found["update_s"] is None:
-        found["update_s"] = found["wall_s"] - sum(timed)  # TRL: what is no phase of its own
+    rest = found["wall_s"] - sum(timed) if timed else None
+    found["rest_s"] = rest if found["update_s"] is not None else None
+    found["update_s"] = found["update_s"] or rest  # TRL's is what is no phase of its own
     return found | {"peak_rss_mb": max(row["rss"] for row in own)}
 
 
