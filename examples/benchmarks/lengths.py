@@ -21,7 +21,7 @@ from table import show, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from turns import prepared
-from work import Work, pairs, parsed, parser, works
+from work import Work, parsed, parser, works
 
 from lightning_rlhf import Generation, PolicyModel, PromptBatch
 from lightning_rlhf.rollout import Sampler, row_uniforms
@@ -39,10 +39,7 @@ def arguments(args: Sequence[str] | None) -> Any:
     options.add_argument("--mean", type=float, default=64, help="of the geometric distribution, tokens")
     options.add_argument("--cap", type=int, default=256, help="longest response, tokens")
     options.add_argument("--repeats", type=int, default=3, help="measured rollouts of each side, in turns")
-    options.add_argument("--generation", nargs="*", default=[], metavar="NAME=JSON", help="more of our Generation")
-    chosen = parsed(options, args, rows=8, batch=4, mean=4, cap=16, repeats=1)
-    chosen.generation = pairs(chosen.generation)
-    return chosen
+    return parsed(options, args, rows=8, batch=4, mean=4, cap=16, repeats=1)
 
 
 def network_of(work: Work, dtype: str, **options: Any) -> nn.Module:
@@ -54,7 +51,7 @@ def network_of(work: Work, dtype: str, **options: Any) -> nn.Module:
 def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     """fp32 master weights, copied to the sampling dtype in every rollout: the copy is part of the time."""
     network = network_of(work, "float32", attn_implementation=work.attention)
-    options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **chosen.generation}
+    options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **work.options("generation")}
     sampler = Sampler(PolicyModel(network, tokenizer_of(work)), Generation(**options))
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), torch.ones(chosen.rows).bool(), [])
 

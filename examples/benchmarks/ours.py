@@ -58,18 +58,19 @@ class Baton(Callback):
 def module_of(work: Work) -> PPOModule:
     """RLOO: leave-one-out baseline, the KL to the reference in the reward, no clipping needed in one inner epoch."""
     adam = partial(torch.optim.AdamW, lr=work.lr, weight_decay=0.0, fused=FUSED[work.precision])
+    sizes = {"max_new_tokens": work.tokens, "samples_per_prompt": work.samples, "seed": work.seed}
     return PPOModule(
         policy=ModelSource(path=work.folder, attention=work.attention),
         reward=vader,
-        generation=Generation(max_new_tokens=work.tokens, samples_per_prompt=work.samples, seed=work.seed),
-        updates=Updates(),
+        generation=Generation(**sizes, **work.options("generation")),
+        updates=Updates(**work.options("updates")),
         kl=FixedKL(coef=work.beta),
         advantage=BanditAdvantage(baseline=LeaveOneOut()),
         surrogate=Unclipped(),
         shaping=(),
         optimizer=adam,
         schedule=Constant(),
-        **work.ours,
+        **work.options(),
     )
 
 

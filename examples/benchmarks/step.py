@@ -21,8 +21,8 @@ def arguments(args: Sequence[str] | None) -> Any:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--sides", nargs="+", default=list(SCRIPTS), choices=tuple(SCRIPTS), help="who takes turns")
     options.add_argument("--blocks", type=int, default=5, help="measured turns of each side")
-    options.add_argument("--warmup", type=int, default=1, help="turns of each side before them")
-    return parsed(options, args, blocks=2)
+    options.add_argument("--warmup", type=int, default=2, help="turns of each side before them: memory grows for two")
+    return parsed(options, args, blocks=2, warmup=1)
 
 
 def ratios(rows: Sequence[Row]) -> Row:

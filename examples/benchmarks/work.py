@@ -36,7 +36,7 @@ class Work:
     steps: int = 1
     """Of the whole run, the warm-up included."""
     ours: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `PPOModule`."""
+    """More arguments of `PPOModule`, and of its parts as `generation.NAME` and `updates.NAME`."""
     attention: str = "eager"
     """Kernel of our side and of the floor. TRL keeps its default, SDPA."""
     folder: str = ""
@@ -48,6 +48,11 @@ class Work:
 
     def json(self) -> str:
         return json.dumps(asdict(self))
+
+    def options(self, part: str | None = None) -> dict[str, Any]:
+        """What `ours` says of a part, or of the module itself."""
+        split = ((name.rpartition("."), value) for name, value in self.ours.items())
+        return {name: value for (owner, _, name), value in split if owner == (part or "")}
 
     def having(self, **changes: Any) -> Work:
         return replace(self, **changes)
@@ -64,7 +69,9 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument("--precisions", nargs="+", default=["bf16-mixed"], choices=PRECISIONS)
     found.add_argument("--threads", type=int, default=1, help="of torch, in every process")
     found.add_argument("--attention", default="eager", help="attention kernel of our side and of the floor")
-    found.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="more arguments of our PPOModule")
+    found.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=JSON", help="more arguments of ours, as updates.microbatch=8"
+    )
     found.add_argument("--out", type=Path, default=None, help=f"folder of the CSV files; None: {RESULTS.name}/ here")
     found.add_argument("--quick", action="store_true", help="a toy model, seconds; writes to runs/benchmarks")
     found.set_defaults(**defaults)

@@ -133,4 +133,6 @@ def test_work_survives_the_trip_to_a_worker(bench):
 
     work = Work(model="toy", ours={"ptx_coef": 0.0}, end=None)
     assert Work(**json.loads(work.json())) == work
+    named = Work(ours={"ptx_coef": 0.5, "updates.microbatch": 8, "generation.seed": 3})
+    assert (named.options(), named.options("updates")) == ({"ptx_coef": 0.5}, {"microbatch": 8})
     assert pairs(["a=1", 'b="x=y"', "c=null"]) == {"a": 1, "b": "x=y", "c": None}
