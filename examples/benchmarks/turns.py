@@ -134,5 +134,6 @@ def alternate(work: Work, sides: Sequence[str], *, warmup: int, blocks: int, thr
             first = block % len(workers)
             for worker in workers[first:] + workers[:first]:
                 row = {"block": block, **worker.turn()}
+                print(f"{worker.side}, turn {block}: {row['wall']:.2f} s", file=sys.stderr, flush=True)
                 if block >= 0:
                     yield row

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("vaderSentiment")
-pytest.importorskip("matplotlib")
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 HAS_TRL = find_spec("trl") is not None
+needs_vader = pytest.mark.skipif(find_spec("vaderSentiment") is None, reason="needs VADER, which the models speak")
 TURN = {"model": "toy", "precision": "32-true", "wall": 1.0, "cpu": 1.0, "rss": 1.0, "tokens": 8}
 
 
@@ -35,50 +34,75 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run(command: str, folder: Path, *args: str) -> str:
-    """What a command prints; threads are its own business."""
+def run(command: str, folder: Path, *args: str) -> None:
     line = [sys.executable, str(FOLDER / f"{command}.py"), "--quick", "--out", str(folder), *args]
-    return subprocess.run(line, check=True, capture_output=True, text=True, timeout=300).stdout
+    subprocess.run(line, check=True, timeout=300)
 
 
 @pytest.mark.slow
-def test_step_measures_every_side_on_full_responses(tmp_path):
-    run("step", tmp_path)
+@needs_vader
+def test_step_measures_sides_in_turns_on_full_responses(tmp_path):
+    run("step", tmp_path, "--sides", "ours", "floor")
     turns = rows(tmp_path / "step_turns.csv")
-    sides = {"ours", "floor"} | ({"trl"} if HAS_TRL else set())
-    assert {row["side"] for row in turns} == sides
+    assert [(row["block"], row["side"]) for row in turns] == [
+        ("0", "ours"),
+        ("0", "floor"),
+        ("1", "floor"),
+        ("1", "ours"),
+    ]
     assert all(float(row["tokens"]) == 4 * 4 for row in turns)  # 2 prompts x 2 responses, 4 tokens each
-    assert [row["block"] for row in turns] == sorted(row["block"] for row in turns)
-    assert len({tuple(row["side"] for row in turns if row["block"] == block) for block in "01"}) == 2  # who begins
-    (ours,) = [row for row in rows(tmp_path / "step.csv") if row["side"] == "ours"]
+    ours, floor = rows(tmp_path / "step.csv")
     assert float(ours["cpu/floor"]) > 0
-    assert bool(ours["cpu/trl"]) == HAS_TRL
+    assert (ours["cpu/trl"], floor["cpu/floor"]) == ("", "")
 
 
 @pytest.mark.slow
-def test_scaling_moves_one_size_at_a_time(tmp_path):
-    run("scaling", tmp_path, "--responses", "8")
-    found = [(r["moved"], r["responses"], r["tokens"], r["k"]) for r in rows(tmp_path / "scaling.csv")]
-    assert found == [("responses", "8", "4", "2"), ("length", "4", "2", "2"), ("k", "4", "4", "4")]
-
-
-@pytest.mark.slow
-def test_rollouts_have_geometric_lengths_on_both_sides(tmp_path):
-    run("lengths", tmp_path)
-    found = rows(tmp_path / "lengths.csv")
-    assert [row["side"] for row in found] == ["ours", "generate, all rows", "generate, 4 rows"]
-    assert all(8 < int(row["tokens"]) < 8 * 16 for row in found)
-
-
-@pytest.mark.slow
+@needs_vader
 @pytest.mark.skipif(not HAS_TRL, reason="needs TRL")
 def test_learning_writes_both_curves(tmp_path):
-    run("learning", tmp_path)
+    pytest.importorskip("matplotlib")
+    run("learning", tmp_path, "--target", "9")
     found = rows(tmp_path / "learning.csv")
-    assert {row["side"] for row in found} == {"ours", "trl"}
-    cpu = [float(row["cpu"]) for row in found if row["side"] == "trl"]
-    assert cpu == sorted(cpu)  # it adds up
+    for side in ("ours", "trl"):
+        own = [row for row in found if row["side"] == side]
+        assert [int(row["step"]) for row in own] == list(range(1, 13))
+        assert [float(row["cpu"]) for row in own] == sorted(float(row["cpu"]) for row in own)  # it adds up
+    assert [row["ours_cpu"] for row in rows(tmp_path / "learning_times.csv")] == ["", ""]  # no score is 9
     assert (tmp_path / "learning.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@needs_vader
+def test_rollouts_have_geometric_lengths_on_both_sides(bench, tmp_path, monkeypatch):
+    import lengths
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests keep theirs
+    lengths.main(["--quick", "--out", str(tmp_path), "--rows", "32", "--batch", "8"])
+    found = rows(tmp_path / "lengths.csv")
+    assert [row["side"] for row in found] == ["ours", "generate, all rows", "generate, 8 rows"]
+    expected = 4 * (1 - 0.75**16)  # geometric of mean 4, capped at 16: 3.96 tokens
+    error = (12 / 32) ** 0.5  # its variance without the cap is 4 x 3
+    assert all(abs(float(row["mean"]) - expected) < 4 * error for row in found)
+    assert all(int(row["longest"]) > 4 for row in found)
+
+
+@pytest.mark.slow
+@needs_vader
+def test_scaling_writes_a_row_for_a_point(tmp_path):
+    run("scaling", tmp_path, "--responses", "8", "--lengths", "--k")
+    (row,) = rows(tmp_path / "scaling.csv")
+    assert (row["moved"], row["value"], row["responses"], row["tokens"], row["k"]) == ("responses", "8", "8", "4", "2")
+
+
+def test_scaling_moves_one_size_at_a_time(bench):
+    from argparse import Namespace
+
+    from scaling import points
+    from work import Work
+
+    chosen = Namespace(responses=[32], lengths=[96], k=[8])
+    found = {moved: (work.responses, work.tokens, work.samples) for moved, _, work in points(Work(), chosen)}
+    assert found == {"responses": (32, 48, 2), "length": (16, 96, 2), "k": (16, 48, 8)}
 
 
 def test_ratio_is_of_turns_of_one_block(bench):
@@ -101,6 +125,7 @@ def test_target_is_reached_by_ten_steps_not_by_one(bench):
     assert reached(ours[:9], 0.0) is None  # fewer than ten steps are no mean
 
 
+@needs_vader
 def test_ending_has_its_probability_in_every_context_and_none_in_training(bench):
     from models import Ending
 
@@ -115,6 +140,7 @@ def test_ending_has_its_probability_in_every_context_and_none_in_training(bench)
     torch.testing.assert_close(head(x), nn.functional.linear(x, head.weight))
 
 
+@needs_vader
 def test_floor_draws_from_the_softmax(bench):
     from floor import drawn
 
