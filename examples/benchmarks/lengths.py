@@ -42,15 +42,17 @@ def arguments(args: Sequence[str] | None) -> Any:
     return parsed(options, args, rows=8, batch=4, mean=4, cap=16, repeats=1)
 
 
-def network_of(work: Work, dtype: str, **options: Any) -> nn.Module:
-    network = AutoModelForCausalLM.from_pretrained(work.folder, dtype=getattr(torch, dtype), **options)
+def network_of(work: Work, dtype: str) -> nn.Module:
+    """The same attention kernel for both sides."""
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": work.attention}
+    network = AutoModelForCausalLM.from_pretrained(work.folder, **options)
     Ending.put_on(network, work.end)
     return network.eval()
 
 
 def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     """fp32 master weights, copied to the sampling dtype in every rollout: the copy is part of the time."""
-    network = network_of(work, "float32", attn_implementation=work.attention)
+    network = network_of(work, "float32")
     options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **work.options("generation")}
     sampler = Sampler(PolicyModel(network, tokenizer_of(work)), Generation(**options))
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), torch.ones(chosen.rows).bool(), [])

@@ -25,16 +25,20 @@ def ratio(rows: Sequence[Row], name: str, side: str, other: str) -> float | None
     return median(found) if found else None
 
 
+def complete(row: Row) -> Row:
+    """The turn with what lies in no phase: TRL's update, which is no method of its own; the rest of other sides."""
+    timed = [row[name] for name in PHASES if row.get(name) is not None]
+    if not timed:
+        return row
+    return {**row, "rest" if row.get("update") is not None else "update": row["wall"] - sum(timed)}
+
+
 def summary(rows: Sequence[Row], side: str) -> dict[str, Any]:
     """Medians of a side's turns: seconds of a step and of its phases, tokens/s, peak memory."""
-    own = [row for row in rows if row["side"] == side]
+    own = [complete(row) for row in rows if row["side"] == side]
     found = {"side": side, "turns": len(own), "wall_s": column(own, "wall"), "cpu_s": column(own, "cpu")}
     found["tokens_per_s"] = median(row["tokens"] / row["wall"] for row in own)
-    found |= {f"{name}_s": column(own, name) for name in PHASES}
-    timed = [found[f"{name}_s"] for name in PHASES if found[f"{name}_s"] is not None]
-    rest = found["wall_s"] - sum(timed) if timed else None
-    found["rest_s"] = rest if found["update_s"] is not None else None
-    found["update_s"] = found["update_s"] or rest  # TRL's is what is no phase of its own
+    found |= {f"{name}_s": column(own, name) for name in (*PHASES, "rest")}
     return found | {"peak_rss_mb": max(row["rss"] for row in own)}
 
 

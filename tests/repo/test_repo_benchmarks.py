@@ -115,6 +115,16 @@ def test_ratio_is_of_turns_of_one_block(bench):
     assert ratio(turns, "cpu", "ours", "floor") is None
 
 
+def test_what_lies_in_no_phase_is_trl_s_update_and_the_rest_of_others(bench):
+    from table import summary
+
+    phases = {"wall": 10.0, "generate": 4.0, "reference": 1.0}
+    trl, ours = TURN | phases | {"side": "trl"}, TURN | phases | {"side": "ours", "update": 3.0}
+    found = {side: summary([trl, ours, TURN | {"side": "floor"}], side) for side in ("trl", "ours", "floor")}
+    assert [(row["update_s"], row["rest_s"]) for row in found.values()] == [(5.0, None), (3.0, 2.0), (None, None)]
+    assert found["ours"]["tokens_per_s"] == 0.8
+
+
 def test_target_is_reached_by_ten_steps_not_by_one(bench):
     from learning import reached
 
