@@ -6,12 +6,15 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from models import Ending, vader
+from torch import nn
 from turns import Turns
 from work import Work
 
@@ -28,8 +31,13 @@ from lightning_rlhf import (
     Updates,
 )
 
-FUSED = {"32-true": True, "bf16-mixed": False}
-"""AdamW's kernel. Lightning refuses to clip the gradients of a fused optimizer under mixed precision."""
+
+def ended(
+    decode: Callable[..., Any], network: nn.Module, *inputs: Any, probability: float | None, **options: Any
+) -> Any:
+    """Decode with the network's end token at a given probability: the copy that samples is made anew every rollout."""
+    Ending.put_on(network, probability)
+    return decode(network, *inputs, **options)
 
 
 class Baton(Callback):
@@ -40,7 +48,8 @@ class Baton(Callback):
         self.turns = Turns()
 
     def on_fit_start(self, trainer: Trainer, module: PPOModule) -> None:
-        Ending.put_on(module.policy.network, self.work.end)
+        sampler = module.collector.sampler
+        sampler.decode = partial(ended, sampler.decode, probability=self.work.end)
 
     def on_train_batch_start(self, *_: object) -> None:
         self.turns.next(self.found)
@@ -57,7 +66,7 @@ class Baton(Callback):
 
 def module_of(work: Work) -> PPOModule:
     """RLOO: leave-one-out baseline, the KL to the reference in the reward, no clipping needed in one inner epoch."""
-    adam = partial(torch.optim.AdamW, lr=work.lr, weight_decay=0.0, fused=FUSED[work.precision])
+    adam = partial(torch.optim.AdamW, lr=work.lr, weight_decay=0.0)
     sizes = {"max_new_tokens": work.tokens, "samples_per_prompt": work.samples, "seed": work.seed}
     return PPOModule(
         policy=ModelSource(path=work.folder, attention=work.attention),

@@ -35,7 +35,7 @@ class Sampler:
         reason = why_no_cache(policy.network)
         if reason is not None:
             logger.info("sampling by transformers' `generate`, which is slower: %s", reason)
-        self._decode = partial(decode, slots=generation.slots) if reason is None else generate
+        self.decode = partial(decode, slots=generation.slots) if reason is None else generate
 
     def __call__(self, prompts: PromptBatch, uniforms: Tensor | None, *, samples: int = 1) -> Sampled:
         """Responses to the prompts.
@@ -48,7 +48,7 @@ class Sampler:
         device, length = prompts.tokens.device.type, self.generation.max_new_tokens
         ends, dtype = self.policy.end_tokens, self.dtype(device)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            return self._decode(
+            return self.decode(
                 make_actor(self.policy.network, dtype, passes=length),
                 prompts.tokens,
                 prompts.mask,
