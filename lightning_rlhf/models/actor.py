@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from lightning_rlhf.models.adapter import is_adapted
 
+logger = logging.getLogger(__name__)
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_UNPACKABLE: set[str] = set()
 WORTH_PACKING = 8
 """Passes from which on it pays to pack the weights."""
 
@@ -28,12 +32,32 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int) -> nn.Mod
         dtype: of the weights that sample.
         passes: forward passes to come; packing is worth its while only for some.
     """
+    actor = _unpacked(network, dtype)
+    known = type(actor).__qualname__
+    if passes < WORTH_PACKING or known in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
+        return actor
+    expected = _probe(actor)
+    _pack(actor)
+    try:
+        if torch.allclose(_probe(actor), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+            return actor
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # it reads the weights by itself
+        logger.info("the weights of %s stay as they are: it does not work with packed ones", known)
+    _UNPACKABLE.add(known)
+    return _unpacked(network, dtype)
+
+
+def _unpacked(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     folds = is_adapted(network) and hasattr(network, "merge_and_unload")
     actor = _twin(network, lambda weight: weight.detach().to(dtype, copy=folds))
-    actor = actor.merge_and_unload() if folds else actor
-    if passes >= WORTH_PACKING and _can_pack(next(actor.parameters()).device.type, dtype):
-        _pack(actor)
-    return actor
+    return actor.merge_and_unload() if folds else actor
+
+
+@torch.no_grad()
+def _probe(network: nn.Module) -> Tensor:
+    """Logits of two tokens."""
+    tokens = torch.tensor([[0, 1]], device=next(network.parameters()).device)
+    return network(input_ids=tokens, use_cache=False).logits.float()
 
 
 def _twin(network: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:

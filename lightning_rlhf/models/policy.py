@@ -77,6 +77,10 @@ class PolicyModel(nn.Module):
             options["position_ids"] = positions(mask)
         return self.network(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **options).logits[:, -keep:]
 
+    def compile_backbone(self) -> None:
+        """Let `torch.compile` fuse the transformer's operations; sampling, which works on a copy, stays as it is."""
+        self.backbone.module.compile(dynamic=True)
+
     def _head(self, tokens: Tensor) -> nn.Linear | None:
         """The head, where logits are its linear map of the hidden states, which no hook watches or changes."""
         head = bare(self.network).get_output_embeddings()
@@ -115,9 +119,16 @@ class PolicyModel(nn.Module):
         """Inside it the policy is what it was before training: the adapter is off."""
         return self.network.disable_adapter() if is_adapted(self.network) else nullcontext()
 
-    def frozen_copy(self) -> PolicyModel:
-        """A copy without gradient, in eval mode."""
-        return copy.deepcopy(self).eval().requires_grad_(False)
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> PolicyModel:
+        """A copy without gradient, in eval mode.
+
+        Args:
+            dtype: of its weights; buffers stay as they are. None is the policy's.
+        """
+        clone = copy.deepcopy(self).eval().requires_grad_(False)
+        for weight in clone.parameters() if dtype is not None else ():
+            weight.data = weight.data.to(dtype)
+        return clone
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a Hugging Face folder: weights, config, generation config, tokenizer with its template.

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
+from lightning_rlhf.models.cache import bare
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ class ModelSource:
     """Of the master weights. Lightning's precision flag decides what is computed with."""
     attention: str | None = None
     """Attention kernel: `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per block and compute the others again in the backward pass: less memory, a third more time.
+    Sampling keeps its cache."""
     peft: Any | None = None
     """A `peft.PeftConfig` such as `peft.LoraConfig`: only the adapter is trained."""
     trust_remote_code: bool = False
@@ -62,7 +66,7 @@ class ModelSource:
             network = merged_adapter(self._base().causal_lm(), self.path, task="CAUSAL_LM")
         else:
             network = dequantised(AutoModelForCausalLM.from_pretrained(self.path, **self._options()))
-        return without_dropout(with_adapter(network, self.peft, task="CAUSAL_LM"))
+        return self._finished(network, task="CAUSAL_LM")
 
     def scorer(self, *, new_head: bool) -> nn.Module:
         """A network with one scalar per token, dropout off, in the adapter where there is one.
@@ -82,7 +86,19 @@ class ModelSource:
             network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
         else:
             raise ValueError(_NO_HEAD.format(self.path))
-        return without_dropout(with_adapter(network, self.peft, task="SEQ_CLS"))
+        return self._finished(network, task="SEQ_CLS")
+
+    def _finished(self, network: nn.Module, *, task: str) -> nn.Module:
+        """In its adapter, without dropout; in train mode where activations are checkpointed, or they would not be."""
+        network = without_dropout(with_adapter(network, self.peft, task=task))
+        if not self.gradient_checkpointing:
+            return network
+        model, options = bare(network), {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return network.train()
 
     def _whole_scorer(self, *, new_head: bool) -> nn.Module:
         network, info = AutoModelForSequenceClassification.from_pretrained(

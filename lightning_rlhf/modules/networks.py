@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
-from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.models.source import DType, without_dropout
 from lightning_rlhf.rollout import LearnedReward, Reward
 
 
@@ -28,11 +29,20 @@ def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerB
     return PolicyModel(network, tokenizer)
 
 
-def build_reference(policy: PolicyModel, source: ModelSource | None) -> PolicyModel | None:
-    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off."""
+def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DType | None) -> PolicyModel | None:
+    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off.
+
+    Raises:
+        ValueError: `dtype` is asked for where there is no copy that could have it.
+    """
+    if dtype is not None and (source is not None or is_adapted(policy.network)):
+        what = "comes from a source: set `reference.dtype`" if source is not None else "is the policy, its adapter off"
+        raise ValueError(f"`reference_dtype`={dtype} is of a copy of the policy, but the reference {what}")
     if source is not None:
         return PolicyModel(source.causal_lm(), policy.tokenizer).eval().requires_grad_(False)
-    return None if is_adapted(policy.network) else policy.frozen_copy()
+    if is_adapted(policy.network):
+        return None
+    return policy.frozen_copy(None if dtype is None else getattr(torch, dtype))
 
 
 def build_value(
