@@ -15,6 +15,7 @@ import lightning_rlhf.data
 import lightning_rlhf.modules
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
+from lightning_rlhf.parser import Parser
 
 ROOMS = (
     lightning_rlhf.core,
@@ -56,6 +57,7 @@ class RLHFCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"allow_abbrev": False},
             args=args,
         )

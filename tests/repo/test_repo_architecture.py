@@ -23,8 +23,10 @@ BELOW = {  # what each room may import of the library beside itself
     "rollout": {"core", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},
     "callbacks": {"core", "types"},
-    "command": {"callbacks", "core", "data", "models", "modules", "rollout", "text", "types"},
-    "cli": {"command"},
+    "failure": {"text"},
+    "parser": {"failure"},
+    "command": {"callbacks", "core", "data", "models", "modules", "parser", "rollout", "text", "types"},
+    "cli": {"command", "failure"},
     "__main__": {"cli"},
     "__init__": set(),
 }
