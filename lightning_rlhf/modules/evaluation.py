@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Scores
 from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
@@ -83,5 +84,7 @@ class Evaluation:
         return records
 
     def _rollout(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Scores]:
+        longest = batch.tokens.shape[1] + self.module.generation.max_new_tokens
+        check_length(self.module.policy.network, longest, limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         rollout = self.module.roll_out(batch, 1, stream="eval", iteration=batch_idx)
         return rollout, self.module.score(rollout, batch)

@@ -16,7 +16,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.modules.calibration import Calibration
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
@@ -68,6 +70,7 @@ class RewardModule(LightningModule):
         if self.model is None:
             source = self._source[0]
             network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
+            check_rows(network, self.tokenizer, name="reward")
             self.model = ScalarModel(network, self.tokenizer)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -76,7 +79,11 @@ class RewardModule(LightningModule):
         Args:
             tokens: prompt, response and end token, (B, L), int64.
             mask: real tokens, (B, L), bool.
+
+        Raises:
+            ValueError: the texts are longer than the network can read.
         """
+        check_length(self.model.network, tokens.shape[1], limits="the data's `max_tokens`")
         return score_at_end(self.model(tokens, mask), mask)
 
     def rank(self, batch: ComparisonBatch) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, Schedule, next_token_loss
 from lightning_rlhf.models import ModelSource, PolicyModel
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
@@ -53,7 +54,12 @@ class SFTModule(LightningModule):
             self.model = build_policy(self._source[0], self.tokenizer)
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats."""
+        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats.
+
+        Raises:
+            ValueError: the texts are longer than the network can read.
+        """
+        check_length(self.model.network, batch.tokens.shape[1], limits="the data's `max_tokens`")
         return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1).logprobs
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
