@@ -25,8 +25,8 @@ def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None
         flag = "--" + ".".join(part for part in name if part not in ("init_args", "dict_kwargs"))
         if name[-1] == "trust_remote_code" and value and flag not in typed:
             return (
-                "`trust_remote_code` is no matter of a config file: if you have read the code that comes with the model, "
-                f"say so on the command line, {flag}=true"
+                "`trust_remote_code` is no matter of a config file: if you have read the code that comes with the "
+                f"model, say so on the command line, {flag}=true"
             )
     return None
 

@@ -18,7 +18,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not is_zipfile(path):
         raise ValueError(
-            f"{path} is no whole checkpoint: it was cut short, is a pickle, or another kind of file; use the one before it"
+            f"{path} is no whole checkpoint: it was cut short or is another kind of file; use the one before it"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
