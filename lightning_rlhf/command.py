@@ -68,7 +68,10 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what only a flag may say (`consent`)."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"a config is no UTF-8 text: {error}")
         chosen = self.config[self.config.subcommand]
         refusal = objection(chosen.as_dict(), list(sys.argv[1:] if args is None else args))
         if refusal is not None:

@@ -12,6 +12,7 @@ TRACEBACK = "LIGHTNING_RLHF_TRACEBACK"
 """Environment variable: set to 1, every failure shows where it came up."""
 SPEAKERS = ("lightning_rlhf", "lightning.pytorch", "lightning.fabric", "torch.optim", "jsonargparse")
 """Packages that check what a config sets: a sentence that one of them raised on purpose is meant for the user."""
+_CHECKS = ("__init__", "__post_init__")
 READERS = ("lightning_rlhf.folders", "lightning_rlhf.models", "lightning_rlhf.text")
 """Rooms that read folders and files, whose complaints are of these and not of the config that names them."""
 
@@ -39,7 +40,7 @@ def status(error: BaseException) -> int:
     """Of the process: 2 where the config's own values were refused, 1 where data, models or files were."""
     frames = [frame for part in (error, _origin(error)) for frame, _ in _frames(part)]
     building = any(_module(f) == "lightning.pytorch.cli" and f.f_code.co_name == "instantiate_classes" for f in frames)
-    reading = any(_module(f).startswith(READERS) and f.f_code.co_name != "__post_init__" for f in frames)
+    reading = any(_module(f).startswith(READERS) and f.f_code.co_name not in _CHECKS for f in frames)
     return 2 if building and not reading else 1
 
 

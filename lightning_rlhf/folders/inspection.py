@@ -60,7 +60,7 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder} holds no tokenizer, only {_content(folder)}: save the model's tokenizer there with "
             "`tokenizer.save_pretrained`"
         )
-    for name in ("tokenizer_config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):  # the first names the tokenizer's class
         if (folder / name).exists():
             read_object(folder / name, needed="the tokenizer that was saved with the model")
 

@@ -25,10 +25,11 @@ from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
-class RewardModule(LightningModule):
+class RewardModule(CheckedRevival, LightningModule):
     """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
 
     The loss does not see a constant added to r_θ, so after every validation that served demonstrations the bias becomes

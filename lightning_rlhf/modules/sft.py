@@ -17,10 +17,11 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.types import TextBatch
 
 
-class SFTModule(LightningModule):
+class SFTModule(CheckedRevival, LightningModule):
     """Next-token prediction on demonstrations (Ouyang et al. 2022, §3.5 and C.1).
 
     The loss is the mean over the tokens that count of the whole step, all processes together; which tokens count is the

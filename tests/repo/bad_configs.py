@@ -35,7 +35,7 @@ FLAGS = [
     flag("attribute-missing", "--model.reward=math.nothing", says=("nothing",), kind="ppo"),
     flag("text-for-number", "--data.batch_size=many", says=("`data.batch_size`", "expected int", "many")),
     flag("fraction-for-number", "--data.batch_size=1.5", says=("`data.batch_size`", "expected int")),
-    flag("null-for-number", "--data.batch_size=null", says=("`data.batch_size`",)),
+    flag("null-for-number", "--data.batch_size=null", says=("batch_size`", "None")),
     flag("list-for-number", "--data.batch_size=[1]", says=("`data.batch_size`",)),
     flag("number-for-truth", "--data.loss_on_prompt=7", says=("`data.loss_on_prompt`", "expected bool")),
     flag("numbers-for-paths", "--data.train=[1,2]", says=("`data.train`", "expected str")),
@@ -68,9 +68,11 @@ FLAGS = [
     flag("config-folder", "--config=.", says=("config",)),
     case("flag-learning-rate", lambda b: b.sft("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"), "-1"),
 ]
-TRUST = "model: {init_args: {model: {trust_remote_code: true}}}"
+TRUSTED = "trust_remote_code: true"
+TRUST = f"model: {{init_args: {{model: {{{TRUSTED}}}}}}}"
+LOADER = f"{{class_path: transformers.AutoModelForCausalLM.from_pretrained, dict_kwargs: {{{TRUSTED}}}}}"
 FILES = [
-    yaml("unknown-key", "modell: {}", "modell"),
+    yaml("unknown-key", "modell: 3", "modell"),
     yaml("unknown-argument", "data: {init_args: {batchsize: 3}}", "batchsize"),
     yaml("list", "[1, 2]", "bad.yaml|config"),
     yaml("text", "hello", "bad.yaml|config"),
@@ -79,22 +81,12 @@ FILES = [
     yaml("key-twice-nested", "data: {init_args: {batch_size: x}}", "batch_size"),
     yaml("binary", b"\x00\x01\xff\xfe", "bad.yaml|config"),
     yaml("python-object", "data: !!python/object/apply:os.system ['true']", "bad.yaml|config|tag"),
-    yaml("endless-alias", "data: &a {init_args: *a}", "bad.yaml|config|data"),
     yaml("text-for-object", "trainer: fast", "trainer"),
     yaml("trust", TRUST, "no matter of a config file", "--model.model.trust_remote_code=true"),
     yaml(
-        "trust-of-reference",
-        "model: {init_args: {reference: {path: x, trust_remote_code: true}}}",
-        "config file",
-        kind="ppo",
+        "trust-of-reference", f"model: {{init_args: {{reference: {{path: x, {TRUSTED}}}}}}}", "config file", kind="ppo"
     ),
-    yaml(
-        "trust-elsewhere",
-        "model: {init_args: {policy: {class_path: transformers.AutoModelForCausalLM.from_pretrained, "
-        "init_args: {pretrained_model_name_or_path: x}, dict_kwargs: {trust_remote_code: true}}}}",
-        ".",
-        kind="ppo",
-    ),
+    yaml("trust-of-a-loader", f"model: {{init_args: {{policy: {LOADER}}}}}", "`model.policy`", kind="ppo"),
     yaml("pickles", "weights_only: false", "without pickle"),
 ]
 CASES = [*COMMANDS, *FLAGS, *FILES]

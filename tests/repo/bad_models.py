@@ -137,7 +137,7 @@ FOLDERS = [
     changed("config-untyped", "config.json", "{}", "can't load"),
     folder("config-unknown-type", lambda b: b.folder(model_type="lama", architectures=["Lama"]), "can't load"),
     folder("config-text-size", lambda b: b.folder(hidden_size="wide"), "can't load"),
-    folder("config-zero-heads", lambda b: b.folder(num_attention_heads=0), "can't load a model"),
+    folder("config-zero-heads", lambda b: b.folder(num_attention_heads=0), "can't load"),
     folder("config-other-width", lambda b: b.folder(hidden_size=32, head_dim=8), "can't load a model"),
     folder("config-more-layers", lambda b: b.folder(num_hidden_layers=3), "lacks .* of the weights", "model.layers.2"),
     folder("config-hub-kernel", lambda b: b.folder(attn_implementation="some/kernel"), "names code of a hub"),
