@@ -34,7 +34,7 @@ def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None
 def _typed(arguments: Sequence[str]) -> set[str]:
     """Flags that the command line sets to true."""
     found = set()
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
         if (value if equals else following).lower() in _YES:
             found.add(flag.replace(".init_args.", ".").replace(".dict_kwargs.", "."))
