@@ -108,7 +108,10 @@ def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
         ValueError: the file is no checkpoint, belongs to another module, does not say which model it continues, or its
             weights do not fit that model.
     """
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{_NO_CHECKPOINT.format(path)} ({error})") from error
     state = checkpoint["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     kept = checkpoint.get("rlhf")
