@@ -35,6 +35,7 @@ from lightning_rlhf.core import (
     ValueLoss,
 )
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
 from lightning_rlhf.modules.credit import credit
@@ -43,6 +44,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -52,7 +54,7 @@ ADAPTIVE = ("kl", "surrogate", "advantage")
 """Arguments of which numbers move, so that checkpoints carry them."""
 
 
-class PPOModule(LightningModule):
+class PPOModule(CheckedRevival, LightningModule):
     """PPO, or PPO-ptx with `ptx_coef` > 0, on prompts; one `training_step` is one rollout and its updates.
 
     Args:
@@ -191,6 +193,10 @@ class PPOModule(LightningModule):
     def roll_out(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
         """`samples` responses of the policy to each prompt, drawn with the random numbers of (stream, iteration)."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
+        longest = prompts.tokens.shape[1] + self.generation.max_new_tokens
+        check_length(
+            self.policy.network, longest, limits="the data's `max_prompt_tokens` or `generation.max_new_tokens`"
+        )
         return self.collector(prompts, samples=samples, stream=stream, iteration=iteration, rank=rank, world=world)
 
     @torch.no_grad()
