@@ -59,6 +59,20 @@ class Backbone:
         """The transformer itself."""
         return bare(self.network).base_model
 
+    def compile(self) -> None:
+        """Compile each block. A cache would break their graphs apart, so that prompts are not shared any more.
+
+        Raises:
+            ValueError: transformers does not name the network's blocks.
+        """
+        names = set(getattr(bare(self.network), "_no_split_modules", None) or ())
+        blocks = [block for block in self.module.modules() if type(block).__name__ in names]
+        if not blocks:
+            raise ValueError(f"`compile`: {type(bare(self.network)).__name__} names no blocks to compile; leave it out")
+        for block in blocks:
+            block.compile(dynamic=True)
+        self.shares_prompts = False
+
     def states(self, tokens: Tensor, mask: Tensor, *, width: int, groups: Tensor | None = None) -> Tensor:
         """Hidden states from which the last `width` tokens of each row are predicted, (B, W, d).
 
