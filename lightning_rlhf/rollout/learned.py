@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.checkpoint import read_checkpoint
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.vocabulary import check_rows
+from lightning_rlhf.rollout.pieces import batches_of
 from lightning_rlhf.rollout.reward import TextReward, checked_scores
 from lightning_rlhf.text import Encoder
 from lightning_rlhf.types import Rollout, Row
@@ -32,10 +34,17 @@ class LearnedReward(TextReward):
         dtype: of its weights.
         prompt_role: role under which a text prompt becomes a message of its template, where it tokenises anew; None
             leaves it plain text.
+        batch_tokens: the most tokens it reads at a time, padding included; responses of similar length go together.
+
+    Raises:
+        ValueError: `batch_tokens` is not positive.
     """
 
-    def __init__(self, path: str, dtype: DType = "float32", prompt_role: str | None = None) -> None:
-        self.path, self.dtype, self.prompt_role = path, dtype, prompt_role
+    def __init__(
+        self, path: str, dtype: DType = "float32", prompt_role: str | None = None, batch_tokens: int = 32768
+    ) -> None:
+        check_positive(batch_tokens=batch_tokens)
+        self.path, self.dtype, self.prompt_role, self.batch_tokens = path, dtype, prompt_role, batch_tokens
         self.model: ScalarModel | None = None
         self.shares_vocabulary = True
 
@@ -69,13 +78,22 @@ class LearnedReward(TextReward):
         if not self.shares_vocabulary:
             tokens, mask = self.encode(rollout, rows)
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
-        scores = score_at_end(self.model(tokens, mask), mask)
-        return checked_scores(scores, count=len(rollout), source=self.path)
+        return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
+
+    def _scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """In batches of similar length, (B,)."""
+        found: Tensor | None = None
+        for rows, columns in batches_of(mask, tokens=self.batch_tokens):
+            real = mask[rows, columns]
+            part = score_at_end(self.model(tokens[rows, columns], real), real)
+            found = part.new_empty(len(mask)) if found is None else found
+            found[rows] = part
+        return found
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores of text, (B,), each response taken as ended."""
         tokens, mask = self._encode(prompts, responses, [True] * len(responses))
-        return score_at_end(self.model(tokens, mask), mask)
+        return self._scores(tokens, mask)
 
     def encode(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Prompt and response in the reward model's own tokens, padded on the right: tokens and mask, (B, L)."""

@@ -34,3 +34,26 @@ def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list
         found[-1].append(row)
         widths = wider
     return [torch.tensor(piece, device=rollout.tokens.device) for piece in found]
+
+
+def batches_of(mask: Tensor, *, tokens: int) -> list[tuple[Tensor, slice]]:
+    """Rows of similar length that go through a network together, longest first, and the columns that they use.
+
+    Args:
+        mask: real tokens, (B, L), bool, one run in each row.
+        tokens: the most tokens of a batch, padding included; a longer row goes alone.
+
+    Returns:
+        row numbers, int64, that together are 0 to B − 1, and their columns.
+    """
+    first = mask.int().argmax(1).tolist()
+    last = [start + length for start, length in zip(first, mask.sum(1).tolist(), strict=True)]
+    found: list[tuple[list[int], int, int]] = []
+    for row in sorted(range(len(mask)), key=lambda i: first[i] - last[i]):
+        rows, start, stop = found[-1] if found else ([], 0, tokens + 1)
+        start, stop = min(start, first[row]), max(stop, last[row])
+        if found and (len(rows) + 1) * (stop - start) <= tokens:
+            found[-1] = [*rows, row], start, stop
+        else:
+            found.append(([row], first[row], last[row]))
+    return [(torch.tensor(rows, device=mask.device), slice(start, stop)) for rows, start, stop in found]

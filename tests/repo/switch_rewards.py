@@ -42,6 +42,13 @@ def table(bench: Bench) -> Table:
     def scores_of_another_vocabulary(reward: Reward) -> Any:
         return scores(reward, bench.other_tokenizer)
 
+    def rows_per_pass(reward: LearnedReward) -> list[int]:
+        reward.prepare(bench.tokenizer)
+        sizes: list[int] = []
+        reward.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        reward(rollout, rows)
+        return sizes
+
     both = {"words": words, "letters": letters}
     return {
         EnsembleReward: case(scores, {"rewards": [words, letters]}, rewards=to([words, words]), combine=to(WorstOf())),
@@ -52,6 +59,7 @@ def table(bench: Bench) -> Table:
             path=to(bench.folder(bench.other_scorer)),
             dtype=to("bfloat16"),
             prompt_role=to("user", by=scores_of_another_vocabulary),
+            batch_tokens=to(1, by=rows_per_pass),
         ),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
         WeightedReward: case(

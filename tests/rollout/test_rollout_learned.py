@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -219,3 +220,31 @@ def test_value_network_from_the_reward_is_a_copy(make_folder, toy_tokenizer):
         ModelSource(path=reward.path).scorer(new_head=False).score.weight.tolist()
         == value.network.score.weight.tolist()
     )
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_batches_of_similar_length_change_no_score(make_rollout, make_folder, toy_tokenizer, other_tokenizer, foreign):
+    prompts = [[10, 11], [12], [13, 14, 15, 16], [17], [18, 19, 20]]
+    responses = [[13, 14, 0], [15], [16, 17, 18, 19, 20, 0], [21, 0], [22, 23]]
+    rows = [{"prompt": "a b"}] * 5
+    rollout = make_rollout(prompts, responses, fill=25)
+    folder = make_folder("llama", scorer=True, tokenizer=other_tokenizer if foreign else None)
+    found, passes = [], []
+    for limit in (1000, 12, 1):
+        reward = prepared(LearnedReward(folder, batch_tokens=limit), toy_tokenizer)
+        reward.model.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
+        found.append(reward(rollout, rows))
+        passes.append(None)
+    whole, some, alone = found
+    assert torch.allclose(some, whole, rtol=0, atol=1e-6)
+    assert torch.allclose(alone, whole, rtol=0, atol=1e-6)
+    assert len(set(whole.tolist())) == 5
+    runs = [list(group) for real, group in itertools.groupby(passes, key=bool) if real]
+    assert [len(run) for run in runs][::2] == [1, 5]
+    assert 1 < len(runs[1]) < 5
+    assert all(rows == 1 or rows * columns <= 12 for rows, columns in runs[1])
+
+
+def test_batch_tokens_must_be_positive():
+    with pytest.raises(ValueError, match="batch_tokens"):
+        LearnedReward("nowhere", batch_tokens=0)
