@@ -138,7 +138,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.policy: PolicyModel | None = None
         self.value: ScalarModel | None = None
         self.collector: Collector | None = None
-        self.evaluation = Evaluation(self)
+        self.evaluation, self.clock = Evaluation(self), Clock()
         self._sources = (policy, reference, value)
 
     def configure_model(self) -> None:
@@ -161,6 +161,7 @@ class PPOModule(CheckedRevival, LightningModule):
             generation=self.generation,
             updates=self.updates,
             old_logprobs=self.old_logprobs,
+            clock=self.clock,
         )
 
     def on_fit_start(self) -> None:
@@ -229,11 +230,6 @@ class PPOModule(CheckedRevival, LightningModule):
         with self.clock.phase("optimizer"):
             optimizer.step()
         tally.add("policy/grad_norm", self._grad_norm)
-
-    @property
-    def clock(self) -> Clock:
-        """Seconds of each phase."""
-        return self.collector.clock
 
     @property
     def objective(self) -> Objective:

@@ -36,6 +36,7 @@ class Collector:
         generation: how responses are drawn.
         updates: what learns from the rollout; its microbatches are also how it is measured.
         old_logprobs: where log π_old comes from; None chooses.
+        clock: takes the seconds of each phase.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Collector:
         generation: Generation,
         updates: Updates,
         old_logprobs: OldLogprobs | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
         self.generation, self.updates, self.old_logprobs = generation, updates, old_logprobs
-        self.sampler, self.clock = Sampler(policy, generation), Clock()
+        self.sampler, self.clock = Sampler(policy, generation), clock or Clock()
         self._named: set[OldLogprobs] = set()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:

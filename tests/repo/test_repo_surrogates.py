@@ -70,7 +70,7 @@ def test_study_runs_at_a_tiny_size(study, tmp_path, make_lm, toy_tokenizer):
     experiments.study(tmp_path / "bandit.csv", size)
 
     def material() -> model.Material:
-        network = make_lm("llama", vocab=len(toy_tokenizer))
+        network = make_lm("llama", vocab=36)
         return model.Material(
             network=network,
             tokenizer=toy_tokenizer,
