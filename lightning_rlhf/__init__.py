@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
-    "callbacks": ("EMA", "Export", "PredictionWriter"),
+    "callbacks": ("EMA", "Export", "PredictionWriter", "RunCheckpoint"),
     "core": (
         "ActionLevel",
         "AdaptiveKL",

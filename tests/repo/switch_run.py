@@ -18,7 +18,7 @@ from switch_rewards import letters, words
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
+from lightning_rlhf.callbacks import EMA, Export, PredictionWriter, RunCheckpoint
 from lightning_rlhf.core import (
     GAE,
     BanditAdvantage,
@@ -194,6 +194,15 @@ def _around(bench: Bench) -> Table:
     def exported_adapter(callback: Export) -> list[str]:
         return exported(callback, adapted)
 
+    def saved(callback: RunCheckpoint) -> dict[str, int]:
+        """Files, with the step each is of; the folder is the one in its name, below the current one."""
+        folder = bench.empty()
+        callback.dirpath = str(folder / Path(str(callback.dirpath)).name)
+        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        trainer = bench.trainer([callback], enable_checkpointing=True, max_epochs=2)
+        trainer.fit(module, _loader(bench.texts, bench.texts), _loader(bench.texts))
+        return {path: torch.load(folder / path, weights_only=True)["global_step"] for path in _files(folder, "*.ckpt")}
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
@@ -210,12 +219,21 @@ def _around(bench: Bench) -> Table:
             folder=to("elsewhere"),
             merge_adapter=to(True, by=exported_adapter),
         ),
+        RunCheckpoint: case(
+            saved,
+            {"dirpath": "out"},
+            dirpath=to("elsewhere"),
+            every_n_batches=to(2),
+            monitor=to("eval/loss"),
+            mode=to("min", monitor="eval/loss"),
+            save_top_k=to(2, monitor="eval/loss"),
+        ),
         PredictionWriter: case(predicted, path=to("elsewhere.jsonl")),
     }
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def _files(folder: Path, pattern: str = "*") -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
 
 
 def _loader(*batches: Any) -> DataLoader[Any]:
