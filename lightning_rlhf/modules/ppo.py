@@ -42,6 +42,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.resume import check_resumable, reward_settings, settings
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -49,6 +50,9 @@ from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, Tex
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
 """Arguments of which numbers move, so that checkpoints carry them."""
+DECISIVE = ("generation", "updates", "old_logprobs", "level", *ADAPTIVE, "kl_term", "value_loss", "reduction")
+DECISIVE += ("shaping", "ptx_coef", "value_lr", "schedule")
+"""Arguments in which a resumed run must agree with its checkpoint."""
 
 
 class PPOModule(LightningModule):
@@ -127,6 +131,8 @@ class PPOModule(LightningModule):
         self.collector: Collector | None = None
         self.evaluation = Evaluation(self)
         self._sources = (policy, reference, value)
+        decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
+        self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
 
     def configure_model(self) -> None:
         """Build policy, reference, reward and value network, once."""
@@ -287,11 +293,12 @@ class PPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, β, and what moves in surrogate and advantage, as Python numbers."""
-        counters = {"iteration": self.iteration, "episodes": self.episodes}
+        counters = {"iteration": self.iteration, "episodes": self.episodes, "settings": self._settings}
         checkpoint["rlhf"] = counters | {name: getattr(self, name).state() for name in ADAPTIVE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue from what `on_save_checkpoint` kept."""
+        check_resumable(self, checkpoint, self._settings)
         state = checkpoint["rlhf"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         for name in ADAPTIVE:
