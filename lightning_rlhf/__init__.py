@@ -9,7 +9,18 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
-    "callbacks": ("EMA", "Export", "PredictionWriter", "RunCheckpoint"),
+    "callbacks": (
+        "EMA",
+        "Export",
+        "GuardAction",
+        "KLGuard",
+        "NonFiniteGuard",
+        "PredictionWriter",
+        "RaiseKL",
+        "RollBack",
+        "RunCheckpoint",
+        "Stop",
+    ),
     "core": (
         "ActionLevel",
         "AdaptiveKL",
@@ -90,6 +101,7 @@ _ROOMS = {
         "Reward",
         "Scores",
         "TextReward",
+        "TimedReward",
         "Updates",
         "WeightedReward",
     ),

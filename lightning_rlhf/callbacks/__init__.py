@@ -1,8 +1,22 @@
-"""What happens around the training loop: averaging, checkpoints, export, prediction files."""
+"""What happens around the training loop: averaging, checkpoints, guards, export, prediction files."""
 
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.export import Export
+from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, Stop
+from lightning_rlhf.callbacks.kl_guard import KLGuard
+from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
 
-__all__ = ["EMA", "Export", "PredictionWriter", "RunCheckpoint"]
+__all__ = [
+    "EMA",
+    "Export",
+    "GuardAction",
+    "KLGuard",
+    "NonFiniteGuard",
+    "PredictionWriter",
+    "RaiseKL",
+    "RollBack",
+    "RunCheckpoint",
+    "Stop",
+]

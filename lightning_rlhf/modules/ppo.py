@@ -46,6 +46,7 @@ from lightning_rlhf.modules.resume import check_resumable, reward_settings, sett
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
+from lightning_rlhf.rollout.failure import scored_or_told
 from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
@@ -189,7 +190,8 @@ class PPOModule(LightningModule):
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
         with self.clock.phase("reward"):
-            scores, parts = self.reward.scored(rollout, [prompts.rows[i] for i in rollout.groups.tolist()])
+            rows = [prompts.rows[i] for i in rollout.groups.tolist()]
+            scores, parts = scored_or_told(self.reward, rollout, rows, agreed=self.agreed, iteration=self.iteration)
         shaped = scores.detach().to(rollout.logprobs)
         for rule in self.shaping:
             shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
@@ -312,6 +314,10 @@ class PPOModule(LightningModule):
     def all_sum(self, x: Tensor) -> Tensor:
         """Σ over all processes."""
         return global_sum(self, x)
+
+    def agreed(self, decision: bool) -> bool:
+        """Whether all processes say yes."""
+        return not self.all_sum(torch.tensor(float(not decision), device=self.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PPOModule:
         super()._apply(fn, recurse)
