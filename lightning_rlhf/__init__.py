@@ -16,6 +16,7 @@ _ROOMS = {
         "KLGuard",
         "NonFiniteGuard",
         "PredictionWriter",
+        "Preflight",
         "RaiseKL",
         "RollBack",
         "RunCheckpoint",

@@ -1,4 +1,4 @@
-"""What happens around the training loop: averaging, checkpoints, guards, export, prediction files."""
+"""What happens around the training loop: averaging, checkpoints, preflight, guards, export, prediction files."""
 
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
@@ -7,6 +7,7 @@ from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, S
 from lightning_rlhf.callbacks.kl_guard import KLGuard
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
+from lightning_rlhf.callbacks.preflight import Preflight
 
 __all__ = [
     "EMA",
@@ -15,6 +16,7 @@ __all__ = [
     "KLGuard",
     "NonFiniteGuard",
     "PredictionWriter",
+    "Preflight",
     "RaiseKL",
     "RollBack",
     "RunCheckpoint",

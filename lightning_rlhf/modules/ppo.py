@@ -177,6 +177,11 @@ class PPOModule(LightningModule):
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
     @property
+    def reference_is_policy(self) -> bool:
+        """Whether π_ref is the policy at the start."""
+        return self._sources[1] is None
+
+    @property
     def samples_per_prompt(self) -> int:
         """k, responses to each prompt in training."""
         return self.generation.samples_per_prompt

@@ -24,6 +24,7 @@ from lightning_rlhf.callbacks import (
     KLGuard,
     NonFiniteGuard,
     PredictionWriter,
+    Preflight,
     RaiseKL,
     RollBack,
     RunCheckpoint,
@@ -226,6 +227,18 @@ def _around(bench: Bench) -> Table:
     def acted(action: Any) -> Any:
         return guarded(KLGuard(length=0.5, action=action))
 
+    def inspected(callback: Preflight) -> Any:
+        """Sequences of each pass, and how it ended."""
+        module = PPOModule(copy.deepcopy(bench.policy), letters, tokenizer=bench.tokenizer, schedule=Constant())
+        module.configure_model()
+        sizes: list[int] = []
+        module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        try:
+            bench.trainer([callback]).fit(module, _loader({"prompts": bench.prompts}))
+        except ValueError as error:
+            return [sizes, str(error)]
+        return [sizes]
+
     def broken(callback: NonFiniteGuard) -> Any:
         """Files after two steps whose gradients are NaN, and how they ended."""
         module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
@@ -263,6 +276,7 @@ def _around(bench: Bench) -> Table:
             action=to(RaiseKL(), length=0.5),
         ),
         NonFiniteGuard: case(broken, {"folder": "out"}, limit=to(0), folder=to("elsewhere")),
+        Preflight: case(inspected, prompts=to(3), tolerance=to(0.0)),
         RaiseKL: case(acted, factor=to(4.0)),
         RollBack: case(acted, limit=to(1)),
         RunCheckpoint: case(
