@@ -24,6 +24,7 @@ FILTERS |= {"min_new_tokens": (None, 0), "bad_words_ids": (None, []), "suppress_
 """Values of a generation config that change nothing; transformers' own default of top_k is 50."""
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no rollout can be taken between two steps."""
+LOW = (torch.bfloat16, torch.float16)
 DEMONSTRATION_SCORE = 1.0
 """Largest mean score of demonstrations that counts as near 0, reward units."""
 
@@ -39,7 +40,7 @@ class Preflight(Callback):
 
     Args:
         prompts: how many are rolled out on each process.
-        tolerance: of log-probs, nats per token; None is 1e-3, or 0.5 where training is in low precision.
+        tolerance: of log-probs, nats per token; None is 1e-3, or 0.5 where training, or the reference, is in low precision.
 
     Raises:
         ValueError: an argument is too small.
@@ -99,8 +100,8 @@ class Preflight(Callback):
         collector = module.collector
         rollout = module.roll_out(prompts, 1, stream="preflight", iteration=0)
         now = collector.logprobs(rollout)
-        low = collector.sampler.training_dtype(module.device.type) in (torch.bfloat16, torch.float16)
-        tolerance = self.tolerance if self.tolerance is not None else (0.5 if low else 1e-3)
+        low = collector.sampler.training_dtype(module.device.type) in LOW
+        tolerance = self._allowed(low)
         off = float((now - rollout.logprobs).abs().max())
         if not off <= tolerance:
             yield (
@@ -108,7 +109,8 @@ class Preflight(Callback):
                 "`old_logprobs` to Recomputed(), and see that the network has no dropout and no noise"
             )
         kl = float((rollout.logprobs - rollout.ref_logprobs).abs().max())
-        if module.iteration == 0 and module.reference_is_policy and not kl <= tolerance:
+        low = low or (collector.reference is not None and next(collector.reference.parameters()).dtype in LOW)
+        if module.iteration == 0 and module.reference_is_policy and not kl <= self._allowed(low):
             yield (
                 f"the KL of an untrained policy to its reference is not 0: their log-probs differ by {kl:.3g} nats; "
                 "give both the same weights, dtype and attention kernel, or name another `reference` if that is meant"
@@ -120,6 +122,9 @@ class Preflight(Callback):
                 f"three more columns of padding move log-probs by {moved:.3g} nats: the network reads padding; take "
                 "`attention: eager` or `sdpa` in the policy's source, or a network that heeds attention_mask"
             )
+
+    def _allowed(self, low: bool) -> float:
+        return self.tolerance if self.tolerance is not None else (0.5 if low else 1e-3)
 
     @staticmethod
     def _report(trainer: Trainer, problems: list[str]) -> None:
