@@ -40,7 +40,8 @@ class Preflight(Callback):
 
     Args:
         prompts: how many are rolled out on each process.
-        tolerance: of log-probs, nats per token; None is 1e-3, or 0.5 where training, or the reference, is in low precision.
+        tolerance: of log-probs, nats per token; None is 1e-3, or 0.5 where training or the reference
+            is in low precision.
 
     Raises:
         ValueError: an argument is too small.

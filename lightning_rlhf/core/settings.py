@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 
@@ -12,8 +13,13 @@ def described(setting: Any) -> Any:
 
     What keeps its value to itself, such as a function, is known by its name alone.
     """
-    if setting is None or isinstance(setting, bool | int | float | str):
+    if isinstance(setting, Enum):
+        return described(setting.value)
+    if setting is None or isinstance(setting, bool):
         return setting
+    for kind in (int, float, str):  # a subclass would need pickle in a checkpoint
+        if isinstance(setting, kind):
+            return kind(setting)
     if isinstance(setting, Mapping):
         return {str(key): described(value) for key, value in setting.items()}
     if isinstance(setting, list | tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import partial
 
 import pytest
@@ -111,7 +112,12 @@ def test_other_stages_refuse_too(make_lm, make_trainer, as_loader, right_padded,
         run(0.5, 3, tmp_path / "sft.ckpt")
 
 
+class Colour(StrEnum):
+    RED = "red"
+
+
 def test_description_is_plain_and_says_what_it_is_of():
+    assert type(described(Colour.RED)) is str
     found = described({"a": Clip(epsilon=0.1), "f": letters, "x": (1, {2})})
     assert found["a"]["class"] == "Clip"
     assert (found["a"]["epsilon"], found["f"], found["x"]) == (0.1, "letters", [1, ["2"]])
