@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
-    "callbacks": ("EMA", "Export", "PredictionWriter"),
+    "callbacks": (
+        "EMA",
+        "Export",
+        "GuardAction",
+        "KLGuard",
+        "NonFiniteGuard",
+        "PredictionWriter",
+        "Preflight",
+        "RaiseKL",
+        "RollBack",
+        "RunCheckpoint",
+        "Stop",
+    ),
     "core": (
         "ActionLevel",
         "AdaptiveKL",
@@ -94,6 +106,7 @@ _ROOMS = {
         "Reward",
         "Scores",
         "TextReward",
+        "TimedReward",
         "Updates",
         "WeightedReward",
     ),

@@ -1,7 +1,24 @@
-"""What happens around the training loop: averaging, export, prediction files."""
+"""What happens around the training loop: averaging, checkpoints, preflight, guards, export, prediction files."""
 
+from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.export import Export
+from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, Stop
+from lightning_rlhf.callbacks.kl_guard import KLGuard
+from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
+from lightning_rlhf.callbacks.preflight import Preflight
 
-__all__ = ["EMA", "Export", "PredictionWriter"]
+__all__ = [
+    "EMA",
+    "Export",
+    "GuardAction",
+    "KLGuard",
+    "NonFiniteGuard",
+    "PredictionWriter",
+    "Preflight",
+    "RaiseKL",
+    "RollBack",
+    "RunCheckpoint",
+    "Stop",
+]

@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.core.settings import refuse_differences
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.order import FileOrder, ShuffledOrder
@@ -105,6 +106,21 @@ class TextDataModule(LightningDataModule):
         tally = Tally(name=name, limit_name=limit, limit=getattr(self, limit))
         self._examples[name] = read(read_records(paths), self.encoder, self.columns, tally)
         self.tallies[name] = tally
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order of the rows; the position in it is the loader's."""
+        _, world = self._place()
+        rows = {name: len(examples) for name, examples in self._examples.items() if "val" not in name}
+        return {"seed": self.seed, "batch_size of all processes": self.batch_size * world, "rows": rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to train on with other rows, or the same in another order.
+
+        Raises:
+            ValueError: the state is of other data.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            refuse_differences(state_dict, self.state_dict(), of="data")
 
     def training_stream(self, name: str, collate: Collate, *, batch_size: int) -> Stream:
         """Endless shuffled batches of this process from the examples of `name`."""

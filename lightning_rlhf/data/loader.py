@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.data.schedule import BatchSchedule
 from lightning_rlhf.data.stream import JointStream, Stream
 
+_END = object()
 Loader = TypeVar("Loader", bound="DataLoader[Any]")
 
 
@@ -47,9 +48,26 @@ class ResumableLoader(DataLoader[Any]):
         self._resuming = False
         if isinstance(self.sampler, BatchSchedule):  # `overfit_batches` puts a plain one in its place
             self.sampler.start = self._served
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while (batch := self._next(batches)) is not _END:
             self._served += 1
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, or `_END`.
+
+        Raises:
+            RuntimeError: a worker died.
+        """
+        try:
+            return next(batches, _END)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker died after batch {self._served} of epoch {self._epoch}, as the system kills one where "
+                "memory is short; the last checkpoint is whole: resume with fewer `num_workers`, 0 for none"
+            ) from error
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, batches of it already handed out, and batches of a whole epoch."""

@@ -44,14 +44,19 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.resume import check_resumable, reward_settings, settings
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
+from lightning_rlhf.rollout.failure import scored_or_told
 from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
 """Arguments of which numbers move, so that checkpoints carry them."""
+DECISIVE = ("generation", "updates", "old_logprobs", "level", *ADAPTIVE, "kl_term", "value_loss", "reduction")
+DECISIVE += ("shaping", "ptx_coef", "value_lr", "schedule")
+"""Arguments in which a resumed run must agree with its checkpoint."""
 
 
 class PPOModule(CheckedRevival, LightningModule):
@@ -140,6 +145,8 @@ class PPOModule(CheckedRevival, LightningModule):
         self.collector: Collector | None = None
         self.evaluation, self.clock = Evaluation(self), Clock()
         self._sources = (policy, reference, value)
+        decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
+        self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
 
     def configure_model(self) -> None:
         """Build policy, reference, reward and value network, once."""
@@ -187,6 +194,11 @@ class PPOModule(CheckedRevival, LightningModule):
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
     @property
+    def reference_is_policy(self) -> bool:
+        """Whether π_ref is the policy at the start."""
+        return self._sources[1] is None
+
+    @property
     def samples_per_prompt(self) -> int:
         """k, responses to each prompt in training."""
         return self.generation.samples_per_prompt
@@ -204,7 +216,8 @@ class PPOModule(CheckedRevival, LightningModule):
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
         with self.clock.phase("reward"):
-            scores, parts = self.reward.scored(rollout, [prompts.rows[i] for i in rollout.groups.tolist()])
+            rows = [prompts.rows[i] for i in rollout.groups.tolist()]
+            scores, parts = scored_or_told(self.reward, rollout, rows, agreed=self.agreed, iteration=self.iteration)
         shaped = scores.detach().to(rollout.logprobs)
         for rule in self.shaping:
             shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
@@ -303,11 +316,12 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, β, and what moves in surrogate and advantage, as Python numbers."""
-        counters = {"iteration": self.iteration, "episodes": self.episodes}
+        counters = {"iteration": self.iteration, "episodes": self.episodes, "settings": self._settings}
         checkpoint["rlhf"] = counters | {name: getattr(self, name).state() for name in ADAPTIVE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue from what `on_save_checkpoint` kept."""
+        check_resumable(self, checkpoint, self._settings)
         state = checkpoint["rlhf"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         for name in ADAPTIVE:
@@ -321,6 +335,10 @@ class PPOModule(CheckedRevival, LightningModule):
     def all_sum(self, x: Tensor) -> Tensor:
         """Σ over all processes."""
         return global_sum(self, x)
+
+    def agreed(self, decision: bool) -> bool:
+        """Whether all processes say yes."""
+        return not self.all_sum(torch.tensor(float(not decision), device=self.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PPOModule:
         super()._apply(fn, recurse)

@@ -25,6 +25,7 @@ from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
@@ -65,6 +66,7 @@ class RewardModule(CheckedRevival, LightningModule):
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
+        self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
     def configure_model(self) -> None:
         """Build the network, once."""
@@ -198,10 +200,15 @@ class RewardModule(CheckedRevival, LightningModule):
         return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember which model these weights continue, so that the checkpoint alone is a reward (`LearnedReward`)."""
+        """Remember of which run it is, and which model it continues, so that it alone is a reward (`LearnedReward`)."""
         source = self._source[0]
+        checkpoint["rlhf"] = {"settings": self._settings}
         if isinstance(source, ModelSource) and source.peft is None:
-            checkpoint["rlhf"] = {"model": asdict(source)}
+            checkpoint["rlhf"]["model"] = asdict(source)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on from another run's."""
+        check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.

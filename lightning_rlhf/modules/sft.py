@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +18,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.types import TextBatch
 
@@ -48,6 +50,7 @@ class SFTModule(CheckedRevival, LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.eval_loss = Mean()
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
+        self._settings = settings(optimizer, model=model, schedule=schedule)
 
     def configure_model(self) -> None:
         """Build the network, once."""
@@ -94,6 +97,14 @@ class SFTModule(CheckedRevival, LightningModule):
     def configure_optimizers(self) -> dict:
         """The optimizer and its schedule."""
         return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember of which run it is."""
+        checkpoint["rlhf"] = {"settings": self._settings}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on from another run's."""
+        check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a Hugging Face folder: the `policy` of the RL stage and the backbone of the reward model.

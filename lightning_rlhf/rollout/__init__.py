@@ -10,6 +10,7 @@ from lightning_rlhf.rollout.old import Captured, FromUpdate, OldLogprobs, Recomp
 from lightning_rlhf.rollout.record import Sampled
 from lightning_rlhf.rollout.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rollout.sampler import Sampler
+from lightning_rlhf.rollout.timed import TimedReward
 from lightning_rlhf.rollout.updates import Updates
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Sampler",
     "Scores",
     "TextReward",
+    "TimedReward",
     "Updates",
     "WeightedReward",
     "as_reward",

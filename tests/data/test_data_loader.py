@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.order import FileOrder, ShuffledOrder
@@ -136,3 +138,33 @@ def test_joint_streams_keep_step_and_the_first_gives_the_length() -> None:
     assert len(rows) == 8 * 7
     for number in range(11):  # each pass over the texts is whole, across the epochs of the prompts
         assert sorted(rows[5 * number : 5 * number + 5]) == [f"row{i}" for i in range(5)]
+
+
+class Dying(Dataset):
+    """A worker that assembles the third batch is killed."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, step: int) -> int:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+
+def test_dead_worker_is_named_with_what_to_do():
+    loader, seen = make_loader(ResumableLoader, Dying(), num_workers=1), []
+    with pytest.raises(RuntimeError, match=r"a data worker died after batch \d of epoch 0.*fewer `num_workers`"):
+        seen.extend(loader)
+
+
+def test_error_of_another_kind_is_left_as_it_is():
+    class Broken(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, step: int) -> int:
+            raise RuntimeError("bad row")
+
+    with pytest.raises(RuntimeError, match="^bad row$"):
+        list(make_loader(ResumableLoader, Broken()))

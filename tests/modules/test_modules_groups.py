@@ -427,5 +427,5 @@ def test_checkpoint_holds_the_running_mean(make_ppo, make_trainer, as_loader, le
     kept = torch.load(tmp_path / "x.ckpt", weights_only=True)["rlhf"]["advantage"]
     assert kept.keys() == {"baseline.mean", "baseline.weight"}
     assert kept["baseline.weight"] == pytest.approx(1 - 0.9**2, abs=1e-12)
-    with pytest.raises(ValueError, match="BanditAdvantage"):
+    with pytest.raises(ValueError, match="RunningMean"):
         make_trainer(max_epochs=2).fit(make_ppo(), as_loader(batches), ckpt_path=tmp_path / "x.ckpt")

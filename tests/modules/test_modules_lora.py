@@ -189,7 +189,10 @@ def test_adapter_checkpoint_resumes(trained, make_trainer, as_loader, left_padde
         ModelSource(path=folder, peft=lora("gpt2")),
         token_reward(),
         generation=Generation(max_new_tokens=4),
+        updates=Updates(epochs=2, minibatch=2),
+        shaping=(),
         optimizer=ADAM,
+        schedule=Constant(),
     )
     make_trainer(max_epochs=1, precision="32-true").fit(
         other, as_loader([{"prompts": left_padded(RAGGED)}] * 3), ckpt_path=tmp_path / "x.ckpt"

@@ -37,7 +37,6 @@ QUIET = {
     "trainer.precision": "32-true",
     "trainer.max_epochs": 1,
     "trainer.limit_train_batches": 2,
-    "trainer.enable_checkpointing": False,
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
     "trainer.log_every_n_steps": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_rlhf.rollout import (
     LearnedReward,
     ModuleReward,
     Reward,
+    TimedReward,
     WeightedReward,
 )
 from lightning_rlhf.types import Rollout
@@ -49,6 +51,16 @@ def table(bench: Bench) -> Table:
         reward(rollout, rows)
         return sizes
 
+    def slowly(prompts: list[Any], responses: list[str]) -> list[float]:
+        time.sleep(0.2)
+        return words(prompts, responses)
+
+    def in_time(reward: Reward) -> str:
+        try:
+            return str(scores(reward).total.tolist())
+        except TimeoutError:
+            return "too late"
+
     both = {"words": words, "letters": letters}
     return {
         EnsembleReward: case(scores, {"rewards": [words, letters]}, rewards=to([words, words]), combine=to(WorstOf())),
@@ -62,6 +74,7 @@ def table(bench: Bench) -> Table:
             batch_tokens=to(1, by=rows_per_pass),
         ),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
+        TimedReward: case(scores, {"reward": words}, reward=to(letters), seconds=to(0.05, by=in_time, reward=slowly)),
         WeightedReward: case(
             scores, {"parts": both}, parts=to({"words": words}), weights=to({"words": 1.0, "letters": -0.5})
         ),

@@ -19,7 +19,17 @@ from switch_rewards import letters, words
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
+from lightning_rlhf.callbacks import (
+    EMA,
+    Export,
+    KLGuard,
+    NonFiniteGuard,
+    PredictionWriter,
+    Preflight,
+    RaiseKL,
+    RollBack,
+    RunCheckpoint,
+)
 from lightning_rlhf.core import (
     GAE,
     BanditAdvantage,
@@ -207,6 +217,54 @@ def _around(bench: Bench) -> Table:
     def exported_adapter(callback: Export) -> list[str]:
         return exported(callback, adapted)
 
+    def saved(callback: RunCheckpoint) -> dict[str, int]:
+        """Files, with the step each is of; the folder is the one in its name, below the current one."""
+        folder = bench.empty()
+        callback.dirpath = str(folder / Path(str(callback.dirpath)).name)
+        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        trainer = bench.trainer([callback], enable_checkpointing=True, max_epochs=2)
+        trainer.fit(module, _loader(bench.texts, bench.texts), _loader(bench.texts))
+        return {path: torch.load(folder / path, weights_only=True)["global_step"] for path in _files(folder, "*.ckpt")}
+
+    def guarded(callback: KLGuard) -> Any:
+        """The coefficient after three rollouts, and how they ended."""
+        policy, options = copy.deepcopy(bench.policy), {"kl": FixedKL(coef=0.1), "optimizer": SGD}
+        options |= {"generation": Generation(max_new_tokens=3), "schedule": Constant()}
+        module = PPOModule(policy, letters, tokenizer=bench.tokenizer, **options)
+        try:
+            bench.trainer([callback]).fit(module, _loader(*[{"prompts": bench.prompts}] * 3))
+        except RuntimeError as error:
+            return [module.kl.coef, module.iteration, str(error)]
+        return [module.kl.coef, module.iteration]
+
+    def acted(action: Any) -> Any:
+        return guarded(KLGuard(length=0.5, action=action))
+
+    def inspected(callback: Preflight) -> Any:
+        """Sequences of each pass, and how it ended."""
+        module = PPOModule(copy.deepcopy(bench.policy), letters, tokenizer=bench.tokenizer, schedule=Constant())
+        module.configure_model()
+        sizes: list[int] = []
+        module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        try:
+            bench.trainer([callback]).fit(module, _loader({"prompts": bench.prompts}))
+        except ValueError as error:
+            return [sizes, str(error)]
+        return [sizes]
+
+    def broken(callback: NonFiniteGuard) -> Any:
+        """Files after two steps whose gradients are NaN, and how they ended."""
+        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        module.configure_model()
+        next(module.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+        folder = bench.empty()
+        with contextlib.chdir(folder):
+            try:
+                bench.trainer([callback]).fit(module, _loader(bench.texts, bench.texts))
+            except RuntimeError as error:
+                return [_files(folder), str(error)]
+        return [_files(folder)]
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
@@ -223,12 +281,32 @@ def _around(bench: Bench) -> Table:
             folder=to("elsewhere"),
             merge_adapter=to(True, by=exported_adapter),
         ),
+        KLGuard: case(
+            guarded,
+            {"kl": 1e9, "length": 1e9},
+            kl=to(1e-9),
+            length=to(0.5),
+            action=to(RaiseKL(), length=0.5),
+        ),
+        NonFiniteGuard: case(broken, {"folder": "out"}, limit=to(0), folder=to("elsewhere")),
+        Preflight: case(inspected, prompts=to(3), tolerance=to(0.0)),
+        RaiseKL: case(acted, factor=to(4.0)),
+        RollBack: case(acted, limit=to(1)),
+        RunCheckpoint: case(
+            saved,
+            {"dirpath": "out"},
+            dirpath=to("elsewhere"),
+            every_n_batches=to(2),
+            monitor=to("eval/loss"),
+            mode=to("min", monitor="eval/loss"),
+            save_top_k=to(2, monitor="eval/loss"),
+        ),
         PredictionWriter: case(predicted, path=to("elsewhere.jsonl")),
     }
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def _files(folder: Path, pattern: str = "*") -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
 
 
 def _loader(*batches: Any) -> DataLoader[Any]:

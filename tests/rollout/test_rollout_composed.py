@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from lightning_rlhf.rollout import (
     TextReward,
     WeightedReward,
 )
+from lightning_rlhf.rollout.clock import Clock
 
 PROMPTS = [[10, 11], [12], [13, 14]]
 RESPONSES = [[15, 16, 0], [17], [18, 0]]
@@ -182,6 +184,7 @@ def test_members_leave_no_gradient(rollout):
             return 2.0 * scale
 
     module = PPOModule(nn.Linear(1, 1), WeightedReward({"a": Careless()}), shaping=(), tokenizer=None)
+    module.collector = SimpleNamespace(clock=Clock())  # nothing is built: the reward alone is asked
     scores = module.score(rollout, type("Prompts", (), {"rows": ROWS}))
     assert not scores.total.requires_grad
 

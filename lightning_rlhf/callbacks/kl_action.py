@@ -1,0 +1,176 @@
+"""What to do about a policy that has left its budget."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from lightning_rlhf.callbacks.ema import EMA
+
+logger = logging.getLogger(__name__)
+
+MOVING = ("kl", "surrogate", "advantage")
+"""Attributes of the module that training replaces by their successors."""
+
+
+class GuardAction(ABC):
+    """Called around each rollout; what it remembers stands in the checkpoint."""
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: B027
+        """A rollout begins."""
+
+    def keep(self) -> None:  # noqa: B027
+        """The rollout was within its budget."""
+
+    @abstractmethod
+    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+        """It was not; `why` says what came and what was allowed."""
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        return {}
+
+    def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:  # noqa: B027
+        """Go on from `state`."""
+
+
+class Stop(GuardAction):
+    """Ends the run with an error, before the rollout gets into a checkpoint or an export."""
+
+    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+        """Stop.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"{why}: the run was stopped, and the last checkpoint is from before; raise the KL coefficient, lower the "
+            "learning rate, or widen the budget"
+        )
+
+
+class RaiseKL(GuardAction):
+    """Multiplies β.
+
+    Args:
+        factor: above 1, each time.
+    """
+
+    def __init__(self, factor: float = 1.5) -> None:
+        if factor <= 1:
+            raise ValueError(f"`factor` must be above 1: got {factor}")
+        self.factor = factor
+        self._coef: float | None = None
+
+    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+        """Charge more for the KL from the next rollout on.
+
+        Raises:
+            ValueError: β is 0.
+        """
+        if pl_module.kl.coef == 0:
+            raise ValueError(f"{why}, but `kl.coef` is 0 and stays so however often it is multiplied: set it above 0")
+        self._coef = pl_module.kl.coef * self.factor
+        pl_module.kl = replace(pl_module.kl, coef=self._coef)
+        logger.warning("%s: the KL coefficient is now %.4g", why, self._coef)
+
+    def state(self) -> dict[str, float]:
+        """β since it was raised: a fixed one stands in no checkpoint."""
+        return {} if self._coef is None else {"coef": self._coef}
+
+    def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
+        """β of an adaptive controller is in the checkpoint already, and may have moved on."""
+        if "coef" in state:
+            self._coef = state["coef"]
+            if not pl_module.kl.state():
+                pl_module.kl = replace(pl_module.kl, coef=self._coef)
+
+
+class RollBack(GuardAction):
+    """Returns weights, optimizer, average, β, surrogate and baseline to the last state that sampled within the budget.
+
+    Prompts and random numbers go on, so that the same step is not taken again. The state lies in main memory, twice:
+    trained weights and optimizer. After a resume it is the checkpoint's until a rollout was within the budget.
+
+    Args:
+        limit: rollouts undone in a run before it stops.
+    """
+
+    def __init__(self, limit: int = 3) -> None:
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1: got {limit}")
+        self.limit, self._undone = limit, 0
+        self._good: dict[str, Any] | None = None
+        self._candidate: dict[str, Any] | None = None
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the state that is about to sample: only its rollout says whether it is good."""
+        self._candidate = _snapshot(trainer, pl_module)
+        self._good = self._good or self._candidate
+
+    def keep(self) -> None:
+        """It was."""
+        self._good = self._candidate
+
+    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+        """Go back.
+
+        Raises:
+            RuntimeError: the limit is reached.
+        """
+        if self._undone == self.limit:
+            raise RuntimeError(
+                f"{why}, after {self.limit} roll-backs: the run was stopped; raise the KL coefficient or lower the "
+                "learning rate"
+            )
+        self._undone += 1
+        _return(self._good, trainer, pl_module)
+        logger.warning("%s: back to the last state within the budget (%d of %d)", why, self._undone, self.limit)
+
+    def state(self) -> dict[str, float]:
+        """How often it went back."""
+        return {"undone": self._undone}
+
+    def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
+        """Count on."""
+        self._undone = int(state.get("undone", 0))
+
+
+def _average(trainer: Trainer) -> dict[str, Tensor]:
+    return next((callback.average for callback in trainer.callbacks if isinstance(callback, EMA)), {})
+
+
+def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
+    return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+
+
+def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """A copy in main memory."""
+    live = {"weights": _trained(pl_module), "average": _average(trainer)}
+    live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
+    live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    moving = {name: getattr(pl_module, name) for name in MOVING}
+    return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"moving": moving}
+
+
+@torch.no_grad()
+def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+    """Everything but the learning rates, which follow their schedule."""
+    for kind, live in {"weights": _trained(pl_module), "average": _average(trainer)}.items():
+        for name, tensor in live.items():
+            tensor.copy_(snapshot[kind][name])
+    for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    for name, value in snapshot["moving"].items():
+        setattr(pl_module, name, value)

@@ -1,0 +1,98 @@
+"""Gradients that are NaN or infinite, as those of such a loss are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteGuard(Callback):
+    """Leaves out an optimizer step whose gradients are not finite on some process, and keeps what it came from.
+
+    Weights and optimizer stay as they were. Under fp16 the loss scaler does this itself and is left to it.
+
+    Args:
+        limit: steps left out in a run before it stops; 0 stops at the first.
+        folder: takes the batch and the names of the parameters concerned, a file for each process.
+
+    Raises:
+        ValueError: `limit` is negative.
+    """
+
+    def __init__(self, limit: int = 3, folder: str = "runs/nonfinite") -> None:
+        if limit < 0:
+            raise ValueError(f"`limit` must be at least 0: got {limit}")
+        self.limit, self.folder, self.left_out = limit, folder, 0
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember what the step comes from."""
+        self._batch = batch
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients; without any, the optimizer does nothing.
+
+        Raises:
+            RuntimeError: the limit is reached.
+        """
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        named = {name: p for name, p in pl_module.named_parameters() if p.grad is not None}
+        if trainer.strategy.reduce_boolean_decision(_all_finite(named)):
+            return
+        path = self._dump(trainer, [name for name, p in named.items() if not _all_finite({name: p})])
+        if self.left_out == self.limit:
+            raise RuntimeError(
+                f"the gradients of step {trainer.global_step} are not finite, and {self.limit} such steps were left "
+                f"out already: the run was stopped; the last checkpoint is from before, the batch in {path}; lower "
+                "the learning rate, or train in float32 or bf16-mixed"
+            )
+        self.left_out += 1
+        logger.warning(
+            "the gradients of step %d are not finite: it is left out (%d of %d); the batch is in %s",
+            trainer.global_step,
+            self.left_out,
+            self.limit,
+            path,
+        )
+        for p in named.values():
+            p.grad = None
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were left out."""
+        return {"left_out": self.left_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Count on."""
+        self.left_out = state_dict["left_out"]
+
+    def _dump(self, trainer: Trainer, parameters: list[str]) -> Path:
+        path = Path(self.folder) / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"parameters": parameters, "batch": _plain(self._batch)}, path)
+        return path
+
+
+def _all_finite(named: dict[str, Tensor]) -> bool:
+    """Whether the shards here are: one wait for the device."""
+    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in named.values()]
+    return not gradients or bool(torch.stack([g.isfinite().all() for g in gradients]).all())
+
+
+def _plain(batch: Any) -> Any:
+    """A batch as dictionaries and lists, which load without pickle."""
+    if isinstance(batch, Tensor):
+        return batch.detach().cpu()
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    if isinstance(batch, dict):
+        return {name: _plain(value) for name, value in batch.items()}
+    return [_plain(value) for value in batch] if isinstance(batch, list | tuple) else batch

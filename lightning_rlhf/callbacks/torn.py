@@ -1,0 +1,61 @@
+"""Files that are whole: how to make them so before they get their name, and how to tell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+
+def settle(path: Path) -> None:
+    """Make the operating system write a file, or a folder with its files, to the disk.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    for inner in sorted(path.rglob("*")) if path.is_dir() else []:
+        if inner.is_file():
+            _sync(inner)
+    _sync(path)
+
+
+def rename(path: Path, name: Path) -> None:
+    """Give `path` a name that may be taken already; what has it is removed."""
+    if name.is_dir() and not name.is_symlink():  # a folder cannot be replaced in one step
+        shutil.rmtree(name)
+    os.replace(path, name)
+    if os.name == "posix":
+        _sync(name.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def defect(path: Path) -> str | None:
+    """Why a checkpoint cannot be read; None where each of its bytes is as it was written.
+
+    A file that torch wrote is a zip archive with a checksum of every tensor; a sharded checkpoint is a folder, of which
+    only the presence of its index is checked.
+    """
+    if path.is_dir():
+        return None if any(path.rglob(".metadata")) or any(path.rglob("latest")) else "it has no index"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        return f"it ends early or is no checkpoint ({error})"
+    return None if broken is None else f"the checksum of {broken} is wrong"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,96 @@
+"""A run that was killed and goes on ends with the very bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("resume_program.py")
+PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"] * 2  # 3 rollouts of 8 an epoch
+KILLS = ["rollout", "minibatch", "write", "rename"]
+NAMES = [*(f"1-{kill}" for kill in KILLS), "2-rollout", "2-minibatch", "2-write"]
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, make_lm, make_tokenizer) -> Callable[[str, int], dict[str, Any]]:
+    """What a run ended with, by its name and rank."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_lm(end=list(range(10))).save_pretrained(folder / "lm")
+    make_tokenizer().save_pretrained(folder / "lm")
+    for name, rows in {
+        "prompts": [{"prompt": p} for p in PROMPTS],
+        "texts": [{"text": f"{p} x y z"} for p in PROMPTS],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES])],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def end(name: str, rank: int = 0) -> dict[str, Any]:
+        found = folder / name / f"end-{rank}.pt"
+        assert found.exists(), done.stderr[-4000:]
+        return torch.load(found) | {
+            "left": (folder / name / "left.txt").read_text().split() if "never" not in name else []
+        }
+
+    return end
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """To the bit."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, (x, y) in enumerate(zip(one, other, strict=True)):
+            assert_same(x, y, f"{path}[{number}]")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
+    devices, kill = name.split("-")
+    for rank in range(int(devices)):
+        whole, resumed = ends(f"{devices}-never", rank), ends(name, rank)
+        assert whole["numbers"][2:] == [6, 48]
+        tail = whole.pop("seen")[-len(resumed["seen"]) :]
+        assert [iteration for iteration, *_ in resumed["seen"]] == [4, 5]  # mid-epoch; the fourth was whole
+        assert_same(tail, resumed.pop("seen"), "seen")
+        whole.pop("left")
+        expected = {"rollout": 0, "minibatch": 0, "write": 1, "rename": 1}[kill]
+        assert sum(part.endswith(".part") for part in resumed.pop("left")) == expected
+        assert_same(whole, resumed)
+
+
+@pytest.mark.slow
+def test_something_moves_in_every_part_of_the_state(ends):
+    """Or equality above would say nothing of it."""
+    one, two = ends("1-never"), ends("2-never")
+    kl, b, *_ = one["numbers"]
+    assert kl != 0.2
+    assert b != 1.0
+    assert one["baseline"]
+    assert any(not torch.equal(one["average"][name], one["weights"][f"policy.{name}"]) for name in one["average"])
+    assert not torch.equal(one["seen"][0][1], two["seen"][0][1])  # two processes share the prompts
+    assert one["seen"][0][0] == 0

@@ -1,0 +1,125 @@
+"""A checkpoint is resumed by the run it is of, and refused by others with what differs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_rlhf.core import AdaptiveKL, Clip, Constant, KLPenalty, Linear
+from lightning_rlhf.core.settings import described, differences
+from lightning_rlhf.data import PromptDataModule
+from lightning_rlhf.modules import PPOModule, SFTModule
+from lightning_rlhf.rollout import Generation, Updates
+
+TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
+
+
+def letters(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def words(prompts, responses):
+    return [1.0 for _ in responses]
+
+
+@pytest.fixture
+def prompts(write_rows):
+    return lambda count=4: write_rows(f"{count}.jsonl", [{"prompt": letter} for letter in "abcdefgh"[:count]])
+
+
+@pytest.fixture
+def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
+    """Training from `ckpt_path`, and what a checkpoint of it is."""
+
+    def run(ckpt_path=None, *, epochs=1, lm=None, rows=4, data=None, **options):
+        usual = {"reward": letters, "generation": Generation(max_new_tokens=3), "kl": AdaptiveKL(), "shaping": ()}
+        usual |= {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": Constant(), "updates": Updates()}
+        module = PPOModule(make_lm(**lm or {}).double(), tokenizer=toy_tokenizer, **usual | options)
+        trainer = make_trainer(max_epochs=epochs)
+        trainer.fit(
+            module, PromptDataModule(train=prompts(rows), **{"batch_size": 2} | (data or {})), ckpt_path=ckpt_path
+        )
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        return str(tmp_path / "x.ckpt")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"surrogate": Clip(epsilon=0.3)}, "surrogate.epsilon: 0.2 before, 0.3 now"),
+        ({"surrogate": KLPenalty()}, "surrogate.class: 'Clip' before, 'KLPenalty' now"),
+        ({"kl": AdaptiveKL(target=9.0)}, "kl.target: 6.0 before, 9.0 now"),
+        ({"generation": Generation(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "optimizer.lr: 0.01 before, 0.02 now"),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.01)}, "optimizer.class: 'Adam' before, 'SGD' now"),
+        ({"reward": words}, "reward.fn: 'letters' before, 'words' now"),
+        ({"schedule": Linear()}, "schedule.class: 'Constant' before, 'Linear' now"),
+        ({"lm": {"width": 32}}, "policy.network.transformer.wte.weight: '[36, 16]' before, '[36, 32]' now"),
+        ({"lm": {"kind": "llama"}}, "policy: 'GPT2LMHeadModel' before, 'LlamaForCausalLM' now"),
+        ({"rows": 5}, "rows.train: 4 before, 5 now"),
+        ({"data": {"seed": 1}}, "seed: 0 before, 1 now"),
+        ({"data": {"batch_size": 4}}, "batch_size of all processes: 2 before, 4 now"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused_with_what_differs(fit, changes, said):
+    path = fit()
+    with pytest.raises(ValueError, match="of another run") as refused:
+        fit(path, epochs=2, **changes)
+    assert said in str(refused.value)
+    assert "leave out --ckpt_path" in str(refused.value)
+
+
+def test_all_differences_are_listed(fit):
+    path = fit()
+    with pytest.raises(ValueError, match="of another run") as refused:
+        fit(path, epochs=2, ptx_coef=0.5, surrogate=Clip(epsilon=0.3, dual=3.0))
+    assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]] == [
+        "surrogate.epsilon",
+        "surrogate.dual",
+        "ptx_coef",
+    ]
+
+
+def test_what_changes_only_memory_may_change(fit):
+    path = fit()
+    fit(path, epochs=2, updates=Updates(microbatch=1), generation=Generation(max_new_tokens=3, slots=1))
+
+
+def test_evaluation_takes_any_settings(fit, make_lm, make_trainer, toy_tokenizer, prompts):
+    path = fit()
+    different = {"generation": Generation(max_new_tokens=5), "kl": AdaptiveKL(target=1.0)}
+    module = PPOModule(make_lm().double(), words, tokenizer=toy_tokenizer, **different)
+    make_trainer().validate(module, PromptDataModule(val=prompts(3)), ckpt_path=path, verbose=False)
+
+
+def test_other_stages_refuse_too(make_lm, make_trainer, as_loader, right_padded, tmp_path):
+    def run(lr, epochs, ckpt_path=None):
+        adam = partial(torch.optim.Adam, lr=lr)
+        trainer = make_trainer(max_epochs=epochs)
+        trainer.fit(
+            SFTModule(make_lm().double(), optimizer=adam), as_loader([right_padded(TEXTS)]), ckpt_path=ckpt_path
+        )
+        trainer.save_checkpoint(tmp_path / "sft.ckpt")
+
+    run(0.01, 1)
+    run(0.01, 2, tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match="optimizer.lr: 0.01 before, 0.5 now"):
+        run(0.5, 3, tmp_path / "sft.ckpt")
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+def test_description_is_plain_and_says_what_it_is_of():
+    assert type(described(Colour.RED)) is str
+    found = described({"a": Clip(epsilon=0.1), "f": letters, "x": (1, {2})})
+    assert found["a"]["class"] == "Clip"
+    assert (found["a"]["epsilon"], found["f"], found["x"]) == (0.1, "letters", [1, ["2"]])
+    assert list(differences(found, found)) == []
+    assert list(differences({"a": 1}, {"a": 1, "b": 2})) == ["b: 'nothing' before, 2 now"]
