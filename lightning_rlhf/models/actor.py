@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 WORTH_PACKING = 8
 """Passes from which on it pays to pack the weights."""
 
 
-def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int) -> nn.Module:
+def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
     """The network in eval mode, in `dtype`, its adapter folded in; on a CPU its linear maps are packed.
 
     Weights that need no change are shared with the network, which stays as it is. Buffers keep their precision: rotary
-    frequencies must not be rounded.
+    frequencies must not be rounded. The weights of a sharded network are gathered, so that all processes must call this
+    together; what samples then runs no collective, and each process stops when its own responses have ended.
 
     Args:
         network: a causal language model, bare or in an adapter.
         dtype: of the weights that sample.
         passes: forward passes to come; packing is worth its while only for some.
+        blueprint: of a sharded network.
     """
     folds = is_adapted(network) and hasattr(network, "merge_and_unload")
-    actor = _twin(network, lambda weight: weight.detach().to(dtype, copy=folds))
+    actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
     actor = actor.merge_and_unload() if folds else actor
     if passes >= WORTH_PACKING and _can_pack(next(actor.parameters()).device.type, dtype):
         _pack(actor)
     return actor
-
-
-def _twin(network: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The same structure in eval mode over other parameters and the same buffers."""
-    known: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
-    known |= {id(weight): nn.Parameter(convert(weight), requires_grad=False) for weight in network.parameters()}
-    return copy.deepcopy(network, known).eval()
 
 
 class PackedLinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,6 +43,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.sharding import most_passes, shard_networks
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -145,7 +147,9 @@ class PPOModule(LightningModule):
             generation=self.generation,
             updates=self.updates,
             old_logprobs=self.old_logprobs,
+            agree=partial(most_passes, self),
         )
+        shard_networks(self, [self.policy, self.value, *self.collector.frozen()])
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks, which strategies do not see, to the process's device."""
@@ -165,7 +169,7 @@ class PPOModule(LightningModule):
 
         if self.surrogate.adaptive:
             with self.clock.phase("kl_old"):
-                for piece, _ in self.updates.microbatches(experience, None):
+                for piece, _ in self.updates.microbatches(experience, None, self.collector.agree):
                     self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
@@ -198,7 +202,7 @@ class PPOModule(LightningModule):
         optimizer = self.optimizers()
         counts = [self.reduction.count(minibatch.mask), 0 * minibatch.mask.sum() if text is None else text.target.sum()]
         actions, words = self.all_sum(torch.stack(counts)).clamp(min=1)
-        pieces = self.updates.microbatches(minibatch, text)
+        pieces = self.updates.microbatches(minibatch, text, self.collector.agree)
         optimizer.zero_grad()
         for number, (piece, share) in enumerate(pieces, start=1):
             with optimizer.toggle_model(sync_grad=number == len(pieces)):

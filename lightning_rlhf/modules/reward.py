@@ -23,6 +23,7 @@ from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
@@ -69,6 +70,7 @@ class RewardModule(LightningModule):
             source = self._source[0]
             network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
             self.model = ScalarModel(network, self.tokenizer)
+            shard_networks(self, [self.model])
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """r_θ at the last token, bias included, (B,).
@@ -124,13 +126,13 @@ class RewardModule(LightningModule):
 
     def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
         if isinstance(batch, TextBatch):
-            real = batch.target.any(1)
+            scores, real = self(batch.tokens, batch.mask), batch.target.any(1)  # fillers too: a pass may need all
             if real.any():
-                self.demonstrations.update(self(batch.tokens[real], batch.mask[real]) - self.model.bias)
+                self.demonstrations.update(scores[real] - self.model.bias)
             return
         pairs, lengths = preferred_pairs(batch.rank), batch.mask.sum(2)
+        scores = self.rank(batch) - self.model.bias
         if pairs.any():
-            scores = self.rank(batch) - self.model.bias
             margins, longer = score_margins(scores)[pairs], score_margins(lengths)[pairs]
             losses = self.loss(scores, batch.rank, batch.strength)
             self.accuracy.update(margins > 0)

@@ -16,6 +16,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.types import TextBatch
 
 
@@ -51,6 +52,7 @@ class SFTModule(LightningModule):
         """Build the network, once."""
         if self.model is None:
             self.model = build_policy(self._source[0], self.tokenizer)
+            shard_networks(self, [self.model])
 
     def forward(self, batch: TextBatch) -> Tensor:
         """Log-probs of tokens 1 .. L−1, (B, L − 1), nats."""

@@ -34,3 +34,21 @@ def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list
         found[-1].append(row)
         widths = wider
     return [torch.tensor(piece, device=rollout.tokens.device) for piece in found]
+
+
+def at_least(pieces: list[Tensor], count: int) -> list[Tensor]:
+    """The same rows in `count` pieces or more: the largest is halved, and where all are single rows, one comes again.
+
+    A row that comes again is measured twice, which changes nothing; rows to learn from are as many on each process, so
+    that there none has to.
+
+    Args:
+        pieces: row numbers, (b,), int64.
+        count: how many there must be.
+    """
+    found = list(pieces)
+    while len(found) < count:
+        place = max(range(len(found)), key=lambda i: len(found[i]))
+        largest = found[place]
+        found[place : place + 1] = list(largest.tensor_split(2)) if len(largest) > 1 else [largest, largest]
+    return found

@@ -49,7 +49,7 @@ class Sampler:
         ends, dtype = self.policy.end_tokens, self.dtype(device)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             return self.decode(
-                make_actor(self.policy.network, dtype, passes=length),
+                make_actor(self.policy.network, dtype, passes=length, blueprint=self.policy.blueprint),
                 prompts.tokens,
                 prompts.mask,
                 uniforms,

@@ -1,6 +1,6 @@
-"""Trains every stage on `devices` processes and saves what came out: `python ddp_program.py FOLDER DEVICES NAMES`.
+"""Trains every stage on `devices` processes: `python ddp_program.py FOLDER DEVICES STRATEGY NAMES`.
 
-FOLDER holds `lm`, `scorer` and the JSONL files. A global batch is the same whatever DEVICES is.
+FOLDER holds `lm`, `scorer` and the JSONL files, and gets what came out. A global batch is the same whatever DEVICES is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch.nn.utils import parameters_to_vector
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig
 
 from lightning_rlhf import (
     GAE,
@@ -29,6 +31,7 @@ from lightning_rlhf import (
     GroupAdvantage,
     KLInLoss,
     KLPenalty,
+    LearnedReward,
     LeaveOneOut,
     Linear,
     MeanOfMeans,
@@ -48,9 +51,17 @@ from lightning_rlhf import (
     Whitened,
     WorstOf,
 )
+from lightning_rlhf.callbacks import Export
+from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
+STRATEGIES = {
+    "one": lambda devices: "auto",
+    "ddp": lambda devices: "ddp",
+    "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, process_group_backend="gloo"),
+}
+strategy = "one"  # chosen by the command line
 
 
 class Table(Reward):
@@ -73,24 +84,26 @@ class Recorder(Callback):
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
-def run(module, data, devices: int, **options) -> dict:
-    """Fit and validate."""
-    recorder = Recorder()
+def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
+    """Fit and validate, from one checkpoint to another where they are named."""
+    recorder, callbacks = Recorder(), options.pop("callbacks", [])
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="64-true",
+        strategy=STRATEGIES[strategy](devices),
+        plugins=[DoublePrecision()],  # as a plugin, for which FSDP2 does not refuse it
         logger=False,
-        callbacks=[recorder],
+        callbacks=[recorder, *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    if checkpoint is not None:
+        trainer.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
-    weights = parameters_to_vector(p for p in module.parameters() if p.requires_grad).detach()
+    weights = torch.cat([whole_tensor(p.detach()).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
 
@@ -173,11 +186,61 @@ def grouped(folder: Path, devices: int) -> dict:
     return found
 
 
+def lora(folder: Path, devices: int) -> dict:
+    """An adapter, whose reference is the policy without it; two responses to each prompt, pieces of unequal number."""
+    adapter = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    module = PPOModule(
+        policy=ModelSource(path=str(folder / "lm"), dtype="float64", peft=adapter),
+        reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
+        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
+        updates=Updates(epochs=2, microbatch_tokens=14),
+        kl=FixedKL(coef=0.1),
+        ptx_coef=0.3,
+        optimizer=ADAM,
+        schedule=Constant(),
+    )
+    data = PromptDataModule(
+        train=str(folder / "prompts.jsonl"),
+        val=str(folder / "prompts.jsonl"),
+        pretrain=str(folder / "texts.jsonl"),
+        batch_size=4 // devices,
+        pretrain_ratio=1.0,
+        text_tokens=8,
+    )
+    export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
+    return run(module, data, devices, max_epochs=1, callbacks=[export])
+
+
+def resumed(folder: Path, devices: int) -> dict:
+    """Two epochs of PPO without a stop, and with one."""
+    path, found = str(folder / f"{strategy}.ckpt"), {}
+    for name, options in {
+        "whole": {"max_epochs": 2},
+        "first": {"max_epochs": 1, "checkpoint": path},
+        "resumed": {"max_epochs": 2, "ckpt_path": path},
+    }.items():
+        module = PPOModule(
+            policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+            reward=Table(),
+            value=ModelSource(path=str(folder / "scorer"), dtype="float64"),
+            advantage=Whitened(estimator=GAE()),
+            level=TokenLevel(),
+            generation=Generation(max_new_tokens=6),
+            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            optimizer=ADAM,
+            schedule=Constant(),
+        )
+        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+        found[name] = run(module, data, devices, **options) | {"kl": module.kl.coef, "n": module.episodes}
+    return found
+
+
 def sft(folder: Path, devices: int) -> dict:
     """Demonstrations of unequal length."""
     module = SFTModule(ModelSource(path=str(folder / "lm"), dtype="float64"), optimizer=ADAM)
-    path = str(folder / "demonstrations.jsonl")
-    return run(module, DemonstrationDataModule(train=path, val=path, batch_size=4 // devices), devices)
+    path, export = str(folder / "demonstrations.jsonl"), Export(str(folder / f"sft-{strategy}"))
+    data = DemonstrationDataModule(train=path, val=path, batch_size=4 // devices)
+    return run(module, data, devices, callbacks=[export])
 
 
 def reward(folder: Path, devices: int) -> dict:
@@ -187,7 +250,8 @@ def reward(folder: Path, devices: int) -> dict:
     data = ComparisonDataModule(
         train=path, val=path, demonstrations=str(folder / "demonstrations.jsonl"), batch_size=4 // devices
     )
-    return run(module, data, devices) | {"bias": module.model.bias}
+    export = Export(str(folder / f"reward-{strategy}"))
+    return run(module, data, devices, callbacks=[export]) | {"bias": module.model.bias}
 
 
 def scarce(folder: Path, devices: int) -> dict:
@@ -235,14 +299,15 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
 
 def main() -> None:
     """Train what is named, one after the other; the first process saves."""
+    global strategy
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    folder, devices, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    folder, devices, strategy, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     for name in names.split(","):
         torch.manual_seed(0)
         found = globals()[name](folder, devices)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            torch.save(found, folder / f"{name}-{devices}.pt")
+            torch.save(found, folder / f"{name}-{strategy}.pt")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
     return folder
 
 
-def launch(folder: Path, devices: int, names: str) -> subprocess.Popen:
+def launch(folder: Path, devices: int, strategy: str, names: str) -> subprocess.Popen:
     """The program, on a free port, in a session of its own so that no child outlives a hang."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), str(devices), names],
+        [sys.executable, str(PROGRAM), str(folder), str(devices), strategy, names],
         env=inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
