@@ -44,6 +44,7 @@ from lightning_rlhf.modules.networks import build_policy, build_reference, build
 from lightning_rlhf.modules.objective import Objective
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.sharding import most_passes, shard_networks
+from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -131,9 +132,14 @@ class PPOModule(LightningModule):
         self._sources = (policy, reference, value)
 
     def configure_model(self) -> None:
-        """Build policy, reference, reward and value network, once."""
+        """Build policy, reference, reward and value network, once; shard them where the strategy asks.
+
+        Raises:
+            ValueError: the strategy cannot train PPO.
+        """
         if self.policy is not None:
             return
+        check_rl_strategy(self)
         policy, reference, value = self._sources
         self.policy = build_policy(policy, self.tokenizer)
         self.reward.prepare(self.tokenizer)
@@ -212,7 +218,7 @@ class PPOModule(LightningModule):
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over processes
         with self.clock.phase("optimizer"):
             optimizer.step()
-        tally.add("policy/grad_norm", self._grad_norm)
+        tally.add("policy/grad_norm", gradient_norm(self, self._grad_norm))
 
     @property
     def clock(self) -> Clock:

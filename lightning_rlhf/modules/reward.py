@@ -24,6 +24,7 @@ from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.sharding import shard_networks
+from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
@@ -65,8 +66,9 @@ class RewardModule(LightningModule):
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
 
     def configure_model(self) -> None:
-        """Build the network, once."""
+        """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            check_strategy(self)
             source = self._source[0]
             network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
             self.model = ScalarModel(network, self.tokenizer)

@@ -17,6 +17,7 @@ from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.sharding import shard_networks
+from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import TextBatch
 
 
@@ -49,8 +50,9 @@ class SFTModule(LightningModule):
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
 
     def configure_model(self) -> None:
-        """Build the network, once."""
+        """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            check_strategy(self)
             self.model = build_policy(self._source[0], self.tokenizer)
             shard_networks(self, [self.model])
 
