@@ -9,7 +9,12 @@ from typing import Any
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Parse the command line (or `args`) and run it; returns the CLI object, whose `trainer` and `model` are live."""
+    """Parse the command line (or `args`) and run it; returns the CLI object, whose `trainer` and `model` are live.
+
+    Raises:
+        SystemExit: the command line or a config is not valid; the reason is on stderr.
+        Exception: whatever else went wrong; `console` makes a sentence of it.
+    """
     if list(sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"lightning-rlhf {version('lightning-rlhf')}")
         return None
@@ -19,7 +24,21 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def console() -> None:
-    """The console script; like `python -m`, it finds your modules in the working directory."""
+    """The console script; like `python -m`, it finds your modules in the working directory.
+
+    Raises:
+        SystemExit: 2 where the command line or a config was refused, 1 where data or a model was; the reason, one
+            sentence, is on stderr. A bug keeps its traceback.
+    """
     if "" not in sys.path:
         sys.path.insert(0, "")
-    main()
+    try:
+        main()
+    except Exception as error:
+        from lightning_rlhf.failure import sentence, status
+
+        message = sentence(error)
+        if message is None:
+            raise
+        print(f"lightning-rlhf: error: {message}", file=sys.stderr)
+        raise SystemExit(status(error)) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -15,6 +17,9 @@ import lightning_rlhf.data
 import lightning_rlhf.modules
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
+from lightning_rlhf.consent import objection
+from lightning_rlhf.models.checkpoint import read_checkpoint
+from lightning_rlhf.parser import Parser
 
 ROOMS = (
     lightning_rlhf.core,
@@ -56,9 +61,54 @@ class RLHFCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"allow_abbrev": False},
             args=args,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what only a flag may say (`consent`)."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"a config is no UTF-8 text: {error}")
+        chosen = self.config[self.config.subcommand]
+        refusal = objection(chosen.as_dict(), list(sys.argv[1:] if args is None else args))
+        if refusal is not None:
+            parser.error(refusal)
+        chosen.weights_only = True
+
+    def before_instantiate_classes(self) -> None:
+        """Look into the checkpoint that is to be loaded, so that a wrong one costs no time.
+
+        Raises:
+            ValueError: it is torn, pickled, or another module's.
+        """
+        chosen = self.config[self.config.subcommand]
+        if chosen.ckpt_path is None or not Path(chosen.ckpt_path).is_file():
+            return  # Lightning's own words, such as `last`, or a remote file
+        kept = read_checkpoint(chosen.ckpt_path).get("hyper_parameters", {}).get("_class_path", "")
+        writer, reader = (name.rpartition(".")[2] for name in (str(kept), chosen.model.class_path))
+        if writer and writer != reader:
+            raise ValueError(
+                f"`ckpt_path`: {chosen.ckpt_path} was written by {writer}, but the config has {reader}: give a "
+                f"checkpoint of {reader}, or set `model` to {writer}"
+            )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it.
+
+        Raises:
+            ValueError: the checkpoint's weights are those of another network.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise ValueError(
+                f"`ckpt_path`: the checkpoint's weights are those of another network: {str(error)[:400]}"
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: what is on the command line holds, also beside a checkpoint that remembers other arguments."""

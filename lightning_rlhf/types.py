@@ -125,7 +125,7 @@ class Rollout:
         first = self.prompt_width - max(int(self.prompt_lengths[index].max()), 1)
         width = max(int(self.lengths[index].max()), 1)
         cut = {"tokens": slice(first, self.prompt_width + width), "attention": slice(first, self.prompt_width + width)}
-        found = {}
+        found: dict[str, Any] = {}
         for field in fields(self):
             whole = getattr(self, field.name)
             part = None if whole is None else whole[index]

@@ -11,6 +11,8 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 from material import vader
 
+from lightning_rlhf.text.escape import terminal
+
 plt.switch_backend("Agg")
 
 
@@ -75,9 +77,9 @@ def print_pairs(before: dict, after: dict, count: int = 5) -> None:
     print("\nThe same prompts before and after (first five):")
     for first, last in list(zip(before["responses"], after["responses"], strict=True))[:count]:
         scores = [vader([""], [row["response"]])[0] for row in (first, last)]
-        print(f"\n  {first['prompt'].strip()}")
-        print(f"    before {scores[0]:+.2f}  {' '.join(first['response'].split())}")
-        print(f"    after  {scores[1]:+.2f}  {' '.join(last['response'].split())}")
+        print(f"\n  {terminal(first['prompt'].strip())}")
+        print(f"    before {scores[0]:+.2f}  {terminal(' '.join(first['response'].split()))}")
+        print(f"    after  {scores[1]:+.2f}  {terminal(' '.join(last['response'].split()))}")
 
 
 def plot_learning(run: Path) -> None:

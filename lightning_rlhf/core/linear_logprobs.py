@@ -53,7 +53,8 @@ def linear_logprobs(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = max(block // weight.shape[0], 1)
     with torch.autocast(device, enabled=False):
-        return _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)
+        found: Tensor = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -70,11 +71,12 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> Tensor:
         found = []
         matrix, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for states, chosen in zip(hidden.to(dtype).split(rows), tokens.split(rows), strict=True):
+        for states, chosen in zip(torch.split(hidden.to(dtype), rows), torch.split(tokens, rows), strict=True):
             scaled = full_precision(linear(states, matrix, shift)).div_(temperature)
             total = scaled.logsumexp(1)
             found.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, total]))
-        logprobs, totals = torch.cat(found, 1)
+        both: Tensor = torch.cat(found, 1)
+        logprobs, totals = both[0], both[1]
         ctx.save_for_backward(hidden, weight, bias, tokens, totals)
         ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
         return logprobs

@@ -145,6 +145,6 @@ def at_least(least: int, **argument: int) -> int:
         ValueError: it is not; names it.
     """
     ((name, value),) = argument.items()
-    if value < least:
+    if not isinstance(value, int) or value < least:  # a config's null passes for any type
         raise ValueError(f"`{name}` must be at least {least}, got {value}")
     return value

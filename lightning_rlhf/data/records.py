@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import glob
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_rlhf.data.parsing import parse_line
 from lightning_rlhf.types import Row
+
+LONGEST_LINE = 2**26
+"""Bytes. A file without line breaks, or one that unpacks without end, must not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,12 @@ def _expand(path: str) -> list[str]:
         return [path]
     found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
     if not found:
-        kind = "is a folder" if Path(path).is_dir() else "does not exist"
+        kind = (
+            "is a folder" if Path(path).is_dir() else "is no regular file" if Path(path).exists() else "does not exist"
+        )
         raise ValueError(
-            f"{path} {kind} (working directory {Path.cwd()}): give the path of a JSONL file, plain or .gz, or a "
-            "pattern such as 'data/*.jsonl'"
+            f"{path or repr(path)} {kind} (working directory {Path.cwd()}): give the path of a JSONL file, plain or "
+            ".gz, or a pattern such as 'data/*.jsonl'"
         )
     return found
 
@@ -91,7 +96,7 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     opened = gzip.open if file.endswith(".gz") else open
     with opened(file, "rb") as stream:
         try:
-            yield from enumerate(stream, start=1)
+            yield from enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
                 f"{file} is not a whole gzip file ({error}): copy it again, or drop .gz from its name"
@@ -100,18 +105,12 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes, file: str, number: int) -> Record | None:
     where = f"{file}, line {number}"
-    try:
-        text = line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
-    if not text:
-        return None
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
+    if len(line) > LONGEST_LINE:
         raise ValueError(
-            f"{where}: broken JSON ({error}); each line needs one whole JSON object, found {text[:80]!r}"
-        ) from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found a JSON {type(row).__name__}; each line needs one JSON object with named keys")
-    return Record(row=row, file=file, line=number)
+            f"{where}: longer than {LONGEST_LINE} bytes, which no row of text is: put each JSON object on its own line"
+        )
+    try:
+        row = parse_line(line, first=number == 1)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return None if row is None else Record(row=row, file=file, line=number)

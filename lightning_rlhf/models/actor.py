@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
 
+logger = logging.getLogger(__name__)
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_UNPACKABLE: set[str] = set()
 WORTH_PACKING = 8
 """Passes from which on it pays to pack the weights."""
 
 
 def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
-    """The network in eval mode, in `dtype`, its adapter folded in; on a CPU its linear maps are packed.
+    """The network in eval mode, in `dtype`, its adapter folded in; on a CPU the linear maps of a whole one are packed.
 
     Weights that need no change are shared with the network, which stays as it is. Buffers keep their precision: rotary
     frequencies must not be rounded. The weights of a sharded network are gathered, so that all processes must call this
@@ -28,12 +32,34 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
         passes: forward passes to come; packing is worth its while only for some.
         blueprint: of a sharded network.
     """
+    actor = _unpacked(network, dtype, blueprint)
+    if blueprint is not None:
+        return actor
+    known = type(actor).__qualname__
+    if passes < WORTH_PACKING or known in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
+        return actor
+    expected = _probe(actor)
+    _pack(actor)
+    try:
+        if torch.allclose(_probe(actor), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+            return actor
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # it reads the weights by itself
+        logger.info("the weights of %s stay as they are: it does not work with packed ones", known)
+    _UNPACKABLE.add(known)
+    return _unpacked(network, dtype, None)
+
+
+def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | None) -> nn.Module:
     folds = is_adapted(network) and hasattr(network, "merge_and_unload")
     actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
-    actor = actor.merge_and_unload() if folds else actor
-    if passes >= WORTH_PACKING and _can_pack(next(actor.parameters()).device.type, dtype):
-        _pack(actor)
-    return actor
+    return actor.merge_and_unload() if folds else actor
+
+
+@torch.no_grad()
+def _probe(network: nn.Module) -> Tensor:
+    """Logits of two tokens."""
+    tokens = torch.tensor([[0, 1]], device=next(network.parameters()).device)
+    return network(input_ids=tokens, use_cache=False).logits.float()
 
 
 class PackedLinear(nn.Module):

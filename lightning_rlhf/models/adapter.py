@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_rlhf.folders.inspection import check_adapter, loading
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,13 +57,20 @@ def holds_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """Where the model lies that a folder's adapter belongs to."""
-    return _peft(f"{folder} holds an adapter").PeftConfig.from_pretrained(folder).base_model_name_or_path
+    """Where the model lies that a folder's adapter belongs to.
+
+    Raises:
+        ValueError: the folder is not whole, or the model is the folder itself.
+    """
+    base = str(check_adapter(Path(folder))["base_model_name_or_path"])
+    if Path(base).absolute() == Path(folder).absolute():
+        raise ValueError(f"{folder}/adapter_config.json names its own folder as the base model: name the model's")
+    return base
 
 
 def holds_reward_adapter(folder: str | Path) -> bool:
     """Whether a folder's adapter was trained on a sequence-classification model, so that it brings a head."""
-    return _peft(f"{folder} holds an adapter").PeftConfig.from_pretrained(folder).task_type == "SEQ_CLS"
+    return check_adapter(Path(folder)).get("task_type") == "SEQ_CLS"
 
 
 def merged_adapter(network: nn.Module, folder: str | Path, *, task: str) -> nn.Module:
@@ -71,8 +80,16 @@ def merged_adapter(network: nn.Module, folder: str | Path, *, task: str) -> nn.M
         network: the base model.
         folder: of the adapter; one of a language model also fits a scorer's backbone.
         task: PEFT's name of the network's task.
+
+    Raises:
+        ValueError: the adapter can't be loaded, or does not fit the model.
     """
     peft = _peft(f"{folder} holds an adapter")
+    with loading("an adapter", str(folder)):
+        return _folded(peft, network, folder, task=task)
+
+
+def _folded(peft: Any, network: nn.Module, folder: str | Path, *, task: str) -> nn.Module:
     config = peft.PeftConfig.from_pretrained(folder)
     config.task_type = task if config.task_type == task else None
     logger.info("folding the adapter in %s into its base model: all weights are trained unless `peft` is set", folder)

@@ -82,6 +82,13 @@ class PolicyModel(nn.Module):
             options["position_ids"] = positions(mask)
         return self.network(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **options).logits[:, -keep:]
 
+    def compile_backbone(self) -> None:
+        """Let `torch.compile` fuse the operations of every block; sampling, which works on a copy, stays as it is.
+
+        Block by block the compiler works once for all blocks, instead of minutes for the whole.
+        """
+        self.backbone.compile()
+
     def _head(self, tokens: Tensor) -> nn.Linear | None:
         """The head, where logits are its linear map of the hidden states, which no hook watches or changes."""
         head = bare(self.network).get_output_embeddings()
@@ -125,9 +132,16 @@ class PolicyModel(nn.Module):
         self.blueprint = shard(self, mesh)
         self.backbone.shares_prompts = False  # or the number of passes would depend on a process's own prompts
 
-    def frozen_copy(self) -> PolicyModel:
-        """A copy of a whole policy without gradient, in eval mode."""
-        return copy.deepcopy(self).eval().requires_grad_(False)
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> PolicyModel:
+        """A copy of a whole policy without gradient, in eval mode.
+
+        Args:
+            dtype: of its weights; buffers stay as they are. None is the policy's.
+        """
+        clone = copy.deepcopy(self).eval().requires_grad_(False)
+        for weight in clone.parameters() if dtype is not None else ():
+            weight.data = weight.data.to(dtype)
+        return clone
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a Hugging Face folder: weights, config, generation config, tokenizer with its template.

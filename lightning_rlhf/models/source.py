@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lightning_rlhf.folders.inspection import check_tokenizer, check_weights, holds_tokenizer, loading
+from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
+from lightning_rlhf.models.cache import bare
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +31,63 @@ class ModelSource:
     """How to obtain a network and its tokenizer when Lightning asks for them."""
 
     path: str
-    """A local folder written by `save_pretrained`, a folder with a GGUF file, or a hub name. An adapter found in a
-    folder is folded into its base model."""
+    """A local folder written by `save_pretrained`, a folder with a GGUF file, or a hub name (NAME or OWNER/NAME). An
+    adapter found in a folder is folded into its base model."""
     gguf_file: str | None = None
     """Name of the GGUF file in `path`; its weights are dequantised."""
     dtype: DType = "float32"
     """Of the master weights. Lightning's precision flag decides what is computed with."""
     attention: str | None = None
-    """Attention kernel: `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose."""
+    """Attention kernel: `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose. One of a hub,
+    `OWNER/NAME`, is code and needs `trust_remote_code`."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per block and compute the others again in the backward pass: less memory, a third more time.
+    Sampling keeps its cache."""
     peft: Any | None = None
     """A `peft.PeftConfig` such as `peft.LoraConfig`: only the adapter is trained."""
     trust_remote_code: bool = False
-    """Run Python that ships with the model. Off unless you have read that code."""
+    """Run Python that ships with the model. Off unless you have read that code; the command line takes it as a flag
+    only, never from a config file."""
+
+    def __post_init__(self) -> None:
+        if self.attention is not None and "/" in self.attention and not self.trust_remote_code:
+            raise ValueError(
+                f"`attention` names code of a hub, {self.attention!r}: use `sdpa`, `eager` or `flash_attention_2`, or "
+                "set `trust_remote_code` if you have read that code"
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that stands beside the weights.
 
         Raises:
-            ValueError: there is no such folder or file.
+            ValueError: there is no such folder or file, or it holds no tokenizer that can be loaded.
         """
-        self._check()
-        options = {} if self.gguf_file is None or holds_adapter(self.path) else {"gguf_file": self.gguf_file}
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **options)
+        options = self._place() | {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file is not None and not holds_adapter(self.path):
+            options["gguf_file"] = self.gguf_file
+        elif options["local_files_only"]:
+            check_tokenizer(local_folder(self.path))
+        with loading("a tokenizer", self.path):
+            return AutoTokenizer.from_pretrained(self.path, **options)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer stands beside the weights; of a hub name that is taken for granted."""
+        folder = local_folder(self.path)
+        return folder is None or self.gguf_file is not None or holds_tokenizer(folder)
 
     def causal_lm(self) -> nn.Module:
         """A language model with a next-token head, dropout off, in the adapter where there is one.
 
         Raises:
-            ValueError: there is no such folder or file.
+            ValueError: there is no such folder or file, or it holds no such model.
         """
         if holds_adapter(self.path):
             network = merged_adapter(self._base().causal_lm(), self.path, task="CAUSAL_LM")
         else:
-            network = dequantised(AutoModelForCausalLM.from_pretrained(self.path, **self._options()))
-        return without_dropout(with_adapter(network, self.peft, task="CAUSAL_LM"))
+            network, missing = self._load(AutoModelForCausalLM)
+            self._check_whole(missing)
+        return self._finished(network, task="CAUSAL_LM")
 
     def scorer(self, *, new_head: bool) -> nn.Module:
         """A network with one scalar per token, dropout off, in the adapter where there is one.
@@ -77,45 +102,80 @@ class ModelSource:
             network = self._whole_scorer(new_head=new_head)
         elif holds_reward_adapter(self.path):
             network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
-            network.config.demonstration_bias = AutoConfig.from_pretrained(self.path).demonstration_bias
+            network.config.demonstration_bias = self._bias()
         elif new_head:
             network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
         else:
             raise ValueError(_NO_HEAD.format(self.path))
-        return without_dropout(with_adapter(network, self.peft, task="SEQ_CLS"))
+        return self._finished(network, task="SEQ_CLS")
+
+    def _finished(self, network: nn.Module, *, task: str) -> nn.Module:
+        """In its adapter, without dropout; in train mode where activations are checkpointed, or they would not be."""
+        network = without_dropout(with_adapter(network, self.peft, task=task))
+        if not self.gradient_checkpointing:
+            return network
+        model, options = bare(network), {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return network.train()
 
     def _whole_scorer(self, *, new_head: bool) -> nn.Module:
-        network, info = AutoModelForSequenceClassification.from_pretrained(
-            self.path, num_labels=1, output_loading_info=True, **self._options()
-        )
+        network, missing = self._load(AutoModelForSequenceClassification, num_labels=1)
         head = scalar_head(network)
-        if any(key.startswith("score.") for key in info["missing_keys"]):
+        self._check_whole([key for key in missing if not key.startswith("score.")])
+        if any(key.startswith("score.") for key in missing):
             if not new_head:
                 raise ValueError(_NO_HEAD.format(self.path))
             logger.info("%s has no scalar head: drawing one from N(0, 1/(d+1))", self.path)
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        return dequantised(network)
+        return network
+
+    def _bias(self) -> float:
+        with loading("the config of a reward model", self.path):
+            return float(AutoConfig.from_pretrained(self.path, local_files_only=True).demonstration_bias)
 
     def _base(self) -> ModelSource:
         """The source of the model that this folder's adapter belongs to."""
         return replace(self, path=base_of(self.path), peft=None)
 
+    def _load(self, kind: Any, **options: Any) -> tuple[Any, list[str]]:
+        """The network, and the names of weights that its config asks for and the folder does not hold."""
+        place = self._place()
+        if place["local_files_only"] and self.gguf_file is None:
+            check_weights(local_folder(self.path))
+        with loading("a model", self.path):
+            network, info = kind.from_pretrained(
+                self.path, output_loading_info=True, **place, **self._options(), **options
+            )
+        return dequantised(network), sorted(info["missing_keys"])
+
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`: safetensors only, unless the file is GGUF."""
-        self._check()
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
         return options | ({"use_safetensors": True} if self.gguf_file is None else {"gguf_file": self.gguf_file})
 
-    def _check(self) -> None:
-        folder = Path(self.path)
-        local = folder.is_absolute() or self.path.startswith(".") or (len(folder.parts) > 1 and folder.parent.is_dir())
-        if local and not folder.is_dir():
-            raise ValueError(f"`path`: there is no folder {self.path}; give a model folder or a hub name")
-        gguf = None if self.gguf_file is None or holds_adapter(folder) else folder / self.gguf_file
-        if gguf is not None and folder.is_dir() and not gguf.is_file():
+    def _check_whole(self, missing: list[str]) -> None:
+        if missing and self.gguf_file is None:
+            raise ValueError(
+                f"`path`: {self.path} lacks {len(missing)} of the weights that its config asks for, such as "
+                f"{missing[0]}; they would start at random: copy the folder again"
+            )
+
+    def _place(self) -> dict[str, bool]:
+        """Whether the network may be asked: only for a hub name.
+
+        Raises:
+            ValueError: there is no such folder or file.
+        """
+        folder = local_folder(self.path)
+        gguf = None if self.gguf_file is None or folder is None or holds_adapter(folder) else folder / self.gguf_file
+        if gguf is not None and not gguf.is_file():
             raise ValueError(f"`gguf_file`: there is no file {self.gguf_file} in {self.path}")
+        return {"local_files_only": folder is not None}
 
 
 def scalar_head(network: nn.Module) -> nn.Linear:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,23 @@ from lightning_rlhf.models.cache import bare, cache_name, why_no_cache
 def positions(mask: Tensor) -> Tensor:
     """Position of each token among the real ones, (B, L), so that left padding moves nothing."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@contextmanager
+def casting_once(device: str) -> Iterator[None]:
+    """Inside it autocast casts every weight once, not at each use; nothing is remembered afterwards.
+
+    Lightning turns that memory off, for it would outlive an optimizer step.
+
+    Args:
+        device: type of the device.
+    """
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
+        yield
+    torch.clear_autocast_cache()
 
 
 class Backbone:
@@ -40,6 +59,20 @@ class Backbone:
         """The transformer itself."""
         return bare(self.network).base_model
 
+    def compile(self) -> None:
+        """Compile each block. A cache would break their graphs apart, so that prompts are not shared any more.
+
+        Raises:
+            ValueError: transformers does not name the network's blocks.
+        """
+        names = set(getattr(bare(self.network), "_no_split_modules", None) or ())
+        blocks = [block for block in self.module.modules() if type(block).__name__ in names]
+        if not blocks:
+            raise ValueError(f"`compile`: {type(bare(self.network)).__name__} names no blocks to compile; leave it out")
+        for block in blocks:
+            block.compile(dynamic=True)
+        self.shares_prompts = False
+
     def states(self, tokens: Tensor, mask: Tensor, *, width: int, groups: Tensor | None = None) -> Tensor:
         """Hidden states from which the last `width` tokens of each row are predicted, (B, W, d).
 
@@ -57,8 +90,8 @@ class Backbone:
 
     def _sharing(self) -> bool:
         """Gradient checkpointing has no cache."""
-        checkpointed = self.network.training and getattr(bare(self.network), "is_gradient_checkpointing", False)
-        return self.shares_prompts and not checkpointed
+        checkpointed = any(getattr(block, "gradient_checkpointing", False) for block in self.network.modules())
+        return self.shares_prompts and not (self.network.training and checkpointed)
 
     def _shared(self, tokens: Tensor, mask: Tensor, width: int, owner: Tensor, prompts: int) -> Tensor:
         """The prompts' states by one pass, the responses' by another that looks back at their keys and values."""
@@ -68,11 +101,12 @@ class Backbone:
         split, place = tokens.shape[1] - width, positions(mask)
         cache = DynamicCache()
         known = {self._cache_name: cache, "use_cache": True}
-        before = self._forward(tokens[first, :split], mask[first, :split], place[first, :split], **known)[:, -1:]
-        if width == 1:
-            return before[owner]
-        cache.batch_select_indices(owner)
-        inside = self._forward(tokens[:, split:-1], mask[:, :-1], place[:, split:-1], **known)
+        with casting_once(tokens.device.type):
+            before = self._forward(tokens[first, :split], mask[first, :split], place[first, :split], **known)[:, -1:]
+            if width == 1:
+                return before[owner]
+            cache.batch_select_indices(owner)
+            inside = self._forward(tokens[:, split:-1], mask[:, :-1], place[:, split:-1], **known)
         return torch.cat([before[owner], inside], 1)
 
     def _forward(self, tokens: Tensor, mask: Tensor, place: Tensor, **options: Any) -> Tensor:

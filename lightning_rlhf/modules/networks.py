@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
-from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.models.source import DType, without_dropout
+from lightning_rlhf.models.vocabulary import check_rows, check_same
 from lightning_rlhf.rollout import LearnedReward, Reward
 
 
@@ -23,16 +25,32 @@ def find_tokenizer(
 
 
 def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PolicyModel:
-    """π_θ."""
+    """π_θ.
+
+    Raises:
+        ValueError: a token of the tokenizer has no embedding.
+    """
     network = model.causal_lm() if isinstance(model, ModelSource) else without_dropout(model)
+    check_rows(network, tokenizer, name="policy")
     return PolicyModel(network, tokenizer)
 
 
-def build_reference(policy: PolicyModel, source: ModelSource | None) -> PolicyModel | None:
-    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off."""
+def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DType | None) -> PolicyModel | None:
+    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off.
+
+    Raises:
+        ValueError: the source reads other tokens than the policy, or `dtype` is asked for where there is no copy.
+    """
+    if dtype is not None and (source is not None or is_adapted(policy.network)):
+        what = "comes from a source: set `reference.dtype`" if source is not None else "is the policy, its adapter off"
+        raise ValueError(f"`reference_dtype`={dtype} is of a copy of the policy, but the reference {what}")
     if source is not None:
-        return PolicyModel(source.causal_lm(), policy.tokenizer).eval().requires_grad_(False)
-    return None if is_adapted(policy.network) else policy.frozen_copy()
+        network = source.causal_lm()
+        _check_tokens(network, source, policy.tokenizer, name="reference")
+        return PolicyModel(network, policy.tokenizer).eval().requires_grad_(False)
+    if is_adapted(policy.network):
+        return None
+    return policy.frozen_copy(None if dtype is None else getattr(torch, dtype))
 
 
 def build_value(
@@ -44,7 +62,8 @@ def build_value(
     """V: from its source, else from the learned reward, else a new head on the policy's backbone.
 
     Raises:
-        ValueError: the reward model reads other tokens than the policy, or the policy came as a built module.
+        ValueError: the reward model or the source reads other tokens than the policy, or the policy came as a built
+            module.
     """
     if source is None and isinstance(reward, LearnedReward):
         if not reward.shares_vocabulary:
@@ -56,4 +75,15 @@ def build_value(
     source = source or (policy if isinstance(policy, ModelSource) else None)
     if source is None:
         raise ValueError("the advantage needs a value network: set `value`, since the policy came as a built module")
-    return ScalarModel(source.scorer(new_head=True), tokenizer)
+    network = source.scorer(new_head=True)
+    _check_tokens(network, source, tokenizer, name="value")
+    return ScalarModel(network, tokenizer)
+
+
+def _check_tokens(
+    network: nn.Module, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, *, name: str
+) -> None:
+    """A folder without a tokenizer of its own is taken at its word."""
+    check_rows(network, tokenizer, name=name)
+    if source.has_tokenizer:
+        check_same(source.tokenizer(), tokenizer, name=name)

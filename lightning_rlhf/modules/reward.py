@@ -16,19 +16,22 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.modules.calibration import Calibration
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
-class RewardModule(LightningModule):
+class RewardModule(CheckedRevival, LightningModule):
     """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
 
     The loss does not see a constant added to r_θ, so after every validation that served demonstrations the bias becomes
@@ -71,6 +74,7 @@ class RewardModule(LightningModule):
             check_strategy(self)
             source = self._source[0]
             network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
+            check_rows(network, self.tokenizer, name="reward")
             self.model = ScalarModel(network, self.tokenizer)
             shard_networks(self, [self.model])
 
@@ -80,7 +84,11 @@ class RewardModule(LightningModule):
         Args:
             tokens: prompt, response and end token, (B, L), int64.
             mask: real tokens, (B, L), bool.
+
+        Raises:
+            ValueError: the texts are longer than the network can read.
         """
+        check_length(self.model.network, tokens.shape[1], limits="the data's `max_tokens`")
         return score_at_end(self.model(tokens, mask), mask)
 
     def rank(self, batch: ComparisonBatch) -> Tensor:

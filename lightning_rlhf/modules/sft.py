@@ -12,16 +12,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, Schedule, next_token_loss
 from lightning_rlhf.models import ModelSource, PolicyModel
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import TextBatch
 
 
-class SFTModule(LightningModule):
+class SFTModule(CheckedRevival, LightningModule):
     """Next-token prediction on demonstrations (Ouyang et al. 2022, §3.5 and C.1).
 
     The loss is the mean over the tokens that count of the whole step, all processes together; which tokens count is the
@@ -57,7 +59,12 @@ class SFTModule(LightningModule):
             shard_networks(self, [self.model])
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats."""
+        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats; 0 where a token does not count.
+
+        Raises:
+            ValueError: the texts are longer than the network can read.
+        """
+        check_length(self.model.network, batch.tokens.shape[1], limits="the data's `max_tokens`")
         return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1, wanted=batch.target[:, 1:])
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:

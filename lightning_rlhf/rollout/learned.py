@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.checkpoint import read_checkpoint
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
+from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rollout.reward import TextReward, checked_scores
 from lightning_rlhf.text import Encoder
 from lightning_rlhf.types import Rollout, Row
@@ -38,11 +40,16 @@ class LearnedReward(TextReward):
         self.shares_vocabulary = True
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Load the network; find out whose tokens it reads."""
+        """Load the network; find out whose tokens it reads.
+
+        Raises:
+            ValueError: it can't be loaded, or has no embedding for a token of its own tokenizer.
+        """
         super().prepare(tokenizer)
         if self.model is None:
             self.model = self.load().eval().requires_grad_(False)
         own = self.model.tokenizer
+        check_rows(self.model.network, own, name="reward")
         self.shares_vocabulary = own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab()
 
     def load(self) -> ScalarModel:
@@ -61,6 +68,7 @@ class LearnedReward(TextReward):
         tokens, mask = rollout.tokens, rollout.attention
         if not self.shares_vocabulary:
             tokens, mask = self.encode(rollout, rows)
+        check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         scores = score_at_end(self.model(tokens, mask), mask)
         return checked_scores(scores, count=len(rollout), source=self.path)
 
@@ -89,23 +97,34 @@ _NO_CHECKPOINT = (
     "{} is no checkpoint of a RewardModule built from a ModelSource without adapter: export the model with "
     "`RewardModule.save_pretrained(folder)` and give the folder"
 )
+_PLACE = ("path", "gguf_file", "attention")
+"""What of its source a checkpoint may say. Code of the model's own is never run on a checkpoint's word."""
 
 
 def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
     """The scalar model inside a checkpoint of `RewardModule`.
 
     Raises:
-        ValueError: the file is no checkpoint, belongs to another module, or does not say which model it continues.
+        ValueError: the file is no checkpoint, belongs to another module, does not say which model it continues, or its
+            weights do not fit that model.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(_NO_CHECKPOINT.format(path)) from error
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{_NO_CHECKPOINT.format(path)} ({error})") from error
+    state = checkpoint["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    source = checkpoint.get("rlhf", {}).get("model") if "_extra_state" in weights else None
-    if source is None:
+    kept = checkpoint.get("rlhf")
+    source = kept.get("model") if isinstance(kept, dict) and "_extra_state" in weights else None
+    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
         raise ValueError(_NO_CHECKPOINT.format(path))
-    model = ScalarModel.load(ModelSource(**(source | {"dtype": dtype})), new_head=True)
-    model.load_state_dict(weights)
+    place = {name: source[name] for name in _PLACE if name in source}
+    model = ScalarModel.load(ModelSource(**place, dtype=dtype), new_head=True)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} do not fit the model in {source['path']}, which it says it continues: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
     return model

@@ -36,6 +36,7 @@ class Sampler:
         if reason is not None:
             logger.info("sampling by transformers' `generate`, which is slower: %s", reason)
         self.decode = partial(decode, slots=generation.slots) if reason is None else generate
+        self.passes = generation.max_new_tokens if reason is None else 1
 
     def __call__(self, prompts: PromptBatch, uniforms: Tensor | None, *, samples: int = 1) -> Sampled:
         """Responses to the prompts.
@@ -49,7 +50,7 @@ class Sampler:
         ends, dtype = self.policy.end_tokens, self.dtype(device)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             return self.decode(
-                make_actor(self.policy.network, dtype, passes=length, blueprint=self.policy.blueprint),
+                make_actor(self.policy.network, dtype, passes=self.passes, blueprint=self.policy.blueprint),
                 prompts.tokens,
                 prompts.mask,
                 uniforms,

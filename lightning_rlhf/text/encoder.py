@@ -7,6 +7,8 @@ from typing import TypeAlias, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_rlhf.folders.inspection import check_tokenizer, loading
+from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.text.messages import Message, Prompt, as_dialogue
 
 Tokens: TypeAlias = "array[int]"
@@ -14,8 +16,18 @@ Tokens: TypeAlias = "array[int]"
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one in a folder or under a hub name; remote code is never run."""
-    return AutoTokenizer.from_pretrained(source) if isinstance(source, str) else source
+    """The tokenizer itself, or the one in a folder or under a hub name; remote code is never run.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no tokenizer that can be loaded.
+    """
+    if not isinstance(source, str):
+        return source
+    folder = local_folder(source)
+    if folder is not None:
+        check_tokenizer(folder)
+    with loading("a tokenizer", source):
+        return AutoTokenizer.from_pretrained(source, local_files_only=folder is not None, trust_remote_code=False)
 
 
 class Encoder:
@@ -30,7 +42,7 @@ class Encoder:
         pad: id that fills batches: the pad token, or the end token where there is none (masks come from lengths).
 
     Raises:
-        ValueError: the tokenizer has no end token.
+        ValueError: the tokenizer has no end token, or text means nothing to it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_role: str | None = None) -> None:
@@ -83,7 +95,14 @@ class Encoder:
                 "set tokenizer.chat_template, use the tokenizer of a chat model, or give prompts as plain text with "
                 "`prompt_role` null"
             )
-        return cast(str, self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program that came with the tokenizer: it may raise anything
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not take these messages ({error}): change "
+                "their roles or their order, or the template"
+            ) from error
+        return cast(str, found)
 
     def _opened(self, text: str) -> Tokens:
         begin = self.tokenizer.bos_token
@@ -102,4 +121,11 @@ class Encoder:
         return self._encode(text, special=special)[-1:].tolist() == [self.end]
 
     def _encode(self, text: str, *, special: bool) -> Tokens:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds half of a surrogate pair, {text[error.start]!r}, at character {error.start}: it was "
+                "cut inside a character; remove it"
+            ) from error
         return array("i", self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

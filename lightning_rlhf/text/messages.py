@@ -41,6 +41,8 @@ def checked_messages(value: Any, key: str) -> list[Message]:
                     f"`{key}`[{number}] needs a text under {part!r}, found {message.get(part)!r} "
                     f"(keys: {sorted(message)})"
                 )
+        if not message["role"].strip():
+            raise ValueError(f"`{key}`[{number}] has an empty role: name who speaks, such as 'user' or 'assistant'")
     return value
 
 

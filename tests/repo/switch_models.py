@@ -44,6 +44,7 @@ def table(bench: Bench) -> Table:
             gguf_file=to("weights.gguf", by=gguf_weights),
             dtype=to("bfloat16", by=dtypes),
             attention=to("eager", by=kernel),
+            gradient_checkpointing=to(True, by=passes_of_a_block),
             peft=to(lora, by=trained),
             trust_remote_code=to(True, by=class_of_own_code),
         ),
@@ -72,6 +73,14 @@ def dtypes(source: ModelSource) -> list[str]:
 
 def kernel(source: ModelSource) -> str:
     return source.causal_lm().config._attn_implementation
+
+
+def passes_of_a_block(source: ModelSource) -> int:
+    """How often a block is computed by a forward and a backward pass."""
+    network, passes = source.causal_lm(), []
+    network.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    network(input_ids=TOKENS).logits.sum().backward()
+    return len(passes)
 
 
 def trained(source: ModelSource) -> list[str]:

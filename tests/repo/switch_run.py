@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -88,6 +89,16 @@ def _rl(bench: Bench) -> Table:
         fitted(module)
         return sizes
 
+    def kinds_of_reference(module: PPOModule) -> list[str]:
+        module.configure_model()
+        return [str(weight.dtype) for weight in module.collector.reference.parameters()]
+
+    def compiled(module: PPOModule) -> int:
+        """Networks handed to torch's compiler, which takes too long to run here."""
+        with mock.patch.object(torch.nn.Module, "compile") as asked:
+            module.configure_model()
+        return asked.call_count
+
     def inside(argument: str) -> Callable[[Observer], Observer]:
         """From an observer of the module to one of a setting of it."""
 
@@ -114,6 +125,7 @@ def _rl(bench: Bench) -> Table:
             policy=to(bench.other_policy),
             reward=to(words),
             reference=to(other),
+            reference_dtype=to("bfloat16", by=kinds_of_reference),
             value=to(other, **critic),
             tokenizer=to(bench.other_tokenizer),
             generation=to(Generation(max_new_tokens=3)),
@@ -128,6 +140,7 @@ def _rl(bench: Bench) -> Table:
             reduction=to(MeanOfMeans(), level=TokenLevel()),
             shaping=to(()),
             ptx_coef=to(0.5),
+            compile=to(True, by=compiled),
             optimizer=to(SLOW),
             value_lr=to(0.5, by=value_weights, **critic),
             schedule=to(Constant(warmup=10)),

@@ -17,18 +17,29 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BELOW = {  # what each room may import of the library beside itself
     "core": set(),
     "types": set(),
-    "text": set(),
-    "models": {"core", "types"},
+    "folders": set(),
+    "text": {"folders"},
+    "models": {"core", "folders", "types"},
     "data": {"core", "text", "types"},
     "rollout": {"core", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},
     "callbacks": {"core", "types"},
-    "command": {"callbacks", "core", "data", "models", "modules", "rollout", "text", "types"},
-    "cli": {"command"},
+    "failure": {"text"},
+    "parser": {"failure"},
+    "consent": set(),
+    "command": {
+        *("callbacks", "consent", "core", "data", "models", "modules", "parser", "rollout", "text", "types"),
+    },
+    "cli": {"command", "failure"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-OUTSIDE = {"core": {"torch"}, "types": {"torch"}, "text": {"transformers"}}  # other packages; the rest is free
+OUTSIDE = {
+    "core": {"torch"},
+    "folders": {"torch"},
+    "types": {"torch"},
+    "text": {"transformers"},
+}  # other packages; the rest is free
 LONGEST_FILE, LONGEST_FUNCTION = 250, 40
 """Lines of code: docstrings, comments, blank lines are free, and so is a signature, which is one line an argument."""
 

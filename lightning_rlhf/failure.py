@@ -1,0 +1,87 @@
+"""What a user sees when a command fails: one sentence where the input is to blame, a traceback where the code is."""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+TRACEBACK = "LIGHTNING_RLHF_TRACEBACK"
+"""Environment variable: set to 1, every failure shows where it came up."""
+SPEAKERS = ("lightning_rlhf", "lightning.pytorch", "lightning.fabric", "torch.optim", "jsonargparse")
+"""Packages that check what a config sets: a sentence that one of them raised on purpose is meant for the user."""
+_CHECKS = ("__init__", "__post_init__")
+READERS = ("lightning_rlhf.folders", "lightning_rlhf.models", "lightning_rlhf.text")
+"""Rooms that read folders and files, whose complaints are of these and not of the config that names them."""
+
+
+def sentence(error: BaseException) -> str | None:
+    """The error on one line, or None where it is no refusal but a bug, or `TRACEBACK` asks for the traceback.
+
+    A refusal stopped at a `raise` of one of `SPEAKERS`, or is the operating system's answer to one of them: a file
+    that can't be opened, a full disk. An error out of torch, transformers or a user's own reward is a bug.
+    """
+    error = _origin(error)
+    trace = list(_frames(error))
+    if not trace or os.environ.get(TRACEBACK) == "1":
+        return None
+    if isinstance(error, OSError) and error.filename is not None and _asked_by_speaker(trace):
+        return f"{error.filename}: {error.strerror}"
+    frame, instruction = trace[-1]
+    on_purpose = dis.opname[frame.f_code.co_code[instruction]] == "RAISE_VARARGS"
+    if isinstance(error, _refusals()) and on_purpose and _speaks(frame):
+        return one_line(str(error))
+    return None
+
+
+def status(error: BaseException) -> int:
+    """Of the process: 2 where the config's own values were refused, 1 where data, models or files were."""
+    frames = [frame for part in (error, _origin(error)) for frame, _ in _frames(part)]
+    building = any(_module(f) == "lightning.pytorch.cli" and f.f_code.co_name == "instantiate_classes" for f in frames)
+    reading = any(_module(f).startswith(READERS) and f.f_code.co_name not in _CHECKS for f in frames)
+    return 2 if building and not reading else 1
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks and without what could move a terminal's cursor: it may quote data."""
+    from lightning_rlhf.text.escape import terminal
+
+    return terminal(" ".join(message.split()))
+
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What jsonargparse wraps when a class of the config refuses its arguments."""
+    trace = list(_frames(error))
+    if error.__cause__ is None or not trace or not _module(trace[-1][0]).startswith("jsonargparse."):
+        return error
+    return _origin(error.__cause__)
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """Frames from the outermost inwards, each with the offset of the instruction it stopped at."""
+    traceback: TracebackType | None = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lasti
+        traceback = traceback.tb_next
+
+
+def _asked_by_speaker(trace: list[tuple[FrameType, int]]) -> bool:
+    """Whether the innermost frame outside the standard library speaks to users."""
+    outside = [f for f, _ in trace if _module(f).partition(".")[0] not in sys.stdlib_module_names]
+    return bool(outside) and _speaks(outside[-1])
+
+
+def _speaks(frame: FrameType) -> bool:
+    return any(f"{_module(frame)}.".startswith(f"{package}.") for package in SPEAKERS)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -1,0 +1,1 @@
+"""Folders that a path names, looked into before anything in them is loaded."""

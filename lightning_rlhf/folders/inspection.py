@@ -1,0 +1,137 @@
+"""What a model folder holds, found out before anything in it is loaded: no pickle, no code, no missing piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "spiece.*", "*.tiktoken", "tekken.json")
+"""Names under which weights that are no safetensors, and tokenizers, are saved."""
+
+
+def check_weights(folder: Path) -> None:
+    """That a folder holds a config and all the safetensors it speaks of, and that nothing in it names code of a hub.
+
+    Raises:
+        ValueError: it does not.
+    """
+    config = read_object(folder / "config.json", needed="a folder written by `save_pretrained`")
+    for key, value in config.items():
+        if key.endswith("attn_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{folder}/config.json: `{key}` names code of a hub, {value!r}, which is not run: remove it"
+            )
+    _check_safetensors(folder, index="model.safetensors.index.json")
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """That an adapter's folder holds safetensors and names no Python module to import.
+
+    Returns:
+        its `adapter_config.json`.
+
+    Raises:
+        ValueError: it does not, it names one, or it does not say which model it belongs to.
+    """
+    file = folder / "adapter_config.json"
+    config = read_object(file, needed="a folder written by PEFT's `save_pretrained`")
+    if config.get("megatron_config"):
+        raise ValueError(f"{file}: `megatron_config` makes PEFT import the module that the file names: remove it")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise ValueError(f"{file} does not say which model it belongs to: set `base_model_name_or_path`")
+    _check_safetensors(folder, index="adapter_model.safetensors.index.json")
+    return config
+
+
+def check_tokenizer(folder: Path) -> None:
+    """That a folder holds a tokenizer.
+
+    Raises:
+        ValueError: it holds none, or its config is no JSON object.
+    """
+    if not holds_tokenizer(folder):
+        raise ValueError(
+            f"{folder} holds no tokenizer, only {_content(folder)}: save the model's tokenizer there with "
+            "`tokenizer.save_pretrained`"
+        )
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):  # the first names the tokenizer's class
+        if (folder / name).exists():
+            read_object(folder / name, needed="the tokenizer that was saved with the model")
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there is any file of a tokenizer."""
+    return any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
+
+
+def read_object(file: Path, *, needed: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        file: to read.
+        needed: what the user should give instead.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}, only {_content(file.parent)}: give {needed}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}): give {needed}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a JSON {type(found).__name__}, not an object: give {needed}")
+    return found
+
+
+@contextmanager
+def loading(what: str, path: str) -> Iterator[None]:
+    """Whatever a library below says of a folder that it can't load, as one sentence that names the folder.
+
+    Raises:
+        ValueError: something was raised inside, running out of memory apart.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"`path`: can't load {what} from {path}: {_reason(error)}") from error
+
+
+def _check_safetensors(folder: Path, *, index: str) -> None:
+    names = {file.name for file in folder.glob("*.safetensors")}
+    if not names:
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        if pickled:
+            raise ValueError(
+                f"{folder} holds its weights in {pickled[0]}, and a pickle can run code when it is loaded: save them "
+                "as safetensors with `save_pretrained`"
+            )
+        raise ValueError(f"{folder} holds no weights (*.safetensors), only {_content(folder)}: copy it again")
+    if not (folder / index).exists():
+        return
+    shards = read_object(folder / index, needed="the folder as it was saved").get("weight_map")
+    missing = sorted(set(map(str, shards.values())) - names) if isinstance(shards, dict) else ["a `weight_map`"]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, of which {index} speaks: copy the folder again")
+
+
+def _content(folder: Path) -> list[str]:
+    """Up to five names."""
+    names = sorted(file.name for file in folder.iterdir())
+    return names[:5] + (["..."] if len(names) > 5 else [])
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of an error, the name of its class where it says nothing readable."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 240 else text[:237] + "..."
+    return short if " " in text else f"{type(error).__name__} {short}".strip()

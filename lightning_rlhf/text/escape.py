@@ -1,0 +1,33 @@
+"""Text that a model or a data file wrote, made safe to show: it can neither drive a terminal nor become markup."""
+
+from __future__ import annotations
+
+import html as markup
+
+_BREAKS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def terminal(text: str) -> str:
+    r"""The text on one line of printable characters; every other one as its Python escape, such as `\x1b`.
+
+    What is escaped: C0 and C1 controls with ESC and NUL (ANSI sequences lose their first character and with it their
+    effect), line breaks of every kind, bidirectional overrides and other invisible format characters, surrogates,
+    private and unassigned code points, and every space but the plain one. Backslashes stay, so that ordinary text is
+    unchanged: this is for reading, not for parsing back.
+    """
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def html(text: str) -> str:
+    """The text as HTML content or a quoted attribute: markup characters as entities, line breaks as `<br>`.
+
+    What `terminal` escapes is escaped here too, tabs apart: a bidirectional override would reorder a page as well.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "<br>".join(markup.escape("".join(c if c == "\t" else _printable(c) for c in line)) for line in lines)
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return _BREAKS.get(character) or character.encode("unicode_escape").decode("ascii")

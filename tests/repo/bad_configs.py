@@ -1,0 +1,92 @@
+"""Command lines and configs that no run can follow."""
+
+from __future__ import annotations
+
+from bad_bench import Bench, Case, case
+
+
+def flag(name: str, *flags: str, says: tuple[str, ...], kind: str = "sft") -> Case:
+    return case(f"flag-{name}", lambda bench: getattr(bench, kind)(*flags), *says, code=2)
+
+
+def yaml(name: str, text: str | bytes, *says: str, kind: str = "sft") -> Case:
+    """A config file after all flags, so that it wins."""
+
+    def arguments(bench: Bench) -> list[str]:
+        return getattr(bench, kind)("--config", bench.file(text, "bad.yaml"))
+
+    return case(f"yaml-{name}", arguments, *says, code=2)
+
+
+COMMANDS = [
+    case("command-none", lambda b: [], "subcommand|required", code=2),
+    case("command-unknown", lambda b: ["train"], "train", code=2),
+    case("command-no-model", lambda b: ["fit"], "model", code=2),
+    case("command-no-data-file", lambda b: b.ppo("--data=PromptDataModule", "--data.train=null"), "needs `train`"),
+]
+FLAGS = [
+    flag("unknown", "--modell=3", says=("--modell=3",)),
+    flag("prefix", "--trainer.max_step=3", says=("trainer.max_step",)),
+    flag("unknown-argument", "--model.sceduler=3", says=("'sceduler'",)),
+    flag("unknown-class", "--model.schedule=Cosinus", says=("`model.schedule`", "no Cosinus")),
+    flag("unknown-model", "--model=SFTModul", says=("SFTModul",)),
+    flag("class-of-another-kind", "--model.schedule=Clip", says=("`model.schedule`",)),
+    flag("module-missing", "--model.reward=nowhere.fn", says=("nowhere",), kind="ppo"),
+    flag("attribute-missing", "--model.reward=math.nothing", says=("nothing",), kind="ppo"),
+    flag("text-for-number", "--data.batch_size=many", says=("`data.batch_size`", "expected int", "many")),
+    flag("fraction-for-number", "--data.batch_size=1.5", says=("`data.batch_size`", "expected int")),
+    flag("null-for-number", "--data.batch_size=null", says=("batch_size`", "None")),
+    flag("list-for-number", "--data.batch_size=[1]", says=("`data.batch_size`",)),
+    flag("number-for-truth", "--data.loss_on_prompt=7", says=("`data.loss_on_prompt`", "expected bool")),
+    flag("numbers-for-paths", "--data.train=[1,2]", says=("`data.train`", "expected str")),
+    flag("unknown-choice", "--model.model.dtype=int8", says=("dtype", "'bfloat16'")),
+    flag("unknown-column", "--data.columns.promt=x", says=("columns.promt",)),
+    flag("batch-of-nothing", "--data.batch_size=0", says=("`batch_size` must be at least 1, got 0",)),
+    flag("negative-workers", "--data.num_workers=-1", says=("`num_workers` must be at least 0",)),
+    flag("one-token", "--data.max_tokens=1", says=("`max_tokens` must be at least 2",)),
+    flag("floor", "--model.schedule.floor=-3", says=("`floor` must lie in",)),
+    flag("no-response", "--model.generation.max_new_tokens=0", says=("`max_new_tokens`",), kind="ppo"),
+    flag("cold", "--model.generation.temperature=0", says=("`temperature`",), kind="ppo"),
+    flag("temperature-nan", "--model.generation.temperature=.nan", says=("temperature",), kind="ppo"),
+    flag("negative-beta", "--model.kl.coef=-1", says=("`coef`",), kind="ppo"),
+    flag("negative-gamma", "--model.ptx_coef=-1", says=("`ptx_coef` must be at least 0",), kind="ppo"),
+    flag("no-samples", "--model.generation.samples_per_prompt=0", says=("samples_per_prompt",), kind="ppo"),
+    flag("no-texts", "--data.pretrain_ratio=0", says=("`pretrain_ratio`",), kind="ppo"),
+    flag("group-of-one", "--model.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
+    flag("accelerator", "--trainer.accelerator=abacus", says=("abacus",)),
+    flag("no-devices", "--trainer.devices=0", says=("devices",)),
+    flag("precision", "--trainer.precision=99", says=("`trainer.precision`", "99")),
+    flag("strategy", "--trainer.strategy=hope", says=("hope",)),
+    flag("epochs", "--trainer.max_epochs=-7", says=("max_epochs",)),
+    flag("batches", "--trainer.limit_train_batches=-3", says=("limit_train_batches",)),
+    flag("callback", "--trainer.callbacks=[{class_path: Nobody}]", says=("`trainer.callbacks`", "no Nobody")),
+    flag("logger", "--trainer.logger=nowhere.Logger", says=("`trainer.logger`",)),
+    flag("optimizer", "--model.optimizer=torch.optim.Adamm", says=("`model.optimizer`",)),
+    flag("kernel-of-a-hub", "--model.model.attention=some/kernel", says=("`attention` names code of a hub",)),
+    flag("pickles", "--weights_only=false", says=("`weights_only`", "without pickle")),
+    flag("config-missing", "--config=no.yaml", says=("no.yaml", "not exist")),
+    flag("config-folder", "--config=.", says=("config",)),
+    case("flag-learning-rate", lambda b: b.sft("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"), "-1"),
+]
+TRUSTED = "trust_remote_code: true"
+TRUST = f"model: {{init_args: {{model: {{{TRUSTED}}}}}}}"
+LOADER = f"{{class_path: transformers.AutoModelForCausalLM.from_pretrained, dict_kwargs: {{{TRUSTED}}}}}"
+FILES = [
+    yaml("unknown-key", "modell: 3", "modell"),
+    yaml("unknown-argument", "data: {init_args: {batchsize: 3}}", "batchsize"),
+    yaml("list", "[1, 2]", "bad.yaml|config"),
+    yaml("text", "hello", "bad.yaml|config"),
+    yaml("broken", "data: {init_args: [", "bad.yaml|config"),
+    yaml("tab", "data:\n\tinit_args: 3", "bad.yaml|config"),
+    yaml("key-twice-nested", "data: {init_args: {batch_size: x}}", "batch_size"),
+    yaml("binary", b"\x00\x01\xff\xfe", "bad.yaml|config"),
+    yaml("python-object", "data: !!python/object/apply:os.system ['true']", "bad.yaml|config|tag"),
+    yaml("text-for-object", "trainer: fast", "trainer"),
+    yaml("trust", TRUST, "no matter of a config file", "--model.model.trust_remote_code=true"),
+    yaml(
+        "trust-of-reference", f"model: {{init_args: {{reference: {{path: x, {TRUSTED}}}}}}}", "config file", kind="ppo"
+    ),
+    yaml("trust-of-a-loader", f"model: {{init_args: {{policy: {LOADER}}}}}", "`model.policy`", kind="ppo"),
+    yaml("pickles", "weights_only: false", "without pickle"),
+]
+CASES = [*COMMANDS, *FLAGS, *FILES]

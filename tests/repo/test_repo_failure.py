@@ -1,0 +1,86 @@
+"""A refusal is a sentence and a status; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_rlhf import Clip, ModelSource
+from lightning_rlhf.cli import console
+from lightning_rlhf.failure import TRACEBACK, one_line, sentence, status
+
+
+def caught(act: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as found:  # noqa: PT011
+        act()
+    return found.value
+
+
+def mine() -> None:
+    raise ValueError("of somebody else")
+
+
+def test_what_the_library_refuses_is_a_sentence() -> None:
+    assert sentence(caught(lambda: Clip(epsilon=-1.0))) == "`epsilon` must be a number above 0: got -1.0"
+    assert sentence(caught(lambda: torch.optim.SGD([torch.ones(1)], lr=-1.0))) == "Invalid learning rate: -1.0"
+    assert "there is no folder /none" in sentence(caught(ModelSource(path="/none").causal_lm))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        mine,
+        lambda: torch.ones(2) @ torch.ones(3),
+        lambda: torch.nn.functional.cross_entropy(torch.ones(2, 2), torch.ones(3).long()),
+        lambda: ModelSource(path=3).causal_lm(),  # a TypeError of pathlib: nobody raised it for a user
+    ],
+)
+def test_what_nobody_refused_is_a_bug(act: Callable[[], Any]) -> None:
+    assert sentence(caught(act)) is None
+
+
+def test_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = caught(lambda: Clip(epsilon=-1.0))
+    monkeypatch.setenv(TRACEBACK, "1")
+    assert sentence(error) is None
+
+
+def test_status_tells_data_from_configs() -> None:
+    assert status(caught(ModelSource(path="/none").causal_lm)) == 1
+
+
+def test_quoted_data_can_not_drive_the_terminal() -> None:
+    assert one_line("a\n  b \x1b[31m\u202e") == r"a b \x1b[31m\u202e"
+
+
+def test_reward_of_the_user_that_raises_keeps_its_traceback(ppo: Any, workplace: Path, monkeypatch: Any) -> None:
+    (workplace / "raising_reward.py").write_text("def fn(prompts, responses):\n    raise ValueError('mine')\n")
+    monkeypatch.syspath_prepend(workplace)
+    arguments = ["validate", *ppo(model__reward__path=None), "--model.reward=raising_reward.fn"]
+    monkeypatch.setattr("sys.argv", ["lightning-rlhf", *arguments])
+    with pytest.raises(ValueError, match="mine"):
+        console()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--model.model.path=runs/none/model"], 1, "there is no folder runs/none/model"),
+        (["--data.batch_size=x"], 2, "expected int"),
+        (["--data.train=none.jsonl"], 1, "none.jsonl does not exist"),
+    ],
+)
+def test_process_ends_the_same(flags: list[str], code: int, says: str, tiny: Any, workplace: Path) -> None:
+    named = ["--model=SFTModule", f"--model.model.path={tiny.policy}", "--data=DemonstrationDataModule"]
+    named += [f"--data.train={tiny.file('demonstrations')}", "--trainer.accelerator=cpu", *flags]
+    command = [sys.executable, "-m", "lightning_rlhf", "fit", *named]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    last = done.stderr.rstrip("\n").split("\n")[-1]
+    assert (done.returncode, says in last, "Traceback" in done.stderr) == (code, True, False), done.stderr
