@@ -39,11 +39,13 @@ def check_rl_strategy(module: PPOModule) -> None:
     """Refuse what PPO cannot train under, and hand DeepSpeed the clipping that it does itself.
 
     Raises:
-        ValueError: FSDP1, whose one forward would hold all updates, or several backwards a step under DeepSpeed, which
-            keeps the last of them alone.
+        ValueError: FSDP1, whose one forward would hold all updates; several backwards a step under DeepSpeed, which
+            keeps the last of them alone; compiled blocks under FSDP2, which was never run.
     """
     check_strategy(module)
     strategy, updates = strategy_of(module), module.updates
+    if module.compile_networks and module.device_mesh is not None:
+        raise ValueError(f"`compile` was not tried under {type(strategy).__name__}: set it to False")
     if isinstance(strategy, FSDPStrategy):
         raise ValueError(
             f"PPO does not train under {type(strategy).__name__} (FSDP1), which takes a training step for one forward "

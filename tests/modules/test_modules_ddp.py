@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,12 +41,14 @@ def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
     return folder
 
 
-def launch(folder: Path, devices: int, strategy: str, names: str) -> subprocess.Popen:
-    """The program, on a free port, in a session of its own so that no child outlives a hang."""
+def launch(folder: Path, devices: int, strategy: str, names: str, **environment: str) -> subprocess.Popen:
+    """The program, on a free port unless told, in a session of its own so that no child outlives a hang."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), str(folder), str(devices), strategy, names],
-        env=inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+        env=inherited
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -200,4 +203,64 @@ def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
         assert torch.equal(found["whole"]["weights"], found["resumed"]["weights"])
         assert (found["whole"]["kl"], found["whole"]["n"]) == (found["resumed"]["kl"], found["resumed"]["n"])
     assert float((one["resumed"]["weights"] - two["resumed"]["weights"]).abs().max()) < 1e-9
+    averages = [found[name]["average"] for found in (one, two) for name in ("whole", "resumed")]
+    for average in averages[1:]:
+        assert average.keys() == averages[0].keys()
+        assert all(torch.allclose(average[key], averages[0][key], rtol=0, atol=1e-9) for key in average)
     assert float((one["first"]["weights"] - one["resumed"]["weights"]).abs().max()) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def single(folder) -> Callable[[str], dict]:
+    """One process in float32."""
+    finish(launch(folder, 1, "one32", "sft,reward,plain"), timeout=60)
+    return lambda name: torch.load(folder / f"{name}-one32.pt")
+
+
+def assert_trained_alike(one: dict, two: dict) -> None:
+    """Every step's numbers and the evaluation, in float32."""
+    assert len(one["steps"]) == len(two["steps"]) >= 4
+    for a, b in zip([*one["steps"], one["eval"]], [*two["steps"], two["eval"]], strict=True):
+        assert_same_numbers(a, b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp1_trains_sft_and_reward_models_as_one_process(folder, single):
+    """On a stand-in for a CPU; the weights are shards, so what is compared is what they say of the data."""
+    finish(launch(folder, 2, "fsdp1", "sft,reward"), timeout=60)
+    for name in ("sft", "reward"):
+        assert_trained_alike(single(name), torch.load(folder / f"{name}-fsdp1.pt"))
+
+
+@pytest.mark.slow
+def test_deepspeed_zero2_trains_every_stage_as_one_process(folder, single):
+    """Two networks, PTX, clipping by `updates.max_grad_norm` alone, the norm before it, the exported folder."""
+    pytest.importorskip("deepspeed")
+    finish(launch(folder, 2, "zero2", "sft,reward,plain"), timeout=150)
+    for name in ("sft", "reward", "plain"):
+        one, two = single(name), torch.load(folder / f"{name}-zero2.pt")
+        assert float((one["weights"] - two["weights"]).abs().max()) < 1e-5
+        assert_trained_alike(one, two)
+    assert max(step["policy/grad_norm"] for step in one["steps"]) > 1.0  # so that it was clipped
+    first, second = (load_file(folder / f"sft-{kind}" / "model.safetensors") for kind in ("one32", "zero2"))
+    assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-5) for key in first)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_process_trains(outcomes, folder):
+    """The same command once on each node, which knows its rank and where the first is; here both are one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    known = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [launch(folder, 2, "nodes", "ppo,reward", NODE_RANK=rank, **known) for rank in ("1", "0")]
+    for process in processes:
+        finish(process, timeout=60)
+    for name in ("ppo", "reward"):
+        one, _ = outcomes(name, "ddp")
+        two = torch.load(folder / f"{name}-nodes.pt")
+        assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+        for a, b in zip(one["steps"], two["steps"], strict=True):
+            assert_same_numbers(
+                {k: v for k, v in a.items() if k[:5] != "eval/"}, {k: b[k] for k in a if k[:5] != "eval/"}
+            )
