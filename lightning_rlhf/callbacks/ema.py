@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
@@ -35,8 +36,13 @@ class EMA(Callback):
         begun = self.average or weights
         if begun.keys() != weights.keys():
             raise ValueError("the checkpoint's average is of another model: its trained parameters have other names")
-        self.average = {name: _precise(begun[name]).to(weight.device) for name, weight in weights.items()}
+        self.average = {name: _precise(_sharded_as(weight, begun[name])) for name, weight in weights.items()}
         self._handle = trainer.optimizers[0].register_step_post_hook(lambda *_: self.update(pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shard a checkpoint's average as the weights are: some strategies load it only after `on_fit_start`."""
+        weights = _weights(pl_module)
+        self.average = {name: _sharded_as(weights[name], tensor) for name, tensor in self.average.items()}
 
     @torch.no_grad()
     def update(self, pl_module: LightningModule) -> None:
@@ -60,7 +66,7 @@ class EMA(Callback):
             return
         for name, weight in _weights(pl_module).items():
             self._live[name] = weight.detach().clone()
-            weight.copy_(self.average[name])
+            weight.copy_(_sharded_as(weight, self.average[name]))
 
     @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:
@@ -91,8 +97,8 @@ class EMA(Callback):
             self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, by parameter name."""
-        return {"average": {name: tensor.detach().clone() for name, tensor in self.average.items()}}
+        """The average, whole, by parameter name; where it is sharded all processes must ask."""
+        return {"average": {name: _whole(tensor.detach().clone()) for name, tensor in self.average.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The average of a checkpoint."""
@@ -107,3 +113,15 @@ def _weights(pl_module: LightningModule) -> dict[str, nn.Parameter]:
 
 def _precise(weight: Tensor) -> Tensor:
     return weight.detach().clone().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_as(weight: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor where the weight is: on its device, and in the same shards."""
+    tensor = tensor.to(weight.device)
+    if isinstance(weight, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor, weight.device_mesh, weight.placements)
+    return tensor

@@ -30,19 +30,20 @@ class Export(Callback):
         Raises:
             ValueError: `merge_adapter` without an adapter, or weights that no process holds whole.
         """
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
                 f"Export writes whole weights, but {type(trainer.strategy).__name__} leaves each process a shard: take "
-                "Export out of `trainer.callbacks` and keep Lightning's checkpoint, or train with ddp"
+                "ModelParallelStrategy (configs/strategy/fsdp2.yaml), whose shards Export gathers, or train with ddp"
             )
         adapted = any(hasattr(module, "peft_config") for module in pl_module.modules())
         if self.merge_adapter and not adapted:
             raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder, on the first process."""
+        """Write the folder, on the first process; the others hand it their shards where they have any."""
         average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        all_take_part = isinstance(trainer.strategy, ModelParallelStrategy)
+        if (trainer.is_global_zero or all_take_part) and not trainer.fast_dev_run:
             with average.applied(pl_module) if average else nullcontext():
                 pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
             logger.info("exported %s to %s", type(pl_module).__name__, self.folder)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +19,22 @@ WORTH_PACKING = 8
 """Passes from which on it pays to pack the weights."""
 
 
-def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int) -> nn.Module:
-    """The network in eval mode, in `dtype`, its adapter folded in; on a CPU its linear maps are packed.
+def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
+    """The network in eval mode, in `dtype`, its adapter folded in; on a CPU the linear maps of a whole one are packed.
 
     Weights that need no change are shared with the network, which stays as it is. Buffers keep their precision: rotary
-    frequencies must not be rounded.
+    frequencies must not be rounded. The weights of a sharded network are gathered, so that all processes must call this
+    together; what samples then runs no collective, and each process stops when its own responses have ended.
 
     Args:
         network: a causal language model, bare or in an adapter.
         dtype: of the weights that sample.
         passes: forward passes to come; packing is worth its while only for some.
+        blueprint: of a sharded network.
     """
-    actor = _unpacked(network, dtype)
+    actor = _unpacked(network, dtype, blueprint)
+    if blueprint is not None:
+        return actor
     known = type(actor).__qualname__
     if passes < WORTH_PACKING or known in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
         return actor
@@ -44,12 +46,12 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int) -> nn.Mod
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # it reads the weights by itself
         logger.info("the weights of %s stay as they are: it does not work with packed ones", known)
     _UNPACKABLE.add(known)
-    return _unpacked(network, dtype)
+    return _unpacked(network, dtype, None)
 
 
-def _unpacked(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | None) -> nn.Module:
     folds = is_adapted(network) and hasattr(network, "merge_and_unload")
-    actor = _twin(network, lambda weight: weight.detach().to(dtype, copy=folds))
+    actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
     return actor.merge_and_unload() if folds else actor
 
 
@@ -58,13 +60,6 @@ def _probe(network: nn.Module) -> Tensor:
     """Logits of two tokens."""
     tokens = torch.tensor([[0, 1]], device=next(network.parameters()).device)
     return network(input_ids=tokens, use_cache=False).logits.float()
-
-
-def _twin(network: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The same structure in eval mode over other parameters and the same buffers."""
-    known: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
-    known |= {id(weight): nn.Parameter(convert(weight), requires_grad=False) for weight in network.parameters()}
-    return copy.deepcopy(network, known).eval()
 
 
 class PackedLinear(nn.Module):

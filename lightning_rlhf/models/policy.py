@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -17,7 +18,9 @@ from lightning_rlhf.core.logprobs import token_logprobs
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.folder import write_folder
+from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.states import Backbone, positions
+from lightning_rlhf.models.twin import Blueprint, whole
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ class PolicyModel(nn.Module):
         self.network = network
         self.tokenizer = tokenizer
         self.backbone = Backbone(network)
+        self.blueprint: Blueprint | None = None
+        """Of a sharded policy."""
         self._linear_head: bool | None = None  # found out by the first forward
 
     def forward(
@@ -122,8 +127,13 @@ class PolicyModel(nn.Module):
         """Inside it the policy is what it was before training: the adapter is off."""
         return self.network.disable_adapter() if is_adapted(self.network) else nullcontext()
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leave each process of the mesh a part of every weight; then all of them must call the policy together."""
+        self.blueprint = shard(self, mesh)
+        self.backbone.shares_prompts = False  # or the number of passes would depend on a process's own prompts
+
     def frozen_copy(self, dtype: torch.dtype | None = None) -> PolicyModel:
-        """A copy without gradient, in eval mode.
+        """A copy of a whole policy without gradient, in eval mode.
 
         Args:
             dtype: of its weights; buffers stay as they are. None is the policy's.
@@ -137,13 +147,17 @@ class PolicyModel(nn.Module):
         """Write a Hugging Face folder: weights, config, generation config, tokenizer with its template.
 
         Args:
-            folder: written whole or not at all; what stood there before is replaced.
+            folder: written whole or not at all; what stood there before is replaced. Of a sharded policy the first
+                process writes it, and all of them must call this.
             merge_adapter: fold a LoRA adapter into the weights; otherwise an adapter folder is written.
 
         Raises:
             ValueError: `merge_adapter` without an adapter.
         """
-        network = merged(self.network) if merge_adapter else self.network
+        network = whole(self.network, self.blueprint)
+        if network is None:
+            return
+        network = merged(network) if merge_adapter else network
         with write_folder(folder) as target:
             network.save_pretrained(target)
             if self.tokenizer is not None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.folder import write_folder
+from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import ModelSource, scalar_head
 from lightning_rlhf.models.states import positions
+from lightning_rlhf.models.twin import Blueprint, whole
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
@@ -43,6 +46,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.network = network
         self.tokenizer = tokenizer
+        self.blueprint: Blueprint | None = None
+        """Of a sharded model."""
         scalar_head(self._bare())
         self.bias = float(getattr(network.config, "demonstration_bias", 0.0))
         """Added to the raw score: −(mean raw score of the demonstrations). A Python float (see `Adaptive`)."""
@@ -65,6 +70,10 @@ class ScalarModel(nn.Module):
             input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
         return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leave each process of the mesh a part of every weight; then all of them must call the model together."""
+        self.blueprint = shard(self, mesh)
 
     def _bare(self) -> Any:
         """The sequence-classification model under an adapter."""
@@ -89,10 +98,13 @@ class ScalarModel(nn.Module):
         """Write a folder that `AutoModelForSequenceClassification` loads, `demonstration_bias` in its config.
 
         Args:
-            folder: written whole or not at all.
+            folder: written whole or not at all. Of a sharded model the first process writes it, and all of them must
+                call this.
             merge_adapter: fold a LoRA adapter into the weights.
         """
-        network = self.network
+        network = whole(self.network, self.blueprint)
+        if network is None:
+            return
         if merge_adapter:
             network = merged(network)
         network.config.demonstration_bias = self.bias

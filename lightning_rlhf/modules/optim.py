@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_rlhf.core.schedule import Schedule
+from lightning_rlhf.models.twin import whole_tensor
 
 FUSED = ("cpu", "cuda")
 """Devices on which torch has fused optimizers."""
@@ -85,7 +86,7 @@ def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: floa
         max_norm: None measures only.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     if max_norm is not None:
         module.clip_gradients(optimizer, gradient_clip_val=max_norm, gradient_clip_algorithm="norm")
     return norm.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,10 +43,12 @@ from lightning_rlhf.modules.credit import credit
 from lightning_rlhf.modules.evaluation import Evaluation
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
-from lightning_rlhf.modules.objective import Objective
+from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.resume import check_resumable, reward_settings, settings
 from lightning_rlhf.modules.revival import CheckedRevival
+from lightning_rlhf.modules.sharding import most_passes, shard_networks
+from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -149,9 +152,14 @@ class PPOModule(CheckedRevival, LightningModule):
         self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
 
     def configure_model(self) -> None:
-        """Build policy, reference, reward and value network, once."""
+        """Build policy, reference, reward and value network, once; shard them where the strategy asks.
+
+        Raises:
+            ValueError: the strategy cannot train PPO.
+        """
         if self.policy is not None:
             return
+        check_rl_strategy(self)
         policy, reference, value = self._sources
         self.policy = build_policy(policy, self.tokenizer)
         self.reward.prepare(self.tokenizer)
@@ -169,7 +177,9 @@ class PPOModule(CheckedRevival, LightningModule):
             updates=self.updates,
             old_logprobs=self.old_logprobs,
             clock=self.clock,
+            agree=partial(most_passes, self),
         )
+        shard_networks(self, [self.policy, self.value, *self.collector.frozen()])
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks, which strategies do not see, to the process's device."""
@@ -177,7 +187,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
-        tally, prompts, text, start = Tally(), batch["prompts"], self._pretraining(batch), perf_counter()
+        tally, prompts, text, start = Tally(), batch["prompts"], pretraining_of(batch, self.ptx_coef), perf_counter()
         self.clock.lap()  # what validation took is not the step's
         rollout = self.roll_out(prompts, self.samples_per_prompt, stream="train", iteration=self.iteration)  # y ~ π_old
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                        (B,)
@@ -189,7 +199,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
         if self.surrogate.adaptive:
             with self.clock.phase("kl_old"):
-                for piece, _ in self.updates.microbatches(experience, None):
+                for piece, _ in self.updates.microbatches(experience, None, self.collector.agree):
                     self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
@@ -232,7 +242,7 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer = self.optimizers()
         counts = [self.reduction.count(minibatch.mask), 0 * minibatch.mask.sum() if text is None else text.target.sum()]
         actions, words = self.all_sum(torch.stack(counts)).clamp(min=1)
-        pieces = self.updates.microbatches(minibatch, text)
+        pieces = self.updates.microbatches(minibatch, text, self.collector.agree)
         optimizer.zero_grad()
         for number, (piece, share) in enumerate(pieces, start=1):
             with optimizer.toggle_model(sync_grad=number == len(pieces)):
@@ -242,7 +252,7 @@ class PPOModule(CheckedRevival, LightningModule):
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over processes
         with self.clock.phase("optimizer"):
             optimizer.step()
-        tally.add("policy/grad_norm", self._grad_norm)
+        tally.add("policy/grad_norm", gradient_norm(self, self._grad_norm))
 
     @property
     def objective(self) -> Objective:
@@ -345,13 +355,3 @@ class PPOModule(CheckedRevival, LightningModule):
         if self.collector is not None:
             self.collector.apply(fn)
         return self
-
-    def _pretraining(self, batch: PPOBatch) -> TextBatch | None:
-        if self.ptx_coef == 0:
-            return None
-        if "pretrain" not in batch:
-            raise ValueError(
-                f"`ptx_coef` is {self.ptx_coef}, but the data serves no pretraining texts: set the data's `pretrain`, "
-                "or `ptx_coef` to 0"
-            )
-        return batch["pretrain"]

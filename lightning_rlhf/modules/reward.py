@@ -27,6 +27,8 @@ from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
+from lightning_rlhf.modules.sharding import shard_networks
+from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
@@ -69,12 +71,14 @@ class RewardModule(CheckedRevival, LightningModule):
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
     def configure_model(self) -> None:
-        """Build the network, once."""
+        """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            check_strategy(self)
             source = self._source[0]
             network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
             check_rows(network, self.tokenizer, name="reward")
             self.model = ScalarModel(network, self.tokenizer)
+            shard_networks(self, [self.model])
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """r_θ at the last token, bias included, (B,).
@@ -134,13 +138,13 @@ class RewardModule(CheckedRevival, LightningModule):
 
     def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
         if isinstance(batch, TextBatch):
-            real = batch.target.any(1)
+            scores, real = self(batch.tokens, batch.mask), batch.target.any(1)  # fillers too: a pass may need all
             if real.any():
-                self.demonstrations.update(self(batch.tokens[real], batch.mask[real]) - self.model.bias)
+                self.demonstrations.update(scores[real] - self.model.bias)
             return
         pairs, lengths = preferred_pairs(batch.rank), batch.mask.sum(2)
+        scores = self.rank(batch) - self.model.bias
         if pairs.any():
-            scores = self.rank(batch) - self.model.bias
             margins, longer = score_margins(scores)[pairs], score_margins(lengths)[pairs]
             losses = self.loss(scores, batch.rank, batch.strength)
             self.accuracy.update(margins > 0)

@@ -20,6 +20,8 @@ from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
+from lightning_rlhf.modules.sharding import shard_networks
+from lightning_rlhf.modules.strategies import check_strategy
 from lightning_rlhf.types import TextBatch
 
 
@@ -53,9 +55,11 @@ class SFTModule(CheckedRevival, LightningModule):
         self._settings = settings(optimizer, model=model, schedule=schedule)
 
     def configure_model(self) -> None:
-        """Build the network, once."""
+        """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            check_strategy(self)
             self.model = build_policy(self._source[0], self.tokenizer)
+            shard_networks(self, [self.model])
 
     def forward(self, batch: TextBatch) -> Tensor:
         """Log-probs of tokens 1 .. L−1, (B, L − 1), nats; 0 where a token does not count.

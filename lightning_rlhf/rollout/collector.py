@@ -17,7 +17,7 @@ from lightning_rlhf.rollout.generation import Generation, row_uniforms
 from lightning_rlhf.rollout.old import OldLogprobs, Situation, choose
 from lightning_rlhf.rollout.reward import Reward
 from lightning_rlhf.rollout.sampler import Sampler
-from lightning_rlhf.rollout.updates import Updates
+from lightning_rlhf.rollout.updates import Agree, Updates, alone
 from lightning_rlhf.types import PromptBatch, Rollout
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Collector:
         updates: what learns from the rollout; its microbatches are also how it is measured.
         old_logprobs: where log π_old comes from; None chooses.
         clock: takes the seconds of each phase.
+        agree: how many pieces every process must measure its rollout in.
     """
 
     def __init__(
@@ -50,23 +51,25 @@ class Collector:
         updates: Updates,
         old_logprobs: OldLogprobs | None = None,
         clock: Clock | None = None,
+        agree: Agree = alone,
     ) -> None:
         self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
-        self.generation, self.updates, self.old_logprobs = generation, updates, old_logprobs
+        self.generation, self.updates, self.old_logprobs, self.agree = generation, updates, old_logprobs, agree
         self.sampler, self.clock = Sampler(policy, generation), clock or Clock()
         self._named: set[OldLogprobs] = set()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the frozen networks."""
-        for network in self._frozen():
+        for network in self.frozen():
             network._apply(fn)
 
     def to(self, device: torch.device) -> None:
         """Move the frozen networks."""
-        for network in self._frozen():
+        for network in self.frozen():
             network.to(device)
 
-    def _frozen(self) -> list[nn.Module]:
+    def frozen(self) -> list[nn.Module]:
+        """The reward's networks and the reference."""
         return self.reward.networks() + ([] if self.reference is None else [self.reference])
 
     def __deepcopy__(self, memo: dict[int, object]) -> Collector:
@@ -91,7 +94,8 @@ class Collector:
         with self.clock.phase("generate"):
             rollout = self._sampled(prompts, samples, stream=stream, iteration=iteration, rank=rank, world=world)
         learning = stream == "train"
-        pieces = self.updates.pieces(rollout) if learning else self.updates.split(rollout)
+        cut = self.updates.pieces if learning else self.updates.split
+        pieces = cut(rollout, self.agree)
         with self.clock.phase("reference"):
             rollout = replace(rollout, ref_logprobs=self._in_pieces(self._reference, rollout, pieces))
         with self.clock.phase("old_logprobs"):

@@ -81,9 +81,11 @@ class LearnedReward(TextReward):
         return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
 
     def _scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """In batches of similar length, (B,)."""
-        found: Tensor | None = None
-        for rows, columns in batches_of(mask, tokens=self.batch_tokens):
+        """In batches of similar length, (B,); of a sharded model in one, for all processes must run as many."""
+        batches, found = batches_of(mask, tokens=self.batch_tokens), None
+        if self.model.blueprint is not None:
+            batches = [(torch.arange(len(mask), device=mask.device), slice(None))]
+        for rows, columns in batches:
             real = mask[rows, columns]
             part = score_at_end(self.model(tokens[rows, columns], real), real)
             found = part.new_empty(len(mask)) if found is None else found

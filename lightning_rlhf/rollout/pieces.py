@@ -57,3 +57,21 @@ def batches_of(mask: Tensor, *, tokens: int) -> list[tuple[Tensor, slice]]:
         else:
             found.append(([row], first[row], last[row]))
     return [(torch.tensor(rows, device=mask.device), slice(start, stop)) for rows, start, stop in found]
+
+
+def at_least(pieces: list[Tensor], count: int) -> list[Tensor]:
+    """The same rows in `count` pieces or more: the largest is halved, and where all are single rows, one comes again.
+
+    A row that comes again is measured twice, which changes nothing; rows to learn from are as many on each process, so
+    that there none has to.
+
+    Args:
+        pieces: row numbers, (b,), int64.
+        count: how many there must be.
+    """
+    found = list(pieces)
+    while len(found) < count:
+        place = max(range(len(found)), key=lambda i: len(found[i]))
+        largest = found[place]
+        found[place : place + 1] = list(largest.tensor_split(2)) if len(largest) > 1 else [largest, largest]
+    return found

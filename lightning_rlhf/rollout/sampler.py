@@ -50,7 +50,7 @@ class Sampler:
         ends, dtype = self.policy.end_tokens, self.dtype(device)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             return self.decode(
-                make_actor(self.policy.network, dtype, passes=self.passes),
+                make_actor(self.policy.network, dtype, passes=self.passes, blueprint=self.policy.blueprint),
                 prompts.tokens,
                 prompts.mask,
                 uniforms,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_rlhf.core.checks import check_positive
-from lightning_rlhf.rollout.pieces import pieces_of
+from lightning_rlhf.rollout.pieces import at_least, pieces_of
 from lightning_rlhf.types import Experience, Rollout, TextBatch
 
 Minibatch = tuple[Experience, TextBatch | None]
+Agree = Callable[[int], int]
+"""From the pieces one process has to those that all must have: a sharded network needs all of them in every pass."""
+
+
+def alone(count: int) -> int:
+    """No other process need make as many passes."""
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class Updates:
             for index, part in zip(order.chunk(count), texts, strict=True):
                 yield experience.select(index.to(device)), part
 
-    def pieces(self, rollout: Rollout) -> list[Tensor]:
+    def pieces(self, rollout: Rollout, agree: Agree = alone) -> list[Tensor]:
         """Row numbers of each microbatch of the first epoch, (b,), int64, those of similar length together.
 
         What is measured of these very pieces before the updates is what the first epoch measures, to the bit, although
@@ -86,27 +93,31 @@ class Updates:
 
         Args:
             rollout: B responses.
+            agree: how many pieces a minibatch must have.
         """
         rows = torch.arange(len(rollout), device=rollout.tokens.device)
         minibatches = rows.chunk(self.steps(len(rollout)) // self.epochs)
-        return [rows[piece] for rows in minibatches for piece in self.split(rollout.select(rows))]
+        return [rows[piece] for rows in minibatches for piece in self.split(rollout.select(rows), agree)]
 
-    def split(self, rollout: Rollout) -> list[Tensor]:
+    def split(self, rollout: Rollout, agree: Agree = alone) -> list[Tensor]:
         """Row numbers of each microbatch, (b,), int64, those of similar length together.
 
         Args:
             rollout: a minibatch, or what nothing is learned from.
+            agree: how many pieces there must be.
         """
-        return pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
+        found = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
+        return at_least(found, agree(len(found)))
 
-    def microbatches(self, experience: Experience, text: TextBatch | None) -> list[Minibatch]:
+    def microbatches(self, experience: Experience, text: TextBatch | None, agree: Agree = alone) -> list[Minibatch]:
         """A minibatch in pieces that fit in memory, those of similar length together.
 
         Args:
             experience: a minibatch.
             text: its pretraining texts.
+            agree: how many pieces there must be.
         """
-        order = self.split(experience.rollout)
+        order = self.split(experience.rollout, agree)
         return list(zip((experience.select(index) for index in order), _split_text(text, len(order)), strict=True))
 
 

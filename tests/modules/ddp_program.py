@@ -1,10 +1,14 @@
-"""Trains every stage on `devices` processes and saves what came out: `python ddp_program.py FOLDER DEVICES NAMES`.
+"""Trains every stage on `devices` processes: `python ddp_program.py FOLDER DEVICES STRATEGY NAMES`.
 
-FOLDER holds `lm`, `scorer` and the JSONL files. A global batch is the same whatever DEVICES is.
+FOLDER holds `lm`, `scorer` and the JSONL files, and gets what came out. A global batch is the same whatever DEVICES is,
+which are spread over as many nodes as the environment's NODES says.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
+import os
 import sys
 import warnings
 from functools import partial
@@ -12,7 +16,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch.nn.utils import parameters_to_vector
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from peft import LoraConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
@@ -29,6 +36,7 @@ from lightning_rlhf import (
     GroupAdvantage,
     KLInLoss,
     KLPenalty,
+    LearnedReward,
     LeaveOneOut,
     Linear,
     MeanOfMeans,
@@ -48,9 +56,56 @@ from lightning_rlhf import (
     Whitened,
     WorstOf,
 )
+from lightning_rlhf.callbacks import EMA, Export
+from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
+
+
+class CPUFSDP(FSDPStrategy):
+    """FSDP1, which asks for a GPU, on a CPU: the same wrapper told its device."""
+
+    def _setup_model(self, model):
+        options = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision_config}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
+
+
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed without the checks that want a GPU."""
+
+    def setup_environment(self):
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        arguments = argparse.Namespace(device_rank=self.local_rank)
+        given = {"model": model, "model_parameters": trained, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        return deepspeed.initialize(arguments, config=self.config, dist_init_required=False, **given)[:2]
+
+
+ZERO2 = {
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 2, "overlap_comm": False},
+    "train_micro_batch_size_per_gpu": 4,
+}
+GLOO = {"process_group_backend": "gloo"}
+STRATEGIES = {
+    "one": lambda devices: "auto",
+    "one32": lambda devices: "auto",
+    "ddp": lambda devices: "ddp",
+    "nodes": lambda devices: "ddp",
+    "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
+    "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
+    "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
+}
+NODES = int(os.environ.get("NODES", "1"))
+IN_FLOAT32 = ("one32", "fsdp1", "zero2")
+strategy = "one"  # chosen by the command line
 
 
 class Table(Reward):
@@ -73,31 +128,39 @@ class Recorder(Callback):
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
-def run(module, data, devices: int, **options) -> dict:
-    """Fit and validate."""
-    recorder = Recorder()
+def source(folder: Path, name: str, **options) -> ModelSource:
+    """A network in the precision of the strategy."""
+    return ModelSource(path=str(folder / name), dtype="float32" if strategy in IN_FLOAT32 else "float64", **options)
+
+
+def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
+    """Fit and validate, from one checkpoint to another where they are named."""
+    recorder, callbacks = Recorder(), options.pop("callbacks", [])
     trainer = Trainer(
         accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="64-true",
+        devices=devices // NODES,
+        num_nodes=NODES,
+        strategy=STRATEGIES[strategy](devices),
+        plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         logger=False,
-        callbacks=[recorder],
+        callbacks=[recorder, *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    if checkpoint is not None:
+        trainer.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
-    weights = parameters_to_vector(p for p in module.parameters() if p.requires_grad).detach()
+    weights = torch.cat([whole_tensor(p.detach()).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
 
 def ppo(folder: Path, devices: int) -> dict:
     """The bandit with PTX, ragged microbatches, both adaptations."""
     module = PPOModule(
-        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        policy=source(folder, "lm"),
         reward=Table(),
         generation=Generation(max_new_tokens=6),
         updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
@@ -122,9 +185,9 @@ def ppo(folder: Path, devices: int) -> dict:
 def gae(folder: Path, devices: int) -> dict:
     """Token-level PPO with a value network; two epochs over the whole rollout."""
     module = PPOModule(
-        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        policy=source(folder, "lm"),
         reward=Table(),
-        value=ModelSource(path=str(folder / "scorer"), dtype="float64"),
+        value=source(folder, "scorer"),
         generation=Generation(max_new_tokens=6),
         updates=Updates(epochs=2, microbatch=3 // devices),
         level=TokenLevel(),
@@ -155,7 +218,7 @@ def grouped(folder: Path, devices: int) -> dict:
     for name, options in GROUPED.items():
         parts = {"long": Table(), "both": EnsembleReward([Table(3), Table(11)], combine=WorstOf())}
         module = PPOModule(
-            policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+            policy=source(folder, "lm"),
             reward=WeightedReward(parts, weights={"long": 1.0, "both": 0.5}),
             generation=Generation(max_new_tokens=6, samples_per_prompt=2),
             updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
@@ -173,26 +236,105 @@ def grouped(folder: Path, devices: int) -> dict:
     return found
 
 
+def lora(folder: Path, devices: int) -> dict:
+    """An adapter, whose reference is the policy without it; two responses to each prompt, pieces of unequal number."""
+    adapter = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    module = PPOModule(
+        policy=source(folder, "lm", peft=adapter),
+        reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
+        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
+        updates=Updates(epochs=2, microbatch_tokens=14),
+        kl=FixedKL(coef=0.1),
+        ptx_coef=0.3,
+        optimizer=ADAM,
+        schedule=Constant(),
+    )
+    data = PromptDataModule(
+        train=str(folder / "prompts.jsonl"),
+        val=str(folder / "prompts.jsonl"),
+        pretrain=str(folder / "texts.jsonl"),
+        batch_size=4 // devices,
+        pretrain_ratio=1.0,
+        text_tokens=8,
+    )
+    export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
+    return run(module, data, devices, max_epochs=1, callbacks=[export])
+
+
+def plain(folder: Path, devices: int) -> dict:
+    """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
+    module = PPOModule(
+        policy=source(folder, "lm"),
+        reward=Table(),
+        value=source(folder, "scorer"),
+        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
+        updates=Updates(epochs=2),
+        level=TokenLevel(),
+        advantage=Whitened(estimator=GAE()),
+        kl=FixedKL(coef=0.1),
+        ptx_coef=0.3,
+        optimizer=ADAM,
+        schedule=Constant(),
+    )
+    path, texts = str(folder / "prompts.jsonl"), str(folder / "texts.jsonl")
+    data = PromptDataModule(
+        train=path, val=path, pretrain=texts, batch_size=8 // devices, pretrain_ratio=1.0, text_tokens=8
+    )
+    return run(module, data, devices)
+
+
+def resumed(folder: Path, devices: int) -> dict:
+    """Two epochs of PPO without a stop, and with one."""
+    path, found = str(folder / f"{strategy}.ckpt"), {}
+    for name, options in {
+        "whole": {"max_epochs": 2},
+        "first": {"max_epochs": 1, "checkpoint": path},
+        "resumed": {"max_epochs": 2, "ckpt_path": path},
+    }.items():
+        module = PPOModule(
+            policy=source(folder, "lm"),
+            reward=Table(),
+            value=source(folder, "scorer"),
+            advantage=Whitened(estimator=GAE()),
+            level=TokenLevel(),
+            generation=Generation(max_new_tokens=6),
+            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            optimizer=ADAM,
+            schedule=Constant(),
+        )
+        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+        ema = EMA(decay=0.5)
+        found[name] = run(module, data, devices, callbacks=[ema], **options)
+        found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
+    return found
+
+
+def exporting(folder: Path, name: str) -> list[Callback]:
+    """What writes the folder, where it can."""
+    return [] if strategy == "fsdp1" else [Export(str(folder / f"{name}-{strategy}"))]
+
+
 def sft(folder: Path, devices: int) -> dict:
     """Demonstrations of unequal length."""
-    module = SFTModule(ModelSource(path=str(folder / "lm"), dtype="float64"), optimizer=ADAM)
-    path = str(folder / "demonstrations.jsonl")
-    return run(module, DemonstrationDataModule(train=path, val=path, batch_size=4 // devices), devices)
+    module = SFTModule(source(folder, "lm"), optimizer=ADAM)
+    path, callbacks = str(folder / "demonstrations.jsonl"), exporting(folder, "sft")
+    data = DemonstrationDataModule(train=path, val=path, batch_size=4 // devices)
+    return run(module, data, devices, callbacks=callbacks)
 
 
 def reward(folder: Path, devices: int) -> dict:
     """Rankings of unequal size, and the bias of an odd number of demonstrations."""
-    module = RewardModule(ModelSource(path=str(folder / "scorer"), dtype="float64"), optimizer=ADAM)
+    module = RewardModule(source(folder, "scorer"), optimizer=ADAM)
     path = str(folder / "comparisons.jsonl")
     data = ComparisonDataModule(
         train=path, val=path, demonstrations=str(folder / "demonstrations.jsonl"), batch_size=4 // devices
     )
-    return run(module, data, devices) | {"bias": module.model.bias}
+    return run(module, data, devices, callbacks=exporting(folder, "reward")) | {"bias": module.model.bias}
 
 
 def scarce(folder: Path, devices: int) -> dict:
     """One comparison and one demonstration to validate on: the second process has only fillers."""
-    module = RewardModule(ModelSource(path=str(folder / "scorer"), dtype="float64"), optimizer=ADAM)
+    module = RewardModule(source(folder, "scorer"), optimizer=ADAM)
     data = ComparisonDataModule(
         train=str(folder / "comparisons.jsonl"),
         val=str(folder / "one_comparison.jsonl"),
@@ -206,7 +348,7 @@ def scarce(folder: Path, devices: int) -> dict:
 
 def scarce_sft(folder: Path, devices: int) -> dict:
     """One demonstration to validate on."""
-    module = SFTModule(ModelSource(path=str(folder / "lm"), dtype="float64"), optimizer=ADAM)
+    module = SFTModule(source(folder, "lm"), optimizer=ADAM)
     data = DemonstrationDataModule(
         train=str(folder / "demonstrations.jsonl"),
         val=str(folder / "one_demonstration.jsonl"),
@@ -218,7 +360,7 @@ def scarce_sft(folder: Path, devices: int) -> dict:
 def scarce_ppo(folder: Path, devices: int) -> dict:
     """One prompt and one text to validate on."""
     module = PPOModule(
-        policy=ModelSource(path=str(folder / "lm"), dtype="float64"),
+        policy=source(folder, "lm"),
         reward=Table(),
         generation=Generation(max_new_tokens=4),
         optimizer=ADAM,
@@ -235,14 +377,15 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
 
 def main() -> None:
     """Train what is named, one after the other; the first process saves."""
+    global strategy
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    folder, devices, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    folder, devices, strategy, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     for name in names.split(","):
         torch.manual_seed(0)
         found = globals()[name](folder, devices)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            torch.save(found, folder / f"{name}-{devices}.pt")
+            torch.save(found, folder / f"{name}-{strategy}.pt")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Two processes with half the batch each train what one process trains."""
+"""Two processes with half the batch each train what one process trains: replicas under DDP, shards under FSDP2."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: an odd number to evaluate
@@ -39,12 +41,14 @@ def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
     return folder
 
 
-def launch(folder: Path, devices: int, names: str) -> subprocess.Popen:
-    """The program, on a free port, in a session of its own so that no child outlives a hang."""
+def launch(folder: Path, devices: int, strategy: str, names: str, **environment: str) -> subprocess.Popen:
+    """The program, on a free port unless told, in a session of its own so that no child outlives a hang."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), str(devices), names],
-        env=inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+        [sys.executable, str(PROGRAM), str(folder), str(devices), strategy, names],
+        env=inherited
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -61,13 +65,22 @@ def finish(process: subprocess.Popen, timeout: float) -> None:
     assert process.returncode == 0, output[-4000:]
 
 
+RUNS = "ppo,gae,lora,resumed,sft,reward,scarce_sft,scarce_ppo,grouped"
+
+
 @pytest.fixture(scope="module")
-def outcomes(folder) -> Callable[[str], tuple[dict, dict]]:
-    """What came out of one process and of two, by name of the run."""
-    processes = [launch(folder, devices, "ppo,gae,sft,reward,scarce_sft,scarce_ppo,grouped") for devices in (2, 1)]
-    for process in processes:
-        finish(process, timeout=150)
-    return lambda name: tuple(torch.load(folder / f"{name}-{devices}.pt") for devices in (1, 2))
+def outcomes(folder) -> Callable[[str, str], tuple[dict, dict]]:
+    """What came out of one process and of two, by name of the run and strategy of the two."""
+    for together in ([(2, "ddp"), (1, "one")], [(2, "fsdp2")]):
+        for process in [launch(folder, devices, strategy, RUNS) for devices, strategy in together]:
+            finish(process, timeout=200)
+    return lambda name, strategy: tuple(torch.load(folder / f"{name}-{s}.pt") for s in ("one", strategy))
+
+
+@pytest.fixture(params=["ddp", "fsdp2"])
+def strategy(request) -> str:
+    """Of the two processes."""
+    return request.param
 
 
 def assert_same_numbers(one: dict[str, float], two: dict[str, float], *, rel: float = 1e-6) -> None:
@@ -77,17 +90,17 @@ def assert_same_numbers(one: dict[str, float], two: dict[str, float], *, rel: fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "gae", "sft", "reward"])
-def test_two_processes_train_the_weights_of_one(outcomes, name):
-    one, two = outcomes(name)
+@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
+def test_two_processes_train_the_weights_of_one(outcomes, strategy, name):
+    one, two = outcomes(name, strategy)
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "gae", "sft", "reward"])
-def test_two_processes_log_what_one_logs(outcomes, name):
-    one, two = outcomes(name)
-    assert len(one["steps"]) == len(two["steps"]) >= 4
+@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
+def test_two_processes_log_what_one_logs(outcomes, strategy, name):
+    one, two = outcomes(name, strategy)
+    assert len(one["steps"]) == len(two["steps"]) >= 3
     for a, b in zip(one["steps"], two["steps"], strict=True):
         # the norm before clipping and the means of an iteration; "eval/…" of the epoch before come in later
         assert_same_numbers(
@@ -98,8 +111,8 @@ def test_two_processes_log_what_one_logs(outcomes, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "sft", "reward"])
-def test_two_processes_evaluate_as_one(outcomes, name):
-    one, two = outcomes(name)
+def test_two_processes_evaluate_as_one(outcomes, strategy, name):
+    one, two = outcomes(name, strategy)
     assert one["eval"]
     assert_same_numbers(one["eval"], two["eval"])
 
@@ -109,9 +122,9 @@ METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_groups_as_one(outcomes, method):
+def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     """Two responses to each prompt: the rows, the group statistics and the reductions."""
-    one, two = (found[method] for found in outcomes("grouped"))
+    one, two = (found[method] for found in outcomes("grouped", strategy))
     assert (one["n"], len(one["steps"])) == (two["n"], len(two["steps"])) == (24, 3)  # 3 rollouts of 4 · 2 responses
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
     for a, b in zip(one["steps"], two["steps"], strict=True):
@@ -126,15 +139,15 @@ def test_two_processes_train_groups_as_one(outcomes, method):
 @pytest.mark.slow
 def test_methods_train_differently(outcomes):
     """Or equal weights above would say nothing of them."""
-    found, _ = outcomes("grouped")
+    found, _ = outcomes("grouped", "ddp")
     for i, first in enumerate(METHODS):
         for second in METHODS[:i]:
             assert float((found[first]["weights"] - found[second]["weights"]).abs().max()) > 1e-4
 
 
 @pytest.mark.slow
-def test_two_processes_adapt_as_one(outcomes):
-    one, two = outcomes("ppo")
+def test_two_processes_adapt_as_one(outcomes, strategy):
+    one, two = outcomes("ppo", strategy)
     assert (one["n"], one["b"]) == (two["n"], two["b"])
     assert one["kl"] == pytest.approx(two["kl"], abs=1e-9)
     assert one["kl"] != 0.2
@@ -142,26 +155,112 @@ def test_two_processes_adapt_as_one(outcomes):
 
 
 @pytest.mark.slow
-def test_two_processes_find_one_bias(outcomes):
-    one, two = outcomes("reward")
+def test_two_processes_find_one_bias(outcomes, strategy):
+    one, two = outcomes("reward", strategy)
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
     assert abs(one["bias"]) > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
-def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, name):
-    one, two = outcomes(f"scarce_{name}")
+def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name):
+    one, two = outcomes(f"scarce_{name}", strategy)
     assert one["eval"]
     assert_same_numbers(one["eval"], two["eval"])
 
 
 @pytest.mark.slow
-def test_rank_without_a_row_to_evaluate_does_not_hang(folder):
-    """The reward model has collectives of its own: the mean of the demonstrations, the accuracy."""
-    processes = [launch(folder, devices, "scarce") for devices in (1, 2)]
+def test_rank_without_a_row_to_evaluate_does_not_hang(folder, strategy):
+    """The reward model has collectives of its own: the mean of the demonstrations, the accuracy; FSDP2 its passes."""
+    processes = [launch(folder, devices, name, "scarce") for devices, name in ((1, "one"), (2, strategy))]
     for process in processes:
         finish(process, timeout=40)
-    one, two = (torch.load(folder / f"scarce-{devices}.pt") for devices in (1, 2))
+    one, two = (torch.load(folder / f"scarce-{name}.pt") for name in ("one", strategy))
     assert two["biases"].tolist() == pytest.approx([one["bias"]] * 2, abs=1e-6)
     assert_same_numbers(one["eval"], two["eval"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "reward", "lora"])
+def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name):
+    outcomes(name, strategy)
+    one, two = (folder / f"{name}-{kind}" for kind in ("one", strategy))
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()} >= {"model.safetensors"}
+    assert json.loads((two / "config.json").read_text()).get("demonstration_bias") == pytest.approx(
+        json.loads((one / "config.json").read_text()).get("demonstration_bias"), abs=1e-6
+    )
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-9) for key in first)
+    start = load_file(folder / ("scorer" if name == "reward" else "lm") / "model.safetensors")
+    assert any(float((first[key] - start[key]).abs().max()) > 1e-3 for key in first)  # not the weights it began with
+
+
+@pytest.mark.slow
+def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
+    one, two = outcomes("resumed", strategy)
+    for found in (one, two):
+        assert torch.equal(found["whole"]["weights"], found["resumed"]["weights"])
+        assert (found["whole"]["kl"], found["whole"]["n"]) == (found["resumed"]["kl"], found["resumed"]["n"])
+    assert float((one["resumed"]["weights"] - two["resumed"]["weights"]).abs().max()) < 1e-9
+    averages = [found[name]["average"] for found in (one, two) for name in ("whole", "resumed")]
+    for average in averages[1:]:
+        assert average.keys() == averages[0].keys()
+        assert all(torch.allclose(average[key], averages[0][key], rtol=0, atol=1e-9) for key in average)
+    assert float((one["first"]["weights"] - one["resumed"]["weights"]).abs().max()) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def single(folder) -> Callable[[str], dict]:
+    """One process in float32."""
+    finish(launch(folder, 1, "one32", "sft,reward,plain"), timeout=60)
+    return lambda name: torch.load(folder / f"{name}-one32.pt")
+
+
+def assert_trained_alike(one: dict, two: dict) -> None:
+    """Every step's numbers and the evaluation, in float32."""
+    assert len(one["steps"]) == len(two["steps"]) >= 4
+    for a, b in zip([*one["steps"], one["eval"]], [*two["steps"], two["eval"]], strict=True):
+        assert_same_numbers(a, b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp1_trains_sft_and_reward_models_as_one_process(folder, single):
+    """On a stand-in for a CPU; the weights are shards, so what is compared is what they say of the data."""
+    finish(launch(folder, 2, "fsdp1", "sft,reward"), timeout=60)
+    for name in ("sft", "reward"):
+        assert_trained_alike(single(name), torch.load(folder / f"{name}-fsdp1.pt"))
+
+
+@pytest.mark.slow
+def test_deepspeed_zero2_trains_every_stage_as_one_process(folder, single):
+    """Two networks, PTX, clipping by `updates.max_grad_norm` alone, the norm before it, the exported folder."""
+    pytest.importorskip("deepspeed")
+    finish(launch(folder, 2, "zero2", "sft,reward,plain"), timeout=150)
+    for name in ("sft", "reward", "plain"):
+        one, two = single(name), torch.load(folder / f"{name}-zero2.pt")
+        assert float((one["weights"] - two["weights"]).abs().max()) < 1e-5
+        assert_trained_alike(one, two)
+    assert max(step["policy/grad_norm"] for step in one["steps"]) > 1.0  # so that it was clipped
+    first, second = (load_file(folder / f"sft-{kind}" / "model.safetensors") for kind in ("one32", "zero2"))
+    assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-5) for key in first)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_process_trains(outcomes, folder):
+    """The same command once on each node, which knows its rank and where the first is; here both are one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    known = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [launch(folder, 2, "nodes", "ppo,reward", NODE_RANK=rank, **known) for rank in ("1", "0")]
+    for process in processes:
+        finish(process, timeout=60)
+    for name in ("ppo", "reward"):
+        one, _ = outcomes(name, "ddp")
+        two = torch.load(folder / f"{name}-nodes.pt")
+        assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+        for a, b in zip(one["steps"], two["steps"], strict=True):
+            assert_same_numbers(
+                {k: v for k, v in a.items() if k[:5] != "eval/"}, {k: b[k] for k in a if k[:5] != "eval/"}
+            )

@@ -1,0 +1,35 @@
+"""Sharding by torch's FSDP2: each process holds a part of every weight, of its gradient and of its optimizer state."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_rlhf.models.cache import bare
+from lightning_rlhf.models.twin import Blueprint
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> Blueprint:
+    """Shard a model over the processes of a mesh: each transformer block by itself, all other weights together.
+
+    The model must be what is called, for its weights are whole only inside its own forward; outside they are shards.
+
+    Args:
+        model: holds a transformers model as `network`.
+        mesh: one-dimensional.
+
+    Returns:
+        what a whole copy of `network` is made from.
+    """
+    blueprint = Blueprint(model.network)
+    for block in blocks(model.network):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # or weights gathered for a forward would go stale
+    return blueprint
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules that transformers says must not be split, which are its blocks; none where it does not say."""
+    names = set(getattr(bare(network), "_no_split_modules", None) or ())
+    return [module for module in network.modules() if type(module).__name__ in names]

@@ -1,0 +1,87 @@
+"""What a strategy cannot train is refused before a network is built, in a sentence that says what to take."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, Updates
+from lightning_rlhf.modules.sharding import shard_networks
+
+
+@pytest.fixture
+def under(make_folder, token_reward):
+    """A module whose trainer has a strategy; nothing is built."""
+
+    def make(kind: type, strategy: Any, **options: Any) -> Any:
+        source = ModelSource(path=make_folder(scorer=kind is RewardModule))
+        module = kind(source, token_reward(), **options) if kind is PPOModule else kind(source)
+        module._trainer = SimpleNamespace(strategy=strategy)
+        return module
+
+    return make
+
+
+def deepspeed(stage: int) -> DeepSpeedStrategy:
+    """The strategy as far as it is asked, which does not need the package."""
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    strategy.config = {"zero_optimization": {"stage": stage}}
+    return strategy
+
+
+@pytest.mark.parametrize("kind", [SFTModule, RewardModule, PPOModule])
+def test_zero_stage_3_is_refused(under, kind) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} does not train under DeepSpeed's ZeRO stage 3.*fsdp2"):
+        under(kind, deepspeed(3)).configure_model()
+
+
+def test_ppo_refuses_fsdp1_and_the_other_stages_take_it(under) -> None:
+    with pytest.raises(ValueError, match=r"PPO does not train under FSDPStrategy.*fsdp2\.yaml"):
+        under(PPOModule, FSDPStrategy()).configure_model()
+    under(SFTModule, FSDPStrategy()).configure_model()
+
+
+@pytest.mark.parametrize("limit", [{"microbatch": 2}, {"microbatch_tokens": 64}])
+def test_ppo_refuses_several_backwards_under_deepspeed(under, limit) -> None:
+    with pytest.raises(ValueError, match="an optimizer step is one backward"):
+        under(PPOModule, deepspeed(2), updates=Updates(**limit)).configure_model()
+
+
+@pytest.mark.parametrize(("norm", "handed"), [(0.5, 0.5), (None, 0.0)])
+def test_deepspeed_is_handed_the_clipping(under, norm, handed) -> None:
+    module = under(PPOModule, deepspeed(2), updates=Updates(max_grad_norm=norm))
+    module.configure_model()
+    assert module._trainer.strategy.config["gradient_clipping"] == handed
+
+
+class Mesh:
+    """A device mesh as far as it is asked."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+
+    def __getitem__(self, name: str) -> Mesh:
+        return Mesh(**{name: self.sizes[name]})
+
+    def size(self) -> int:
+        total = 1
+        for size in self.sizes.values():
+            total *= size
+        return total
+
+
+def test_tensor_parallelism_is_refused_with_the_sizes_to_set(under) -> None:
+    module = under(SFTModule, ModelParallelStrategy())
+    module._device_mesh = Mesh(data_parallel=2, tensor_parallel=4)
+    with pytest.raises(ValueError, match="over 4 devices.*data_parallel_size to 8"):
+        shard_networks(module, [])
+
+
+def test_compiling_is_refused_under_fsdp2(under) -> None:
+    module = under(PPOModule, ModelParallelStrategy(), compile=True)
+    module._device_mesh = Mesh(data_parallel=2, tensor_parallel=1)
+    with pytest.raises(ValueError, match="`compile` was not tried under ModelParallelStrategy"):
+        module.configure_model()
