@@ -58,7 +58,7 @@ from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, Tex
 ADAPTIVE = ("kl", "surrogate", "advantage")
 """Arguments of which numbers move, so that checkpoints carry them."""
 DECISIVE = ("generation", "updates", "old_logprobs", "level", *ADAPTIVE, "kl_term", "value_loss", "reduction")
-DECISIVE += ("shaping", "ptx_coef", "value_lr", "schedule")
+DECISIVE += ("shaping", "ptx_coef", "reference_dtype", "value_lr", "schedule")
 """Arguments in which a resumed run must agree with its checkpoint."""
 
 
