@@ -21,7 +21,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector
-from lightning_rlhf.types import Experience, TextBatch
+from lightning_rlhf.types import Experience, PPOBatch, TextBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +83,19 @@ class Objective:
         old = piece.rollout
         log_ratio = self.level.log_ratio(self.collector.logprobs(old), old.logprobs, old.response)
         tally.add("policy/kl_old", k3(-log_ratio), piece.mask)
+
+
+def pretraining_of(batch: PPOBatch, ptx_coef: float) -> TextBatch | None:
+    """The pretraining texts of a batch; None where γ is 0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if ptx_coef == 0:
+        return None
+    if "pretrain" not in batch:
+        raise ValueError(
+            f"`ptx_coef` is {ptx_coef}, but the data serves no pretraining texts: set the data's `pretrain`, "
+            "or `ptx_coef` to 0"
+        )
+    return batch["pretrain"]

@@ -43,7 +43,7 @@ from lightning_rlhf.modules.credit import credit
 from lightning_rlhf.modules.evaluation import Evaluation
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
-from lightning_rlhf.modules.objective import Objective
+from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import most_passes, shard_networks
@@ -179,7 +179,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
-        tally, prompts, text, start = Tally(), batch["prompts"], self._pretraining(batch), perf_counter()
+        tally, prompts, text, start = Tally(), batch["prompts"], pretraining_of(batch, self.ptx_coef), perf_counter()
         self.clock.lap()  # what validation took is not the step's
         rollout = self.roll_out(prompts, self.samples_per_prompt, stream="train", iteration=self.iteration)  # y ~ π_old
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                        (B,)
@@ -341,13 +341,3 @@ class PPOModule(CheckedRevival, LightningModule):
         if self.collector is not None:
             self.collector.apply(fn)
         return self
-
-    def _pretraining(self, batch: PPOBatch) -> TextBatch | None:
-        if self.ptx_coef == 0:
-            return None
-        if "pretrain" not in batch:
-            raise ValueError(
-                f"`ptx_coef` is {self.ptx_coef}, but the data serves no pretraining texts: set the data's `pretrain`, "
-                "or `ptx_coef` to 0"
-            )
-        return batch["pretrain"]

@@ -7,6 +7,7 @@ which are spread over as many nodes as the environment's NODES says.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import warnings
@@ -100,7 +101,7 @@ STRATEGIES = {
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
     "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
-    "zero2": lambda devices: CPUDeepSpeed(config=ZERO2, **GLOO),
+    "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
 }
 NODES = int(os.environ.get("NODES", "1"))
 IN_FLOAT32 = ("one32", "fsdp1", "zero2")

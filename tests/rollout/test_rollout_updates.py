@@ -110,3 +110,25 @@ def test_minibatch_that_does_not_divide_is_refused(minibatch, nearest):
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Updates(**wrong)
+
+
+def test_pieces_are_halved_until_there_are_as_many_as_elsewhere(experience):
+    """Another process needs five passes where this one needs two; every row stays in one of them."""
+    asked = []
+
+    def agree(count: int) -> int:
+        asked.append(count)
+        return 5
+
+    pieces = Updates(microbatch=8).split(experience.rollout, agree)
+    assert asked == [2]
+    assert sorted(map(len, pieces)) == [2, 2, 2, 2, 4]
+    assert sorted(row for piece in pieces for row in piece.tolist()) == list(range(12))
+    assert [len(piece) for piece in Updates(microbatch=8).split(experience.rollout)] == [8, 4]  # alone
+
+
+def test_single_rows_come_again_where_more_passes_are_needed(experience):
+    """As in evaluation, where the last batch of a process may be shorter than another's."""
+    pieces = Updates().split(experience.rollout.select(torch.tensor([0, 1])), lambda count: 3)
+    assert [len(piece) for piece in pieces] == [1, 1, 1]
+    assert {row for piece in pieces for row in piece.tolist()} == {0, 1}
