@@ -233,11 +233,11 @@ def test_fsdp1_trains_sft_and_reward_models_as_one_process(folder, single):
 
 
 @pytest.mark.slow
-def test_deepspeed_zero2_trains_every_stage_as_one_process(folder, single):
+def test_deepspeed_zero2_trains_as_one_process(folder, single):
     """Two networks, PTX, clipping by `updates.max_grad_norm` alone, the norm before it, the exported folder."""
     pytest.importorskip("deepspeed")
-    finish(launch(folder, 2, "zero2", "sft,reward,plain"), timeout=150)
-    for name in ("sft", "reward", "plain"):
+    finish(launch(folder, 2, "zero2", "sft,plain"), timeout=150)
+    for name in ("sft", "plain"):
         one, two = single(name), torch.load(folder / f"{name}-zero2.pt")
         assert float((one["weights"] - two["weights"]).abs().max()) < 1e-5
         assert_trained_alike(one, two)
