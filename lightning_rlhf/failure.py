@@ -25,6 +25,8 @@ def sentence(error: BaseException) -> str | None:
     """
     error = _origin(error)
     trace = list(_frames(error))
+    if type(error).__name__ == "RewardError" and error.__cause__ is not None and sentence(error.__cause__) is None:
+        return None  # the user's own code raised it
     if not trace or os.environ.get(TRACEBACK) == "1":
         return None
     if isinstance(error, OSError) and error.filename is not None and _asked_by_speaker(trace):

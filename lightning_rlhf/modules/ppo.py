@@ -217,9 +217,7 @@ class PPOModule(CheckedRevival, LightningModule):
         """`samples` responses of the policy to each prompt, drawn with the random numbers of (stream, iteration)."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         longest = prompts.tokens.shape[1] + self.generation.max_new_tokens
-        check_length(
-            self.policy.network, longest, limits="the data's `max_prompt_tokens` or `generation.max_new_tokens`"
-        )
+        check_length(self.policy.network, longest, limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         return self.collector(prompts, samples=samples, stream=stream, iteration=iteration, rank=rank, world=world)
 
     @torch.no_grad()
@@ -233,9 +231,7 @@ class PPOModule(CheckedRevival, LightningModule):
             shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
         return Scores(shaped, parts)
 
-    def credit(self, rollout: Rollout, scores: Scores, tally: Tally) -> Experience:
-        """Rewards less β·KL to the reference, and the advantages they give; see `credit`."""
-        return credit(self, rollout, scores, tally)
+    credit = credit  # rewards less β·KL to the reference, and the advantages they give
 
     def update(self, minibatch: Experience, text: TextBatch | None, tally: Tally) -> None:
         """One optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
@@ -301,13 +297,7 @@ class PPOModule(CheckedRevival, LightningModule):
         """Log `eval/…`."""
         self.evaluation.log("eval")
 
-    def on_test_epoch_start(self) -> None:
-        """Begin a new mean."""
-        self.evaluation.begin()
-
-    def test_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As in validation."""
-        self.evaluation.step(batch, batch_idx)
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log `test/…`."""

@@ -95,9 +95,7 @@ def test_network_that_reads_padding_is_found(fit):
 
 
 def test_tokenizer_larger_than_the_embeddings_is_found(fit, make_lm):
-    with pytest.raises(
-        ValueError, match=r"ids up to 35, but the network embeds 30 tokens.*resize_token_embeddings\(36\)"
-    ):
+    with pytest.raises(ValueError, match=r"embeds 30 tokens.*lie beyond.*resize_token_embeddings"):
         fit(lm=make_lm(vocab=30))
 
 

@@ -18,6 +18,7 @@ def yaml(name: str, text: str | bytes, *says: str, kind: str = "sft") -> Case:
     return case(f"yaml-{name}", arguments, *says, code=2)
 
 
+NEGATIVE_RATE = ("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1")
 COMMANDS = [
     case("command-none", lambda b: [], "subcommand|required", code=2),
     case("command-unknown", lambda b: ["train"], "train", code=2),
@@ -66,7 +67,7 @@ FLAGS = [
     flag("pickles", "--weights_only=false", says=("`weights_only`", "without pickle")),
     flag("config-missing", "--config=no.yaml", says=("no.yaml", "not exist")),
     flag("config-folder", "--config=.", says=("config",)),
-    case("flag-learning-rate", lambda b: b.sft("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"), "-1"),
+    case("flag-learning-rate", lambda b: b.sft(*NEGATIVE_RATE), "-1", code=2),
 ]
 TRUSTED = "trust_remote_code: true"
 TRUST = f"model: {{init_args: {{model: {{{TRUSTED}}}}}}}"

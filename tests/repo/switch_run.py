@@ -242,7 +242,8 @@ def _around(bench: Bench) -> Table:
 
     def inspected(callback: Preflight) -> Any:
         """Sequences of each pass, and how it ended."""
-        module = PPOModule(copy.deepcopy(bench.policy), letters, tokenizer=bench.tokenizer, schedule=Constant())
+        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=5)}
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
         module.configure_model()
         sizes: list[int] = []
         module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
