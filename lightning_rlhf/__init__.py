@@ -19,7 +19,9 @@ _ROOMS = {
         "Preflight",
         "RaiseKL",
         "RollBack",
+        "RolloutLog",
         "RunCheckpoint",
+        "SampleLog",
         "Stop",
     ),
     "core": (
@@ -110,7 +112,7 @@ _ROOMS = {
         "Updates",
         "WeightedReward",
     ),
-    "types": ("ComparisonBatch", "Experience", "PPOBatch", "PromptBatch", "Rollout", "TextBatch"),
+    "types": ("ComparisonBatch", "Experience", "Outcome", "PPOBatch", "PromptBatch", "Rollout", "TextBatch"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -7,7 +7,8 @@ inside one step is a frozen dataclass. A stage never edits its input, it wraps i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -158,3 +159,45 @@ class Experience:
         width = rollout.response.shape[1]  # T is R, or 1
         mask, advantages, returns = (x[index][:, :width] for x in (self.mask, self.advantages, self.returns))
         return Experience(rollout=rollout, mask=mask, advantages=advantages, returns=returns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Scored responses for callbacks to look at: a rollout, or a batch of an evaluation.
+
+    Attributes:
+        rollout: B responses.
+        rows: the B records of their prompts.
+        raw_scores: of the reward, before the shaping rules, (B,), reward units.
+        scores: after them, (B,), reward units.
+        parts: what the reward is made of, by name, (B,) each.
+        counts: responses that count, (B,), bool; fillers of an evaluation do not.
+        advantages: mean over each response's actions, (B,), reward units; None where nothing is learned.
+    """
+
+    rollout: Rollout
+    rows: Sequence[Row]
+    raw_scores: Tensor
+    scores: Tensor
+    parts: Mapping[str, Tensor]
+    counts: Tensor
+    advantages: Tensor | None = None
+
+    def tokens(self) -> list[list[int]]:
+        """Ids of each response, end token included."""
+        rows, lengths = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.lengths.tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """What was measured of each response, ready for JSON: None stands for what is not finite.
+
+        kl = Σ_t log π_old − log π_ref and entropy = −Σ_t log π_old, nats; length in tokens.
+        """
+        rollout = self.rollout
+        columns = {"length": rollout.lengths, "ended": rollout.ended, "raw_score": self.raw_scores}
+        columns |= {"score": self.scores} | {f"score/{name}": part for name, part in self.parts.items()}
+        columns |= {"kl": (rollout.logprobs - rollout.ref_logprobs).sum(1), "entropy": -rollout.logprobs.sum(1)}
+        columns |= {} if self.advantages is None else {"advantage": self.advantages}
+        lists = {name: column.tolist() for name, column in columns.items()}
+        finite = {name: [x if math.isfinite(x) else None for x in found] for name, found in lists.items()}
+        return [dict(zip(finite, row, strict=True)) for row in zip(*finite.values(), strict=True)]

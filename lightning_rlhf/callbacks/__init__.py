@@ -1,4 +1,4 @@
-"""What happens around the training loop: averaging, checkpoints, preflight, guards, export, prediction files."""
+"""What happens around the training loop: averaging, checkpoints, preflight, guards, export, logs of responses."""
 
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
@@ -8,6 +8,8 @@ from lightning_rlhf.callbacks.kl_guard import KLGuard
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
 from lightning_rlhf.callbacks.preflight import Preflight
+from lightning_rlhf.callbacks.rollout_log import RolloutLog
+from lightning_rlhf.callbacks.sample_log import SampleLog
 
 __all__ = [
     "EMA",
@@ -19,6 +21,8 @@ __all__ = [
     "Preflight",
     "RaiseKL",
     "RollBack",
+    "RolloutLog",
     "RunCheckpoint",
+    "SampleLog",
     "Stop",
 ]

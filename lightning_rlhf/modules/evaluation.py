@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Scores
-from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
+from lightning_rlhf.types import Experience, Outcome, PromptBatch, Rollout, TextBatch
 
 if TYPE_CHECKING:
     from lightning_rlhf.modules.ppo import PPOModule
@@ -35,6 +36,30 @@ def observe(tally: Tally, rollout: Rollout, scores: Scores, counts: Tensor, pref
         tally.add(f"{prefix}/scores/{name}", part, counts)
 
 
+def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experience: Experience | None = None) -> Outcome:
+    """What callbacks may look at, without the graph that the update goes on from.
+
+    Args:
+        rollout: B responses.
+        scores: (B,), reward units, and their parts.
+        prompts: that were responded to.
+        experience: the same responses with their advantages, where they are learned from.
+    """
+    groups, advantages = rollout.groups, None
+    if experience is not None:
+        mask = experience.mask
+        advantages = torch.where(mask, experience.advantages, 0.0).sum(1) / mask.sum(1)
+    return Outcome(
+        rollout=replace(rollout, live=None),
+        rows=[prompts.rows[i] for i in groups.tolist()],
+        raw_scores=scores.total if scores.raw is None else scores.raw,
+        scores=scores.total,
+        parts=scores.parts,
+        counts=prompts.counts[groups],
+        advantages=advantages,
+    )
+
+
 class Evaluation:
     """Validation, test and prediction of a `PPOModule`, with random numbers of their own.
 
@@ -52,9 +77,11 @@ class Evaluation:
     @torch.no_grad()
     def step(self, batch: PromptBatch | TextBatch, batch_idx: int) -> None:
         """Take in a batch of prompts, or of texts."""
+        self.module.outcome = None
         if isinstance(batch, PromptBatch):
             rollout, scores = self._rollout(batch, batch_idx)
             observe(self.tally, rollout, scores, batch.counts, "")
+            self.module.outcome = outcome_of(rollout, scores, batch)
             return
         wanted, width = batch.target[:, 1:], batch.tokens.shape[1] - 1
         logprobs = self.module.policy(batch.tokens, batch.mask, width=width, wanted=wanted)
@@ -69,19 +96,12 @@ class Evaluation:
     @torch.no_grad()
     def predict(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per prompt that counts."""
-        module = self.module
-        rollout, scores = self._rollout(batch, batch_idx)
-        kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).tolist()
-        texts = rollout.tokens[:, rollout.prompt_width :].tolist()
-        records = []
-        for i in batch.counts.nonzero().flatten().tolist():
-            tokens = texts[i][: int(rollout.lengths[i])]
-            text = tokens if module.tokenizer is None else module.tokenizer.decode(tokens, skip_special_tokens=True)
-            measured = {"response": text, "score": float(scores.total[i]), "kl": kl[i]}
-            measured |= {f"score/{name}": float(part[i]) for name, part in scores.parts.items()}
-            measured |= {"length": len(tokens), "ended": bool(rollout.ended[i])}
-            records.append(dict(batch.rows[i]) | measured)
-        return records
+        outcome, tokenizer = outcome_of(*self._rollout(batch, batch_idx), batch), self.module.tokenizer
+        texts: list[Any] = outcome.tokens()
+        if tokenizer is not None:
+            texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        found = zip(outcome.rows, texts, outcome.numbers(), outcome.counts.tolist(), strict=True)
+        return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in found if counts]
 
     def _rollout(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Scores]:
         rollout = self.module.roll_out(batch, 1, stream="eval", iteration=batch_idx)

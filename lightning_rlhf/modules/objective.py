@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector
 from lightning_rlhf.types import Experience, PPOBatch, TextBatch
+
+if TYPE_CHECKING:
+    from lightning_rlhf.modules.ppo import PPOModule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,20 @@ class Objective:
     kl_coef: float
     value_loss: ValueLoss
     reduction: Reduction
+
+    @classmethod
+    def of(cls, module: PPOModule) -> Objective:
+        """The loss with the module's surrogate and β of today."""
+        return cls(
+            policy=module.policy,
+            collector=module.collector,
+            level=module.level,
+            surrogate=module.surrogate,
+            kl_term=module.kl_term,
+            kl_coef=module.kl.coef,
+            value_loss=module.value_loss,
+            reduction=module.reduction,
+        )
 
     def actions(self, piece: Experience, tally: Tally) -> Tensor:
         """Surrogate, KL in the loss and value loss over the actions of some rows, scalar."""

@@ -40,7 +40,7 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
 from lightning_rlhf.modules.credit import credit
-from lightning_rlhf.modules.evaluation import Evaluation
+from lightning_rlhf.modules.evaluation import Evaluation, outcome_of
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
@@ -53,7 +53,7 @@ from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.failure import scored_or_told
-from lightning_rlhf.types import Experience, PPOBatch, PromptBatch, Rollout, TextBatch
+from lightning_rlhf.types import Experience, Outcome, PPOBatch, PromptBatch, Rollout, TextBatch
 
 ADAPTIVE = ("kl", "surrogate", "advantage")
 """Arguments of which numbers move, so that checkpoints carry them."""
@@ -92,6 +92,11 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer: a function of the parameter groups (policy first, then value).
         value_lr: peak learning rate of V; None is the policy's.
         schedule: of the learning rates, per rollout.
+
+    Attributes:
+        iteration: rollouts that were learned from.
+        episodes: their responses, of all processes.
+        outcome: the responses scored last, in training or evaluation, for callbacks; None after held-out texts.
 
     Raises:
         ValueError: an argument is out of range, or two of them do not go together (see `combinations`).
@@ -147,6 +152,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.value: ScalarModel | None = None
         self.collector: Collector | None = None
         self.evaluation, self.clock = Evaluation(self), Clock()
+        self.outcome: Outcome | None = None
         self._sources = (policy, reference, value)
         decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
         self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
@@ -192,6 +198,7 @@ class PPOModule(CheckedRevival, LightningModule):
         rollout = self.roll_out(prompts, self.samples_per_prompt, stream="train", iteration=self.iteration)  # y ~ π_old
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                        (B,)
         experience = self.credit(rollout, scores, tally)  # Â = r − β·log(π_old/π_ref) − b          (B, T)
+        self.outcome = outcome_of(rollout, scores, prompts, experience)
 
         with self.clock.phase("update"):
             for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
@@ -225,11 +232,11 @@ class PPOModule(CheckedRevival, LightningModule):
         """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
         with self.clock.phase("reward"):
             rows = [prompts.rows[i] for i in rollout.groups.tolist()]
-            scores, parts = scored_or_told(self.reward, rollout, rows, agreed=self.agreed, iteration=self.iteration)
-        shaped = scores.detach().to(rollout.logprobs)
+            scores, parts, _ = scored_or_told(self.reward, rollout, rows, agreed=self.agreed, iteration=self.iteration)
+        shaped = raw = scores.detach().to(rollout.logprobs)
         for rule in self.shaping:
             shaped = rule(shaped, lengths=rollout.lengths, ended=rollout.ended)
-        return Scores(shaped, parts)
+        return Scores(shaped, parts, raw)
 
     credit = credit  # rewards less β·KL to the reference, and the advantages they give
 
@@ -252,17 +259,8 @@ class PPOModule(CheckedRevival, LightningModule):
 
     @property
     def objective(self) -> Objective:
-        """The loss with today's surrogate."""
-        return Objective(
-            policy=self.policy,
-            collector=self.collector,
-            level=self.level,
-            surrogate=self.surrogate,
-            kl_term=self.kl_term,
-            kl_coef=self.kl.coef,
-            value_loss=self.value_loss,
-            reduction=self.reduction,
-        )
+        """The loss with today's surrogate and β."""
+        return Objective.of(self)
 
     def conclude(self, tally: Tally, *, episodes: int, seconds: float) -> None:
         """Log the iteration, adapt β and the surrogate, step the schedule."""

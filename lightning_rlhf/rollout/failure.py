@@ -36,7 +36,7 @@ def scored_or_told(
     """
     problem: Exception | None = None
     try:
-        total, parts = reward.scored(rollout, rows)
+        total, parts, *_ = reward.scored(rollout, rows)
         scores = Scores(checked_scores(total, count=len(rollout), source=type(reward).__name__), parts)
     except Exception as error:
         problem = error

@@ -24,10 +24,12 @@ class Scores(NamedTuple):
     Attributes:
         total: r_φ(x, y), (B,), reward units.
         parts: what it is made of, by name, (B,) each: for logs only.
+        raw: the total before shaping rules, (B,); None where none were applied.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    raw: Tensor | None = None
 
 
 class Reward(ABC):

@@ -27,6 +27,17 @@ def html(text: str) -> str:
     return "<br>".join(markup.escape("".join(c if c == "\t" else _printable(c) for c in line)) for line in lines)
 
 
+def markdown(text: str) -> str:
+    """The text as Markdown content, in a table's cell too: all punctuation but commas as entities, breaks as `<br>`.
+
+    An entity is never syntax, so that there is no link, image, emphasis, code, cell or HTML in it.
+    """
+    return "<br>".join(
+        "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in terminal(line))
+        for line in text.replace("\r\n", "\n").split("\n")
+    )
+
+
 def _printable(character: str) -> str:
     if character.isprintable():
         return character

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import lightning_rlhf
 
-RECORDS = {"ComparisonBatch", "Credit", "Experience", "PPOBatch", "PerAction", "PromptBatch", "Rollout", "Scores"}
-RECORDS |= {"TextBatch"}
+RECORDS = {"ComparisonBatch", "Credit", "Experience", "Outcome", "PPOBatch", "PerAction", "PromptBatch", "Rollout"}
+RECORDS |= {"Scores", "TextBatch"}
 """Public classes that hold what flows and set nothing: their fields are data, not arguments."""
 ROUNDING = 1e-9
 """Runs are in float64: what two orders of adding differ by is far below, what an argument does far above."""

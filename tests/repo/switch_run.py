@@ -28,7 +28,9 @@ from lightning_rlhf.callbacks import (
     Preflight,
     RaiseKL,
     RollBack,
+    RolloutLog,
     RunCheckpoint,
+    SampleLog,
 )
 from lightning_rlhf.core import (
     GAE,
@@ -266,6 +268,17 @@ def _around(bench: Bench) -> Table:
                 return [_files(folder), str(error)]
         return [_files(folder)]
 
+    def rolled_out(callback: RolloutLog | SampleLog) -> list[Any]:
+        """Files, and what a logger's table shows."""
+        folder = bench.empty()
+        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
+        with contextlib.chdir(folder), mock.patch("lightning_rlhf.callbacks.sample_log.show") as show:
+            trainer = bench.trainer([callback])
+            trainer.fit(module, _loader({"prompts": bench.prompts}), _loader(bench.prompts))
+            shown = [call.args[2] for call in show.call_args_list]
+        return [_files(folder), shown]
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
@@ -293,6 +306,7 @@ def _around(bench: Bench) -> Table:
         Preflight: case(inspected, prompts=to(3), tolerance=to(0.0)),
         RaiseKL: case(acted, factor=to(4.0)),
         RollBack: case(acted, limit=to(1)),
+        RolloutLog: case(rolled_out, {"folder": "out"}, folder=to("elsewhere")),
         RunCheckpoint: case(
             saved,
             {"dirpath": "out"},
@@ -302,6 +316,7 @@ def _around(bench: Bench) -> Table:
             mode=to("min", monitor="eval/loss"),
             save_top_k=to(2, monitor="eval/loss"),
         ),
+        SampleLog: case(rolled_out, {"folder": "out"}, folder=to("elsewhere"), table=to(1)),
         PredictionWriter: case(predicted, path=to("elsewhere.jsonl")),
     }
 

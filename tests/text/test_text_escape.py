@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rlhf.text.escape import html, terminal
+from lightning_rlhf.text.escape import html, markdown, terminal
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,25 @@ def test_terminal_shows_one_line(text: str, shown: str) -> None:
 )
 def test_html_is_content(text: str, shown: str) -> None:
     assert html(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Grüße, 世界 2", "Grüße, 世界 2"),
+        ("a | b\n\n# c", "a &#124; b<br><br>&#35; c"),
+        ("[l](javascript:x)", "&#91;l&#93;&#40;javascript&#58;x&#41;"),
+        ("`<b>`", "&#96;&#60;b&#62;&#96;"),
+        ("&lt;\x1b[1m\u202e", "&#38;lt&#59;&#92;x1b&#91;1m&#92;u202e"),
+    ],
+)
+def test_markdown_has_no_syntax(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+
+
+@given(st.text(alphabet=st.characters()))
+def test_markdown_of_any_text_is_words_entities_and_breaks(text: str) -> None:
+    assert re.fullmatch(r"(?:[\w ,]|&#\d+;|<br>)*", markdown(text))
 
 
 @given(st.text(alphabet=st.characters()))

@@ -1,0 +1,64 @@
+"""Every response that was learned from, kept to be read, plotted and scored again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks.run_file import Keyed, RunFile
+from lightning_rlhf.types import Outcome
+
+
+class RolloutLog(Callback):
+    """Writes `rollouts.jsonl`: one training response a line, in the order of the prompts whatever the processes.
+
+    `pandas.read_json("rollouts.jsonl", lines=True)` reads it, and `lightning-rlhf rescore` scores it by another reward.
+    After a resume the lines of rollouts that the checkpoint does not know are cut off first. A line has `iteration`
+    (rollouts before it), `episode` (responses before it), `prompt`, `response`, `tokens`, `length`, `ended`,
+    `raw_score` (before shaping), `score`, `score/NAME` (parts), `kl`, `entropy`, `advantage` and `row`, the other
+    columns of the prompt's record. In the stages without rollouts it does nothing.
+
+    Args:
+        folder: None is the trainer's log_dir, of which some loggers make a new one in each run: a run that is to be
+            resumed needs a folder of its own.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.file = RunFile(folder, "rollouts.jsonl")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the log."""
+        if hasattr(pl_module, "outcome"):
+            self.file.begin(trainer, before=pl_module.iteration)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the rollout."""
+        if self.file.path is None:
+            return
+        found = self.file.gathered(trainer, _lines(trainer, pl_module, pl_module.outcome))
+        if trainer.is_global_zero:
+            self.file.append(found)
+
+
+def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Iterator[Keyed]:
+    """Of this process; the key is the response's place in the rollout of all."""
+    world, samples, tokens = trainer.world_size, module.samples_per_prompt, outcome.tokens()
+    before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.groups.tolist()
+    said = zip(outcome.rows, responses(module, tokens), tokens, outcome.numbers(), strict=True)
+    for i, (row, response, ids, numbers) in enumerate(said):
+        place = (groups[i] * world + trainer.global_rank) * samples + i % samples
+        opening = {"iteration": module.iteration - 1, "episode": before + place}
+        text = {"prompt": row.get("prompt"), "response": response, "tokens": ids}
+        rest = {name: value for name, value in row.items() if name != "prompt"}
+        yield (place,), opening | text | numbers | {"row": rest}
+
+
+def responses(module: LightningModule, tokens: list[list[int]]) -> list[str | None]:
+    """As text without special tokens; None where the module has no tokenizer."""
+    if module.tokenizer is None:
+        return [None] * len(tokens)
+    return module.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,99 @@
+"""A JSONL file of one run, which after a resume holds what that of an uninterrupted run would."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+logger = logging.getLogger(__name__)
+
+Keyed = tuple[tuple[int, ...], dict[str, Any]]
+"""A record with its place among those of all processes."""
+OPENING = re.compile(rb'\{"iteration": (\d+)[,}]')
+"""How every line begins: a log of gigabytes is cut without parsing it."""
+
+
+class RunFile:
+    """Grows by whole lines, all of a rollout or an evaluation at once; each begins with its `iteration`.
+
+    Process 0 writes what all have. Where the disk refuses, what was half written is taken back and training goes on.
+    Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in two.
+
+    Args:
+        folder: None is the trainer's log_dir.
+        name: of the file.
+
+    Attributes:
+        path: of the file; None before `begin`, and under `fast_dev_run`.
+    """
+
+    def __init__(self, folder: str | None, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.path: Path | None = None
+
+    def begin(self, trainer: Trainer, *, before: float) -> None:
+        """Find the file, on all processes; on process 0 cut off what belongs to a run or a rollout that is no more.
+
+        Args:
+            trainer: whose log_dir and processes.
+            before: the first `iteration` of which nothing is kept; 0 begins anew.
+        """
+        folder = trainer.log_dir if self.folder is None else self.folder  # log_dir needs every process
+        self.path = None if trainer.fast_dev_run else Path(folder or ".") / self.name
+        if self.path is None or not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if before == 0 and self.path.exists() and self.path.stat().st_size:
+            logger.warning("%s is of an earlier run, which this one replaces", self.path)
+        with self.path.open("ab") as file:
+            file.truncate(_end_of(self.path, before))
+
+    def gathered(self, trainer: Trainer, keyed: Iterable[Keyed]) -> list[dict[str, Any]]:
+        """The records of all processes in the order of their keys, on process 0; elsewhere none."""
+        mine = list(keyed)
+        if trainer.world_size > 1:
+            found: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(mine, found)
+            mine = [pair for part in found or [] for pair in part]
+        return [record for _, record in sorted(mine, key=lambda pair: pair[0])]
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write the records, or none of them."""
+        if self.path is None:
+            return
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="ascii", newline="\n") as file:
+                file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+        except OSError as error:
+            os.truncate(self.path, before)
+            logger.error("%s was not written to (%s): training goes on without these lines", self.path, error)
+
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Take out lines, all at once: the file is written anew and renamed."""
+        if self.path is None or not self.path.exists():
+            return
+        part = self.path.with_name(self.path.name + ".part")
+        with self.path.open(encoding="ascii") as lines, part.open("w", encoding="ascii", newline="\n") as kept:
+            kept.writelines(line for line in lines if not unwanted(json.loads(line)))
+        part.replace(self.path)
+
+
+def _end_of(path: Path, before: float) -> int:
+    """Bytes up to the first line that is torn, or of iteration `before` or later."""
+    end = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            found = OPENING.match(line)
+            if found is None or int(found[1]) >= before or not line.endswith(b"\n"):
+                break
+            end += len(line)
+    return end
