@@ -1,23 +1,32 @@
-"""`lightning-rlhf fit|validate|test|predict --config …`. Cheap to import: Lightning comes in with `main`."""
+"""`lightning-rlhf fit|validate|test|predict --config …`, and tools. Cheap to import: Lightning comes in with `main`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+
+TOOLS = {"rescore": "lightning_rlhf.rescore"}
+"""Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
 
 
 def main(args: Sequence[str] | None = None) -> Any:
     """Parse the command line (or `args`) and run it; returns the CLI object, whose `trainer` and `model` are live.
 
+    The commands in `TOOLS` return nothing.
+
     Raises:
         SystemExit: the command line or a config is not valid; the reason is on stderr.
         Exception: whatever else went wrong; `console` makes a sentence of it.
     """
-    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
         print(f"lightning-rlhf {version('lightning-rlhf')}")
         return None
+    if given and given[0] in TOOLS:
+        return import_module(TOOLS[given[0]]).main(given[1:])
     from lightning_rlhf.command import RLHFCLI
 
     return RLHFCLI(args=args)

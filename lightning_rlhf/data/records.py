@@ -85,8 +85,21 @@ def _expand(path: str) -> list[str]:
     return found
 
 
+def stream_records(file: str) -> Iterator[Record]:
+    """The records of one file, one at a time: for what is too long for memory.
+
+    Raises:
+        ValueError: as `read_records`; a file without records is none.
+    """
+    for path in _expand(file):
+        for number, line in _lines(path):
+            record = _parse(line, path, number)
+            if record is not None:
+                yield record
+
+
 def _read_file(file: str) -> list[Record]:
-    records = [record for number, line in _lines(file) if (record := _parse(line, file, number)) is not None]
+    records = list(stream_records(file))
     if not records:
         raise ValueError(f'{file} holds no record: it needs one JSON object per line, for example {{"prompt": "Hi"}}')
     return records

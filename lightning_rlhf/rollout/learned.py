@@ -18,7 +18,7 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rollout.pieces import batches_of
-from lightning_rlhf.rollout.reward import TextReward, checked_scores
+from lightning_rlhf.rollout.reward import TextReward, check_prompts, checked_scores
 from lightning_rlhf.text import Encoder
 from lightning_rlhf.types import Rollout, Row
 
@@ -73,10 +73,16 @@ class LearnedReward(TextReward):
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Scores at the last token of each response, (B,), float32."""
+        """Scores at the last token of each response, (B,), float32.
+
+        Raises:
+            ValueError: the texts are too long, or it reads the policy's tokens and the prompts have none.
+        """
         tokens, mask = rollout.tokens, rollout.attention
         if not self.shares_vocabulary:
             tokens, mask = self.encode(rollout, rows)
+        else:
+            check_prompts(rollout, source=self.path)
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
 

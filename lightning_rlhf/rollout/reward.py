@@ -159,11 +159,24 @@ class ModuleReward(Reward):
         """Scores, (B,), float32.
 
         Raises:
-            ValueError: the module returned another shape, or something that is not finite.
+            ValueError: the module returned another shape, or something that is not finite; or prompts have no tokens.
         """
+        check_prompts(rollout, source=type(self.module).__name__)
         output = self.module(rollout.tokens, rollout.attention)
         scores = score_at_end(output, rollout.attention) if isinstance(self.module, ScalarModel) else output
         return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
+
+
+def check_prompts(rollout: Rollout, *, source: str) -> None:
+    """That the tokens are those of prompt and response.
+
+    Raises:
+        ValueError: there are none of the prompt, as where a log was read without a tokenizer.
+    """
+    if rollout.prompt_width == 0:
+        raise ValueError(
+            f"the reward {source} reads token ids, but those of the prompts are not known: name the policy's tokenizer"
+        )
 
 
 def checked_scores(scores: Any, *, count: int, source: str) -> Tensor:

@@ -56,7 +56,7 @@ from lightning_rlhf import (
     Whitened,
     WorstOf,
 )
-from lightning_rlhf.callbacks import EMA, Export
+from lightning_rlhf.callbacks import EMA, Export, RolloutLog, SampleLog
 from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
@@ -231,7 +231,8 @@ def grouped(folder: Path, devices: int) -> dict:
         data = PromptDataModule(
             train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
         )
-        result = run(module, data, devices, max_epochs=1)
+        logs = [log(str(folder / f"{name}-{strategy}")) for log in (RolloutLog, SampleLog) if name == "rloo"]
+        result = run(module, data, devices, max_epochs=1, callbacks=logs)
         found[name] = result | {"advantage": module.advantage.state(), "n": module.episodes, "kl": module.kl.coef}
     return found
 

@@ -137,6 +137,22 @@ def test_two_processes_train_groups_as_one(outcomes, strategy, method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "lines"), [("rollouts", 24), ("samples", 2 * 11)])
+def test_two_processes_keep_the_log_of_one(outcomes, folder, strategy, name, lines):
+    """Line by line in one order; two responses to each prompt, an odd number of held-out prompts."""
+    outcomes("grouped", strategy)
+    one, two = (folder / f"rloo-{kind}" / f"{name}.jsonl" for kind in ("one", strategy))
+    pairs = list(zip(one.read_text().splitlines(), two.read_text().splitlines(), strict=True))
+    assert len(pairs) == lines
+    for a, b in (map(json.loads, pair) for pair in pairs):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value), key
+    order = "episode" if name == "rollouts" else "index"
+    assert [json.loads(b)[order] for _, b in pairs][-1] == (23 if name == "rollouts" else 10)
+
+
+@pytest.mark.slow
 def test_methods_train_differently(outcomes):
     """Or equal weights above would say nothing of them."""
     found, _ = outcomes("grouped", "ddp")

@@ -30,6 +30,8 @@ BELOW = {  # what each room may import of the library beside itself
     "command": {
         *("callbacks", "consent", "core", "data", "models", "modules", "parser", "rollout", "text", "types"),
     },
+    "comparison": set(),
+    "rescore": {"comparison", "consent", "data", "parser", "rollout", "text", "types"},
     "cli": {"command", "failure"},
     "__main__": {"cli"},
     "__init__": set(),

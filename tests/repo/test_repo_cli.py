@@ -63,7 +63,8 @@ def test_script_and_module_run_the_same() -> None:
 def test_fit_counts_rollouts_steps_and_episodes(ppo: Arguments, workplace: Path) -> None:
     cli = main(["fit", *ppo()])
     assert (cli.model.iteration, cli.model.episodes, cli.trainer.global_step) == (2, 8, 4)
-    assert not list(workplace.rglob("*.jsonl"))  # predictions are of `predict` alone
+    logs = {"rollouts.jsonl", "samples.jsonl"}
+    assert {path.name for path in workplace.rglob("*.jsonl")} == logs  # predictions are of `predict` alone
 
 
 def test_validate_logs_reward_kl_and_length(ppo: Arguments, workplace: Path) -> None:
