@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class Evaluator(ABC):
 
     name: str
     """What its logged names begin with; no two evaluations of a module may share it."""
-    serves: ClassVar[Literal["prompts", "texts"]] = "prompts"
-    """Which held-out data it is of."""
+    serves = "prompts"  # bare: jsonargparse reads a base's annotations with the names of the subclass's module
+    """Which held-out data it is of, `prompts` or `texts`."""
 
     @property
     def reference_samples(self) -> int:

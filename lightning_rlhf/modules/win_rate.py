@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from lightning_rlhf.core import length_controlled, standard_error
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.modules.evaluator import Answers, Columns, Evaluator
 from lightning_rlhf.rollout.failure import on_all
-from lightning_rlhf.rollout.judge import Judge, judged
+from lightning_rlhf.rollout.judge import judged
 from lightning_rlhf.rollout.text import decoded
 
 
@@ -27,7 +29,7 @@ class WinRate(Evaluator):
     gives whatever stands first, ½ for a judge that does not look at the order.
     """
 
-    judge: Judge | None = None
+    judge: Callable[..., Any] | None = None
     """`fn(prompts, first, second, **columns)`, the probability that the first response is better for each pair (0 to 1,
     ½ for a tie), by object or dotted path; extra columns of the data reach it. None compares the module's scores after
     shaping, ties count half."""

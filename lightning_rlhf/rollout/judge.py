@@ -11,15 +11,13 @@ from torch import Tensor
 from lightning_rlhf.rollout.text import columns_of, wanted_by
 from lightning_rlhf.types import Row
 
-Judge = Callable[..., Any]
-"""`fn(prompts, first, second, **columns)`: probabilities that the first is better, one per prompt, ½ for a tie."""
 
-
-def judged(fn: Judge, rows: Sequence[Row], first: list[str], second: list[str]) -> Tensor:
+def judged(fn: Callable[..., Any], rows: Sequence[Row], first: list[str], second: list[str]) -> Tensor:
     """Probability that `first` is the better response, as said when it stands first and when it stands second.
 
     Args:
-        fn: the judge; it gets the columns that it names, or all of them if it takes `**kwargs`.
+        fn: `fn(prompts, first, second, **columns)`, probabilities that the first is better, one per prompt, ½ for a
+            tie; it gets the columns that it names, or all of them if it takes `**kwargs`.
         rows: the N raw records of the prompts.
         first: N responses, text.
         second: N others.
