@@ -275,6 +275,27 @@ def test_alignment_tax_is_counted_by_hand(make_ppo, make_lm, validate):
 ALL = (WinRate(samples=2), BestOfN(n=(1, 2)), AlignmentTax())
 
 
+def test_reference_ties_with_itself_and_a_trained_policy_wins(
+    make_ppo, token_reward, make_trainer, as_loader, left_padded
+):
+    """Of 256 prompts, within four standard errors; were both drawn with the same numbers, there would be no error."""
+    evaluations = [WinRate(samples=2), BestOfN(n=(1, 4)), GoldReward(reward=token_reward())]
+    adam = partial(torch.optim.Adam, lr=0.01)
+    module = make_ppo(reward=token_reward(), evaluations=evaluations, optimizer=adam)
+    held_out = as_loader([left_padded(PROMPTS * 32)])
+    (before,) = make_trainer().validate(module, held_out, verbose=False)
+    assert 0.015 < before["eval/win_rate_se"] < 0.03  # ½/√256 is 0.031
+    assert abs(before["eval/win_rate"] - 0.5) < 4 * before["eval/win_rate_se"]
+    assert abs(before["eval/best_of_n/lead"]) < 4 * before["eval/best_of_n/lead_se"]
+    assert before["eval/best_of_4/reward"] > before["eval/best_of_1/reward"] + 0.5
+    make_trainer().fit(module, as_loader([{"prompts": left_padded(PROMPTS * 8)}] * 20))
+    (after,) = make_trainer().validate(module, held_out, verbose=False)
+    assert after["eval/win_rate"] > 0.5 + 4 * after["eval/win_rate_se"]
+    assert after["eval/gold/gain"] > 4 * after["eval/gold/gain_se"]
+    same = ("best_of_4/reward", "best_of_1/reward", "gold/reference_reward")  # the reference has not moved
+    assert [before[f"eval/{name}"] for name in same] == [after[f"eval/{name}"] for name in same]
+
+
 def test_fillers_count_nowhere(make_ppo, validate, toy_tokenizer):
     counts = [True, False, True, True, True, False, False, True]
     asked = []
