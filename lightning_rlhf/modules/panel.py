@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_rlhf.modules.evaluator import Answers, Columns, Evaluator, Texts
 from lightning_rlhf.modules.gathering import PLACE, gathered
+from lightning_rlhf.modules.reference_answers import ReferenceAnswers
 from lightning_rlhf.rollout import Reward, Scores
 from lightning_rlhf.rollout.failure import scored_or_told
-from lightning_rlhf.rollout.reference import reference_rollout
 from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Panel:
         self.module, self.given = module, tuple(evaluators)
         self.current = self.given
         self._notes: list[list[Columns]] = []
+        self._reference = ReferenceAnswers(module)
 
     def networks(self) -> list[nn.Module]:
         """Those of the evaluators' own rewards, built now."""
@@ -106,14 +107,15 @@ class Panel:
 
     def _answers(self, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores) -> Answers:
         samples = max(evaluator.reference_samples for evaluator in self.current)
-        reference = self._drawn(batch, batch_idx, samples) if samples else None
-        none = scores.total.new_zeros(len(scores.total), 0)
+        reference, theirs = None, scores.total.new_zeros(len(scores.total), 0)
+        if samples:
+            reference, theirs = self._reference(batch, batch_idx, samples=samples)
         return Answers(
             prompts=batch,
             policy=rollout,
             scores=scores.total,
             reference=reference,
-            reference_scores=none if reference is None else self.module.score(reference, batch).total.view(-1, samples),
+            reference_scores=theirs,
             tokenizer=self.module.tokenizer,
             score=partial(self._scored_by, batch, batch_idx),
             agreed=self.module.agreed,
@@ -122,11 +124,6 @@ class Panel:
     def _scored_by(self, batch: PromptBatch, batch_idx: int, reward: Reward, rollout: Rollout) -> Scores:
         rows = [batch.rows[i] for i in rollout.groups.tolist()]
         return scored_or_told(reward, rollout, rows, agreed=self.module.agreed, iteration=batch_idx)
-
-    def _drawn(self, batch: PromptBatch, batch_idx: int, samples: int) -> Rollout:
-        collector, trainer = self.module.collector, self.module.trainer
-        place = {"iteration": batch_idx, "rank": trainer.global_rank, "world": trainer.world_size}
-        return reference_rollout(collector, batch, samples=samples, **place)
 
     def _reference_logprobs(self, batch: TextBatch) -> Tensor:
         policy, frozen = self.module.policy, self.module.collector.reference

@@ -325,6 +325,23 @@ def test_responses_do_not_depend_on_who_else_asks(make_ppo, validate):
     assert validate(other)["win_rate_length_difference"] != found[0]["win_rate_length_difference"]
 
 
+def test_reference_is_asked_once_in_a_run(make_ppo, make_trainer, as_loader, left_padded):
+    module = make_ppo(evaluations=[WinRate(samples=2), GoldReward(reward=Kept(factor=5))])
+    held_out = as_loader([left_padded(PROMPTS[:5]), left_padded(PROMPTS[5:])])
+    (first,) = make_trainer().validate(module, held_out, verbose=False)
+    assert [len(texts) for texts, _ in module.reward.seen] == [5, 10, 3, 6]
+    assert make_trainer().validate(module, held_out, verbose=False) == [first]
+    assert [len(texts) for texts, _ in module.reward.seen[4:]] == [5, 3]
+    others = as_loader([left_padded(PROMPTS[:5]), left_padded([[11], [12, 14], [15]])])
+    (found,) = make_trainer().validate(module, others, verbose=False)
+    assert [len(texts) for texts, _ in module.reward.seen[6:]] == [5, 3, 6]  # the second batch is another
+    (fresh,) = make_trainer().validate(make_ppo(evaluations=module.evaluation.panel.given), others, verbose=False)
+    assert found == fresh != first
+    columns = as_loader([left_padded(PROMPTS[:5], rows=[{"prompt": "q"}] * 5)])
+    make_trainer().validate(module, columns, verbose=False)
+    assert [len(texts) for texts, _ in module.reward.seen[9:]] == [5, 10]  # what the reward reads is another
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_reference_of_an_adapter_is_the_policy_without_it(make_folder, validate, kind):
     peft = pytest.importorskip("peft")
