@@ -6,23 +6,21 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-PLACE = "place"
-"""The column that says where a row belongs."""
 
-
-def gathered(module: LightningModule, batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+def gathered(module: LightningModule, batches: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor] | None:
     """Columns of the rows of all processes, in the order of their places; None where nobody has a row.
 
     Every process must call this, with as many batches and the same columns; a batch may be empty.
 
     Args:
         module: whose trainer's processes.
-        batches: columns by name, (b, …) each, on the CPU, `PLACE` among them.
+        batches: the places of b rows, (b,), and their columns by name, (b, …) each, on the CPU.
     """
     if not batches:
         return None
-    whole = {name: _of_all(module, torch.cat([batch[name] for batch in batches])) for name in batches[0]}
-    order = whole.pop(PLACE).argsort(stable=True)
+    places, columns = zip(*batches, strict=True)
+    order = _of_all(module, torch.cat(places)).argsort(stable=True)
+    whole = {name: _of_all(module, torch.cat([batch[name] for batch in columns])) for name in columns[0]}
     return {name: column[order] for name, column in whole.items()} if len(order) else None
 
 

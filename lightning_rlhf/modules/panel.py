@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.modules.evaluator import Answers, Columns, Evaluator, Texts
-from lightning_rlhf.modules.gathering import PLACE, gathered
+from lightning_rlhf.modules.gathering import gathered
 from lightning_rlhf.modules.reference_answers import ReferenceAnswers
 from lightning_rlhf.rollout import Reward, Scores
 from lightning_rlhf.rollout.failure import scored_or_told
@@ -42,7 +42,7 @@ class Panel:
             raise ValueError(f"`evaluations` must have different names: got {twice} twice; set `name` of one")
         self.module, self.given = module, tuple(evaluators)
         self.current = self.given
-        self._notes: list[list[Columns]] = []
+        self._notes: list[list[tuple[Tensor, Columns]]] = []
         self._reference = ReferenceAnswers(module)
 
     def networks(self) -> list[nn.Module]:
@@ -101,9 +101,10 @@ class Panel:
     def _note(self, number: int, columns: Columns, counts: Tensor, batch_idx: int) -> None:
         """Keep the rows that count, with their place in the file."""
         world, rank = self.module.trainer.world_size, self.module.trainer.global_rank
-        rows = torch.arange(len(counts), device=counts.device) * world + rank
-        columns = columns | {PLACE: batch_idx * 2**32 + rows}
-        self._notes[number].append({name: column[counts].detach().double().cpu() for name, column in columns.items()})
+        places = batch_idx * 2**32 + torch.arange(len(counts)) * world + rank
+        counts = counts.cpu()
+        kept = {name: column.detach().cpu()[counts].double() for name, column in columns.items()}
+        self._notes[number].append((places[counts], kept))
 
     def _answers(self, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores) -> Answers:
         samples = max(evaluator.reference_samples for evaluator in self.current)

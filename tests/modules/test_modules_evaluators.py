@@ -9,7 +9,17 @@ from itertools import combinations
 import pytest
 import torch
 
-from lightning_rlhf import AlignmentTax, BestOfN, Constant, Generation, GoldReward, PPOModule, Reward, WinRate
+from lightning_rlhf import (
+    AlignmentTax,
+    BestOfN,
+    Constant,
+    Evaluator,
+    Generation,
+    GoldReward,
+    PPOModule,
+    Reward,
+    WinRate,
+)
 from lightning_rlhf.core import length_controlled
 from lightning_rlhf.models import ModelSource
 
@@ -383,6 +393,22 @@ def test_evaluations_do_not_disturb_training(make_ppo, make_trainer, as_loader, 
     gold = module.evaluation.panel.current[-1]
     assert len(gold.best["gold"]) == 3
     assert module.evaluation.panel.given[-1].best is None
+
+
+def test_own_evaluation_is_a_few_lines(make_ppo, validate):
+    class Longest(Evaluator):
+        name = "longest"
+
+        def of_answers(self, answers):
+            return {"tokens": answers.policy.lengths, "place": answers.scores, "pair": answers.reference_scores}
+
+        def conclude(self, notes):
+            return {"longest": float(notes["tokens"].max()), "rows": float(len(notes["place"]))}
+
+    module = leave(make_ppo(evaluations=[Longest(), BestOfN(n=(2,))]))
+    found = validate(module)
+    assert found["longest"] == max(len(game[0]) for game in played(module.reward, 2))
+    assert found["rows"] == 8
 
 
 def test_names_must_differ(make_ppo):
