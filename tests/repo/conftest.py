@@ -96,6 +96,22 @@ class Tiny:
         values |= {name.replace("__", "."): value for name, value in changes.items()}
         return ["--config", str(config), *flags({name: value for name, value in values.items() if value is not None})]
 
+    def evaluation(self, command: str = "validate") -> list[str]:
+        """configs/evaluate.yaml, made small: a policy against itself."""
+        values = {name: value for name, value in QUIET.items() if name.split(".")[1] not in ("max_epochs",)}
+        values = {
+            name: value for name, value in values.items() if "train_batches" not in name and "log_every" not in name
+        }
+        values |= {
+            "model.policy.path": self.policy,
+            "model.reference.path": self.policy,
+            "model.reward.path": self.reward,
+        }
+        values |= {"data.batch_size": 2, "data.text_tokens": 8, "model.generation.max_new_tokens": 4}
+        values |= {f"data.{'val' if command == 'validate' else 'test'}": self.file("held_out")}
+        values |= {"data.val_pretrain": self.file("texts")}
+        return ["--config", str(REPOSITORY / "configs" / "evaluate.yaml"), *flags(values)]
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
