@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -378,6 +379,8 @@ def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     for name in names:
         torch.manual_seed(0)
+        start = time.monotonic()
         found = globals()[name](folder, devices)
+        print(f"{name}: {time.monotonic() - start:.1f} s")
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{name}-{strategy}.pt")
