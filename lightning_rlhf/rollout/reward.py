@@ -44,6 +44,11 @@ class Reward(ABC):
         """
         self.tokenizer = tokenizer
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores, before `prepare`: a checkpoint is resumed by a run in which it is the same."""
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in public.items() if name != "tokenizer"}
+
     def networks(self) -> list[nn.Module]:
         """Frozen networks to move and cast with the module; they stay out of its checkpoints."""
         return []

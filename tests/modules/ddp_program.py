@@ -1,15 +1,13 @@
-"""Trains every stage on `devices` processes: `python ddp_program.py FOLDER DEVICES STRATEGY NAMES`.
+"""Trains every stage in a folder that holds `lm`, `scorer` and the JSONL files, and gets what came out.
 
-FOLDER holds `lm`, `scorer` and the JSONL files, and gets what came out. A global batch is the same whatever DEVICES is,
-which are spread over as many nodes as the environment's NODES says.
+A global batch is the same on any number of processes. `ddp_host` starts them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -107,9 +105,8 @@ STRATEGIES = {
     "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
     "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
 }
-NODES = int(os.environ.get("NODES", "1"))
 IN_FLOAT32 = ("one32", "fsdp1", "zero2")
-strategy = "one"  # chosen by the command line
+strategy = "one"  # chosen by `train`
 
 
 class Table(Reward):
@@ -142,8 +139,8 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     recorder, callbacks = Recorder(), options.pop("callbacks", [])
     trainer = Trainer(
         accelerator="cpu",
-        devices=devices // NODES,
-        num_nodes=NODES,
+        devices=1 if strategy == "nodes" else devices,
+        num_nodes=devices if strategy == "nodes" else 1,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         logger=False,
@@ -390,18 +387,15 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
     return run(module, data, devices, max_epochs=1)
 
 
-def main() -> None:
+def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:
     """Train what is named, one after the other; the first process saves."""
     global strategy
+    strategy = chosen
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    folder, devices, strategy, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    for name in names.split(","):
+    for name in names:
         torch.manual_seed(0)
+        start = time.monotonic()
         found = globals()[name](folder, devices)
+        print(f"{name}: {time.monotonic() - start:.1f} s")
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{name}-{strategy}.pt")
-
-
-if __name__ == "__main__":
-    main()
