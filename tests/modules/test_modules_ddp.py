@@ -42,10 +42,15 @@ def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
 
 
 def launch(folder: Path, devices: int, strategy: str, names: str, **environment: str) -> subprocess.Popen:
-    """The program, on a free port unless told, in a session of its own so that no child outlives a hang."""
+    """The program, on a free port unless told."""
+    return started([sys.executable, str(PROGRAM), str(folder), str(devices), strategy, names], **environment)
+
+
+def started(command: list[str], **environment: str) -> subprocess.Popen:
+    """A command in a session of its own, so that no child outlives a hang."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), str(devices), strategy, names],
+        command,
         env=inherited
         | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
         | environment,
@@ -246,14 +251,21 @@ def test_deepspeed_zero2_trains_as_one_process(folder, single):
     assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-5) for key in first)
 
 
+LAUNCH = Path(__file__).parents[2] / "examples" / "multi_node" / "node_rank.sh"
+
+
 @pytest.mark.slow
 def test_two_nodes_train_what_one_process_trains(outcomes, folder):
-    """The same command once on each node, which knows its rank and where the first is; here both are one machine."""
+    """The example's launch file once on each node, both of which are this machine; it starts our program."""
+    command = folder / "bin" / "lightning-rlhf"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PROGRAM}" "{folder}" 2 nodes ppo,reward\n')
+    command.chmod(0o755)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    known = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [launch(folder, 2, "nodes", "ppo,reward", NODE_RANK=rank, **known) for rank in ("1", "0")]
+        known = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    known |= {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+    processes = [started(["bash", str(LAUNCH)], NODE_RANK=rank, **known) for rank in ("1", "0")]
     for process in processes:
         finish(process, timeout=60)
     for name in ("ppo", "reward"):
