@@ -87,12 +87,21 @@ class Tiny:
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
         return values | ({"data.pretrain": self.file("texts")} if module["init_args"].get("ptx_coef") else {})
 
-    def arguments(self, config: Path, **changes: Any) -> list[str]:
-        """`config`, made small; `changes` have `__` for a dot, and None leaves an argument out."""
-        values = {**QUIET, **self.required(config), "data.batch_size": 4, "data.eval_batch_size": 2}
-        if "model.policy.path" in values:
+    def sizes(self, config: Path) -> dict[str, Any]:
+        """What makes a run of `config` take about a second."""
+        values = {**QUIET, "data.batch_size": 4, "data.eval_batch_size": 2}
+        if "model.policy.path" in self.required(config):
             values |= {"model.updates.minibatch": 2, "model.updates.microbatch": 1}
             values |= {"model.generation.max_new_tokens": 4, "data.pretrain_ratio": 0.5, "data.text_tokens": 8}
+        return values
+
+    def small(self, config: Path) -> list[str]:
+        """`sizes` as flags, to stand behind a command that says all else."""
+        return flags(self.sizes(config))
+
+    def arguments(self, config: Path, **changes: Any) -> list[str]:
+        """`config`, made small; `changes` have `__` for a dot, and None leaves an argument out."""
+        values = self.required(config) | self.sizes(config)
         values |= {name.replace("__", "."): value for name, value in changes.items()}
         return ["--config", str(config), *flags({name: value for name, value in values.items() if value is not None})]
 

@@ -227,15 +227,6 @@ def test_stage_runs_two_steps_and_exports(config: Path, tiny: Any, workplace: Pa
     assert list(Path("runs").rglob("model/model.safetensors"))
 
 
-def test_stages_feed_each_other(tiny: Any, workplace: Path) -> None:
-    """The commands in the headers, one after the other: each finds what the one before it wrote."""
-    main(["fit", *tiny.arguments(CONFIGS / "sft.yaml")])
-    main(["fit", *tiny.arguments(CONFIGS / "reward.yaml", model__model__path="runs/sft/model")])
-    paths = {"model__policy__path": "runs/sft/model", "model__reward__path": "runs/reward/model"}
-    cli = main(["fit", *tiny.arguments(CONFIGS / "ppo_ptx.yaml", **paths)])
-    assert cli.model.episodes == 8
-
-
 def measured() -> dict[str, float]:
     """The one line of numbers that the command in the working directory wrote."""
     (metrics,) = Path("runs/evaluate").rglob("metrics.csv")
