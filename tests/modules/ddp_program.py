@@ -1,15 +1,13 @@
-"""Trains every stage on `devices` processes: `python ddp_program.py FOLDER DEVICES STRATEGY NAMES`.
+"""Trains every stage in a folder that holds `lm`, `scorer` and the JSONL files, and gets what came out.
 
-FOLDER holds `lm`, `scorer` and the JSONL files, and gets what came out. A global batch is the same whatever DEVICES is,
-which are spread over as many nodes as the environment's NODES says.
+A global batch is the same on any number of processes. `ddp_host` starts them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,8 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf import (
     GAE,
     AdaptiveKL,
+    AlignmentTax,
     BanditAdvantage,
     BatchStd,
+    BestOfN,
     ComparisonDataModule,
     Constant,
     ConstantLength,
@@ -33,6 +33,7 @@ from lightning_rlhf import (
     EnsembleReward,
     FixedKL,
     Generation,
+    GoldReward,
     GroupAdvantage,
     KLInLoss,
     KLPenalty,
@@ -54,6 +55,7 @@ from lightning_rlhf import (
     Updates,
     WeightedReward,
     Whitened,
+    WinRate,
     WorstOf,
 )
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, SampleLog
@@ -103,9 +105,8 @@ STRATEGIES = {
     "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
     "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
 }
-NODES = int(os.environ.get("NODES", "1"))
 IN_FLOAT32 = ("one32", "fsdp1", "zero2")
-strategy = "one"  # chosen by the command line
+strategy = "one"  # chosen by `train`
 
 
 class Table(Reward):
@@ -138,8 +139,8 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     recorder, callbacks = Recorder(), options.pop("callbacks", [])
     trainer = Trainer(
         accelerator="cpu",
-        devices=devices // NODES,
-        num_nodes=NODES,
+        devices=1 if strategy == "nodes" else devices,
+        num_nodes=devices if strategy == "nodes" else 1,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         logger=False,
@@ -157,8 +158,15 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
 
+def longer(prompts, first, second) -> list[float]:
+    """A judge that likes length, and a little what stands first."""
+    return [0.6 if len(a) == len(b) else 0.1 + 0.8 * (len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+
 def ppo(folder: Path, devices: int) -> dict:
-    """The bandit with PTX, ragged microbatches, both adaptations."""
+    """The bandit with PTX, ragged microbatches, both adaptations; every evaluation, one of them by a learned reward."""
+    gold = LearnedReward(str(folder / "scorer"), dtype="float64")
+    evaluations = [WinRate(samples=2), WinRate(judge=longer, name="judge"), BestOfN(n=(1, 3)), AlignmentTax()]
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
@@ -169,6 +177,7 @@ def ppo(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Linear(),
+        evaluations=[*evaluations, GoldReward(reward=gold)],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
@@ -249,11 +258,13 @@ def lora(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Constant(),
+        evaluations=[BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
         val=str(folder / "prompts.jsonl"),
         pretrain=str(folder / "texts.jsonl"),
+        val_pretrain=str(folder / "one_text.jsonl"),
         batch_size=4 // devices,
         pretrain_ratio=1.0,
         text_tokens=8,
@@ -365,6 +376,7 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         reward=Table(),
         generation=Generation(max_new_tokens=4),
         optimizer=ADAM,
+        evaluations=[WinRate(judge=longer, samples=2), BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
@@ -376,18 +388,15 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
     return run(module, data, devices, max_epochs=1)
 
 
-def main() -> None:
+def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:
     """Train what is named, one after the other; the first process saves."""
     global strategy
+    strategy = chosen
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    folder, devices, strategy, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    for name in names.split(","):
+    for name in names:
         torch.manual_seed(0)
+        start = time.monotonic()
         found = globals()[name](folder, devices)
+        print(f"{name}: {time.monotonic() - start:.1f} s")
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{name}-{strategy}.pt")
-
-
-if __name__ == "__main__":
-    main()

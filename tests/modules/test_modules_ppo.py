@@ -545,7 +545,17 @@ def test_predict_gives_the_rows_with_what_was_measured(make_ppo, make_trainer, a
     (records,) = make_trainer().predict(module, as_loader([left_padded(RAGGED, rows=rows)]))
     assert [record["topic"] for record in records] == [f"t{i}" for i in range(8)]
     for record in records:
-        assert record.keys() == {"prompt", "topic", "response", "score", "kl", "length", "ended"}
+        assert record.keys() == {
+            "prompt",
+            "topic",
+            "response",
+            "raw_score",
+            "score",
+            "kl",
+            "entropy",
+            "length",
+            "ended",
+        }
         assert isinstance(record["response"], str)
         assert record["kl"] == pytest.approx(0.0, abs=1e-12)
         assert 1 <= record["length"] <= 5
