@@ -1,0 +1,148 @@
+"""Every number that a run logs: its key, how it is computed, in which unit."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """One logged key.
+
+    Attributes:
+        key: as in the logger; words in capitals stand for what differs: a name, a number, bounds in percent.
+        meaning: its formula, or what it is.
+        unit: of the number; `1` for shares, ratios and what has none.
+    """
+
+    key: str
+    meaning: str
+    unit: str
+
+    def matches(self, key: str) -> bool:
+        """Whether a logged key is this one; the keys of `test` are those of validation."""
+        pattern = re.sub(r"[A-Z]+", lambda found: PLACEHOLDERS[found[0]], re.escape(self.key))
+        return re.fullmatch(pattern, re.sub("^test/", "eval/", key)) is not None
+
+
+PLACEHOLDERS = {"NAME": ".+", "N": r"\d+", "BIN": r"\d+_\d+"}
+
+TRAINING = (
+    Entry("epoch", "passes over the training data, from 0", "1"),
+    Entry("lr", "learning rate; in the RL stage that of the policy", "1"),
+    Entry(
+        "train/loss", "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts", "nats"
+    ),
+)
+OBJECTIVE = (
+    Entry("episode", "responses trained on so far, of all processes", "1"),
+    Entry("objective/scores", "mean r(x, y), after the shaping rules", "reward"),
+    Entry("objective/scores/NAME", "mean of a part of `WeightedReward` or `EnsembleReward`, before weights", "reward"),
+    Entry("objective/kl", "mean Σ_t log π_old − log π_ref of a response: KL(π_old‖π_ref)", "nats"),
+    Entry("objective/kl_coef", "β of this rollout", "reward/nat"),
+    Entry("objective/non_score_reward", "mean −β·KL; 0 where the KL is in the loss", "reward"),
+    Entry("objective/rlhf_reward", "`objective/scores` + `objective/non_score_reward`", "reward"),
+    Entry("objective/entropy", "mean −log π_old(y∣x) of a response", "nats"),
+    Entry("objective/response_length", "mean tokens of a response, its end token included", "tokens"),
+    Entry("objective/eos_rate", "share of responses that ended", "1"),
+    Entry("objective/flat_groups", "share of responses whose group all scored the same; 0 without groups", "1"),
+)
+UPDATE = (
+    Entry("loss/policy_avg", "mean surrogate loss of an action", "reward"),
+    Entry("loss/kl_avg", "mean β·KL of an action where `kl_term` puts it into the loss, else 0", "reward"),
+    Entry("loss/value_avg", "mean value loss of an action; with a value network", "reward²"),
+    Entry("ptx/loss", "mean −log π(token) of the pretraining texts, before γ", "nats/token"),
+    Entry("policy/approxkl_avg", "mean ½(log ρ)² of an action: KL(π_old‖π) to second order", "nats"),
+    Entry("policy/clipfrac_avg", "share of actions whose ratio or weight was clipped; surrogates that clip", "1"),
+    Entry("policy/entropy_avg", "mean entropy of the next token, under the weights that sample", "nats"),
+    Entry("policy/grad_norm", "mean norm of the gradient of an optimizer step, before clipping", "1"),
+    Entry("policy/kl_old", "KLPEN: mean k3 estimate of KL(π_old‖π) of an action, after the update", "nats"),
+    Entry("policy/kl_penalty", "KLPEN: mean b·KL(π_old‖π) of an action during the update", "reward"),
+    Entry("policy/kl_sampler", "mean k3 estimate of KL(π_sampler‖π_old) of a token: what low precision costs", "nats"),
+    Entry("surrogate/coef", "KLPEN: b of this rollout", "reward/nat"),
+    Entry("val/ratio", "mean ρ = π/π_old of an action: 1 on the first minibatch", "1"),
+    Entry("val/ratio_var", "variance of ρ", "1"),
+    Entry("val/clipfrac_avg", "share of actions whose clipped value was further off; with a value network", "1"),
+)
+COST = (
+    Entry("time/generate", "sampling; times are wall time of rank 0", "s"),
+    Entry("time/reference", "log π_ref", "s"),
+    Entry("time/old_logprobs", "log π_old", "s"),
+    Entry("time/values", "V; with a value network", "s"),
+    Entry("time/reward", "the reward", "s"),
+    Entry("time/update", "all minibatches, forwards, backwards and optimizer steps", "s"),
+    Entry("time/optimizer", "of these the optimizer steps", "s"),
+    Entry("time/kl_old", "KLPEN: the measurement of `policy/kl_old`", "s"),
+    Entry("time/step", "the whole rollout with its update", "s"),
+    Entry("throughput/tokens_per_second", "response tokens of all processes over `time/step`", "tokens/s"),
+    Entry("memory/peak_gib", "most memory the process has held: of its GPU where it has one, else resident", "GiB"),
+)
+HELD_OUT = (
+    Entry("eval/reward", "as `objective/scores`", "reward"),
+    Entry("eval/reward/NAME", "as `objective/scores/NAME`", "reward"),
+    Entry("eval/kl", "as `objective/kl`, of the policy as it is", "nats"),
+    Entry("eval/entropy", "as `objective/entropy`", "nats"),
+    Entry("eval/response_length", "as `objective/response_length`", "tokens"),
+    Entry("eval/eos_rate", "as `objective/eos_rate`", "1"),
+    Entry("eval/ptx_loss", "mean −log π(token) of the held-out texts", "nats/token"),
+)
+EVALUATIONS = (
+    Entry("eval/win_rate", "share of responses preferred to the reference's, ties ½", "1"),
+    Entry("eval/win_rate_se", "its standard error over prompts", "1"),
+    Entry("eval/win_rate_length_controlled", "the same at equal lengths, by a logistic regression", "1"),
+    Entry("eval/win_rate_length_difference", "mean length less the reference's", "tokens"),
+    Entry("eval/win_rate_first", "a judge's mean probability for what stands first", "1"),
+    Entry("eval/best_of_N/reward", "mean score of the best of N responses of the reference", "reward"),
+    Entry("eval/best_of_N/reward_se", "its standard error over prompts", "reward"),
+    Entry("eval/best_of_N/kl", "log N − (N − 1)/N", "nats"),
+    Entry("eval/best_of_n/equivalent", "n at which log n − (n − 1)/n is the policy's KL", "1"),
+    Entry("eval/best_of_n/reward_at_equal_kl", "score of the best of that n; up to the largest N", "reward"),
+    Entry("eval/best_of_n/lead", "`eval/reward` less that", "reward"),
+    Entry("eval/best_of_n/lead_se", "its standard error over prompts", "reward"),
+    Entry("eval/best_of_n/kl_at_equal_reward", "KL at which best of n has the policy's reward; up to N", "nats"),
+    Entry("eval/gold/reward", "mean gold reward of the policy", "gold"),
+    Entry("eval/gold/reference_reward", "mean gold reward of the reference", "gold"),
+    Entry("eval/gold/gain", "the one less the other", "gold"),
+    Entry("eval/gold/gain_se", "its standard error over prompts", "gold"),
+    Entry("eval/gold/proxy_gain", "the same of the score that is trained on", "reward"),
+    Entry("eval/gold/correlation", "Pearson's, of gold reward and score over the policy's responses", "1"),
+    Entry("eval/gold/since_best", "mean gold reward less that of the run's best evaluation, or the reference", "gold"),
+    Entry("eval/gold/since_best_se", "its standard error over prompts", "gold"),
+    Entry("eval/gold/proxy_since_best", "the same of the score", "reward"),
+    Entry("eval/gold/overoptimised", "1 where the score rose and gold fell by over 2 standard errors, else 0", "1"),
+    Entry("eval/ptx_loss_reference", "`eval/ptx_loss` of the reference", "nats/token"),
+    Entry("eval/alignment_tax", "`eval/ptx_loss` less that", "nats/token"),
+    Entry("eval/alignment_tax_se", "its standard error over texts", "nats/token"),
+)
+PREFERENCES = (
+    Entry("eval/loss", "stages 1 and 2: mean −log π(token); mean ranking loss of a prompt", "nats"),
+    Entry("eval/accuracy", "share of pairs whose preferred response scores higher", "1"),
+    Entry("eval/margin", "mean r_w − r_l of a pair", "reward"),
+    Entry("eval/demonstrations", "mean score of the demonstrations, before their bias moves", "reward"),
+    Entry("eval/demonstration_bias", "what is added to every score, so that demonstrations have mean 0", "reward"),
+    Entry("eval/accuracy_confidence_BIN", "accuracy where σ(∣r_w − r_l∣) is in the bin", "1"),
+    Entry("eval/mean_confidence_BIN", "mean σ(∣r_w − r_l∣) of the bin", "1"),
+    Entry("eval/pairs_confidence_BIN", "pairs in the bin", "1"),
+    Entry("eval/calibration_error", "Σ_bins pairs of the bin / pairs · ∣accuracy − mean confidence∣", "1"),
+    Entry("eval/accuracy_longer", "accuracy where the preferred response is more than 10 tokens longer", "1"),
+    Entry("eval/accuracy_similar", "accuracy where lengths differ by 10 tokens at most", "1"),
+    Entry("eval/accuracy_shorter", "accuracy where the preferred response is more than 10 tokens shorter", "1"),
+    Entry("eval/pairs_longer", "such pairs", "1"),
+    Entry("eval/pairs_similar", "such pairs", "1"),
+    Entry("eval/pairs_shorter", "such pairs", "1"),
+    Entry("eval/score_length_correlation", "Pearson's, of score and length over responses", "1"),
+    Entry("eval/score_length_correlation_within_prompt", "the same of deviations from the prompt's means", "1"),
+)
+GLOSSARY = (*TRAINING, *OBJECTIVE, *UPDATE, *COST, *HELD_OUT, *EVALUATIONS, *PREFERENCES)
+"""In the order of a run."""
+
+
+def find(key: str) -> Entry | None:
+    """What a logged key means; None where the library does not log it."""
+    return next((entry for entry in GLOSSARY if entry.matches(key)), None)
+
+
+def table() -> str:
+    """The glossary in Markdown."""
+    lines = [f"| `{entry.key}` | {entry.meaning} | {entry.unit} |" for entry in GLOSSARY]
+    return "\n".join(["| key | what | unit |", "|---|---|---|", *lines])
