@@ -24,6 +24,8 @@ ROOMS: list[dict[str, str]] = [
         "__main__": "python -m",
         "cli": "the console script",
         "command": "LightningCLI",
+        "rescore": "logs, again",
+        "comparison": "two scores",
         "parser": "one-line errors",
         "failure": "sentences, status",
         "consent": "flags only",

@@ -20,6 +20,7 @@ _ROOMS = {
         "RaiseKL",
         "RollBack",
         "RolloutLog",
+        "RolloutProgress",
         "RunCheckpoint",
         "SampleLog",
         "Stop",

@@ -9,6 +9,7 @@ from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
 from lightning_rlhf.callbacks.preflight import Preflight
 from lightning_rlhf.callbacks.rollout_log import RolloutLog
+from lightning_rlhf.callbacks.rollout_progress import RolloutProgress
 from lightning_rlhf.callbacks.sample_log import SampleLog
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RaiseKL",
     "RollBack",
     "RolloutLog",
+    "RolloutProgress",
     "RunCheckpoint",
     "SampleLog",
     "Stop",

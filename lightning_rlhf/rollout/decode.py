@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_rlhf.rollout.draw import draw
 from lightning_rlhf.rollout.record import Record, Sampled
 from lightning_rlhf.rollout.slots import Slots
+from lightning_rlhf.rollout.watch import Watch
 
 CROWDED = 0.75
 """Ended rows leave once the open ones are at most this share: to leave, the cache of the others is copied."""
@@ -30,6 +31,7 @@ def decode(
     end_tokens: list[int],
     pad_token: int,
     slots: int | None = None,
+    watch: Watch | None = None,
 ) -> Sampled:
     """Responses to all prompts, `slots` of them at a time.
 
@@ -44,6 +46,7 @@ def decode(
         end_tokens: ids that end a response.
         pad_token: id written after the end.
         slots: rows decoded at the same time; None decodes all.
+        watch: follows the drawing; None for nobody.
 
     Raises:
         ValueError: `slots` does not hold the responses to one prompt, or a logit is NaN or infinite.
@@ -53,7 +56,9 @@ def decode(
             f"`slots` must hold the responses to a prompt: got slots={slots} for {samples} samples of each"
         )
     prompts, device = len(tokens), tokens.device
-    record = Record(prompts * samples, length=length, pad_token=pad_token, end_tokens=end_tokens, device=device)
+    record = Record(
+        prompts * samples, length=length, pad_token=pad_token, end_tokens=end_tokens, device=device, watch=watch
+    )
     uniforms = None if uniforms is None else uniforms.to(device)
     room, live, read = slots or prompts * samples, Slots(network), 0
     while True:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lightning_rlhf.rollout.draw import draw
 from lightning_rlhf.rollout.record import Record, Sampled
+from lightning_rlhf.rollout.watch import Watch
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def generate(
     temperature: float,
     end_tokens: list[int],
     pad_token: int,
+    watch: Watch | None = None,
 ) -> Sampled:
     """Responses as by `decode`: the same tokens from the same random numbers, with nothing but `generate` asked.
 
@@ -37,9 +39,11 @@ def generate(
         temperature: τ.
         end_tokens: ids that end a response.
         pad_token: id written after the end.
+        watch: follows the drawing; None for nobody.
     """
     tokens, mask = tokens.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-    record = Record(len(tokens), length=length, pad_token=pad_token, end_tokens=end_tokens, device=tokens.device)
+    device = tokens.device
+    record = Record(len(tokens), length=length, pad_token=pad_token, end_tokens=end_tokens, device=device, watch=watch)
     chooser = _Chooser(record, uniforms, prompt_width=tokens.shape[1], temperature=temperature)
     config = GenerationConfig(
         max_new_tokens=length, do_sample=False, eos_token_id=list(end_tokens), pad_token_id=pad_token

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.rollout.draw import Draw
+from lightning_rlhf.rollout.watch import Watch
 from lightning_rlhf.types import PromptBatch, Rollout
 
 
@@ -61,15 +62,27 @@ class Record:
         pad_token: stands where nothing was drawn.
         end_tokens: ids that end a response.
         device: of all tensors.
+        watch: follows it; None for nobody.
     """
 
-    def __init__(self, rows: int, *, length: int, pad_token: int, end_tokens: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        *,
+        length: int,
+        pad_token: int,
+        end_tokens: list[int],
+        device: torch.device,
+        watch: Watch | None = None,
+    ) -> None:
         self.length, self._ends = length, torch.tensor(end_tokens, device=device)
         self._tokens = torch.full((rows, length), pad_token, device=device)
         self._response = torch.zeros_like(self._tokens, dtype=torch.bool)
         self._numbers = torch.zeros(2, rows, length, dtype=torch.float64, device=device)
         self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._dtype = torch.float32
+        self._dtype, self._watch = torch.float32, watch
+        if watch is not None:
+            watch.begin(rows, device)
 
     def add(self, rows: Tensor, places: Tensor, drawn: Draw) -> Tensor:
         """Take in a token of each of some responses.
@@ -87,8 +100,13 @@ class Record:
         self._numbers[:, rows, places] = torch.stack([drawn.logprob, drawn.entropy]).double()
         self._ended[rows] = ended
         self._dtype = drawn.logprob.dtype
-        return ~ended & (places + 1 < self.length)
+        goes_on = ~ended & (places + 1 < self.length)
+        if self._watch is not None:
+            self._watch.add(goes_on)
+        return goes_on
 
     def sampled(self) -> Sampled:
         """All of it, in the precision of the logits."""
+        if self._watch is not None:
+            self._watch.end()
         return Sampled(self._tokens, self._response, self._ended, *self._numbers.to(self._dtype))

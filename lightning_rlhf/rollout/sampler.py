@@ -15,6 +15,7 @@ from lightning_rlhf.rollout.decode import decode
 from lightning_rlhf.rollout.fallback import generate
 from lightning_rlhf.rollout.generation import Generation
 from lightning_rlhf.rollout.record import Sampled
+from lightning_rlhf.rollout.watch import Watch
 from lightning_rlhf.types import PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,14 @@ class Sampler:
     Args:
         policy: whose responses.
         generation: how they are drawn.
+
+    Attributes:
+        watch: follows the drawing while it is set.
     """
 
     def __init__(self, policy: PolicyModel, generation: Generation) -> None:
         self.policy, self.generation = policy, generation
+        self.watch: Watch | None = None
         reason = why_no_cache(policy.network)
         if reason is not None:
             logger.info("sampling by transformers' `generate`, which is slower: %s", reason)
@@ -59,6 +64,7 @@ class Sampler:
                 temperature=self.generation.temperature,
                 end_tokens=ends,
                 pad_token=ends[0],
+                watch=self.watch,
             )
 
     def dtype(self, device: str) -> torch.dtype:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import re
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -12,6 +14,7 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import TQDMProgressBar
 from peft import LoraConfig
 from switch_bench import Bench
 from switch_harness import Observer, Table, case, to
@@ -29,6 +32,7 @@ from lightning_rlhf.callbacks import (
     RaiseKL,
     RollBack,
     RolloutLog,
+    RolloutProgress,
     RunCheckpoint,
     SampleLog,
 )
@@ -305,6 +309,16 @@ def _around(bench: Bench) -> Table:
             shown = [call.args[2] for call in show.call_args_list]
         return [_files(folder), shown]
 
+    def shown(callback: RolloutProgress) -> list[str]:
+        """Responses that the bar counts; speeds and times are of this machine."""
+        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
+        bar = io.StringIO()
+        with contextlib.redirect_stdout(bar):
+            trainer = bench.trainer([callback, TQDMProgressBar()], enable_progress_bar=True)
+            trainer.fit(module, _loader({"prompts": bench.prompts}))
+        return list(dict.fromkeys(re.findall(r"\d+/\d+ responses", bar.getvalue())))
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
@@ -333,6 +347,7 @@ def _around(bench: Bench) -> Table:
         RaiseKL: case(acted, factor=to(4.0)),
         RollBack: case(acted, limit=to(1)),
         RolloutLog: case(rolled_out, {"folder": "out"}, folder=to("elsewhere")),
+        RolloutProgress: case(shown, {"every": 1e9}, every=to(0.0)),
         RunCheckpoint: case(
             saved,
             {"dirpath": "out"},

@@ -23,7 +23,7 @@ BELOW = {  # what each room may import of the library beside itself
     "data": {"core", "text", "types"},
     "rollout": {"core", "folders", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},
-    "callbacks": {"core", "text", "types"},
+    "callbacks": {"core", "rollout", "text", "types"},
     "failure": {"text"},
     "parser": {"failure"},
     "consent": set(),

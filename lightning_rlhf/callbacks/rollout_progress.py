@@ -1,0 +1,90 @@
+"""What the progress bar says while a rollout is drawn, and when the run will be over."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from lightning_rlhf.core.checks import check_not_negative
+from lightning_rlhf.rollout.watch import Progress, Watch
+
+
+class RolloutProgress(Callback):
+    """In front of the progress bar: responses and tokens/s while they are drawn, and how long the run will take.
+
+    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. Reward (`score`) and `kl`
+    are on the bar anyway. Responses are those of process 0. It knows `TQDMProgressBar` and `RichProgressBar`, and does
+    nothing under another bar, without one, and in the stages without rollouts.
+
+    Args:
+        every: seconds between two changes of the bar, at least; raise it where the output goes to a file.
+
+    Raises:
+        ValueError: `every` is negative.
+    """
+
+    def __init__(self, every: float = 0.5) -> None:
+        check_not_negative(every=every)
+        self.every = every
+        self._start, self._before = 0.0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; what an earlier run did took no time of this one."""
+        if _shown(trainer, pl_module):
+            self._start, self._before = perf_counter(), _share(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the rollout."""
+        if _shown(trainer, pl_module):
+            pl_module.collector.sampler.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how long the run will take."""
+        if _shown(trainer, pl_module):
+            pl_module.collector.sampler.watch = None  # validation has a bar of its own
+            _describe(trainer, self._left(trainer, pl_module))
+
+    def _tell(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
+        speed = progress.tokens / max(progress.seconds, 1e-9)
+        responses = f"{progress.done}/{progress.total} responses, {speed:.0f} tokens/s"
+        _describe(trainer, ", ".join(filter(None, [responses, self._left(trainer, module)])))
+
+    def _left(self, trainer: Trainer, module: LightningModule) -> str:
+        """At the mean pace so far; nothing before the first step and where the run has no end."""
+        share = _share(trainer, module)
+        if share <= self._before:
+            return ""
+        seconds = (perf_counter() - self._start) * (1 - share) / (share - self._before)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+def _share(trainer: Trainer, module: LightningModule) -> float:
+    """What part of the run is done, by whichever limit is nearer."""
+    rollouts = trainer.num_training_batches * (trainer.max_epochs or -1)
+    shares = [module.iteration / rollouts if rollouts > 0 else 0.0]
+    shares.append(trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0)
+    return min(max(shares), 1.0)
+
+
+def _shown(trainer: Trainer, module: LightningModule) -> bool:
+    bar = trainer.progress_bar_callback
+    known = isinstance(bar, TQDMProgressBar | RichProgressBar) and bar.is_enabled
+    return known and getattr(module, "collector", None) is not None
+
+
+def _describe(trainer: Trainer, text: str) -> None:
+    """Put it behind the epoch."""
+    words = ", ".join(filter(None, [f"Epoch {trainer.current_epoch}", text]))
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar):
+        bar.train_progress_bar.set_description(words)
+    elif bar.progress is not None and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, description=words)
+        bar.refresh()

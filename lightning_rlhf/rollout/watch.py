@@ -1,0 +1,67 @@
+"""How far a rollout is, told while it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.checks import check_not_negative
+
+
+class Progress(NamedTuple):
+    """Of the rollout of one process.
+
+    Attributes:
+        done: responses that are complete.
+        total: responses of the rollout.
+        tokens: response tokens so far.
+        seconds: since the first of them was waited for.
+    """
+
+    done: int
+    total: int
+    tokens: int
+    seconds: float
+
+
+class Watch:
+    """Follows the rollouts that a `Sampler` draws.
+
+    Counting stays on the device, which is waited for only where something is told.
+
+    Args:
+        tell: told now and then, and once at the end of each rollout.
+        every: seconds from one telling to the next, at least.
+
+    Raises:
+        ValueError: `every` is negative.
+    """
+
+    def __init__(self, tell: Callable[[Progress], None], *, every: float) -> None:
+        check_not_negative(every=every)
+        self.tell, self.every = tell, every
+
+    def begin(self, total: int, device: torch.device) -> None:
+        """A rollout of `total` responses begins."""
+        self._total, self._tokens = total, 0
+        self._done = torch.zeros((), dtype=torch.long, device=device)
+        self._start = self._told = perf_counter()
+
+    def add(self, goes_on: Tensor) -> None:
+        """A token was drawn for each of some responses; whether these go on, (b,), bool."""
+        self._tokens += len(goes_on)
+        self._done += (~goes_on).sum()
+        if perf_counter() - self._told >= self.every:
+            self._tell()
+
+    def end(self) -> None:
+        """The rollout is complete."""
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told = perf_counter()
+        self.tell(Progress(int(self._done), self._total, self._tokens, self._told - self._start))
