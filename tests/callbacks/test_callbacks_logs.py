@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_rlhf.callbacks import RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.run_file import RunFile
@@ -262,3 +264,54 @@ def test_other_stages_write_nothing(make_lm, toy_tokenizer, make_trainer, as_loa
 def test_table_is_refused_below_zero():
     with pytest.raises(ValueError, match="`table` must be at least 0 prompts: got -1"):
         SampleLog(table=-1)
+
+
+WANTED = {"objective/scores", "objective/scores/vowels", "eval/reward", "eval/kl", "policy/grad_norm", "time/step"}
+
+
+def test_csv_logger_takes_the_run(fit, tmp_path):
+    logger = CSVLogger(tmp_path, name="csv")
+    fit(tmp_path, logger=logger, log_every_n_steps=1)
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0].keys() >= WANTED
+    for name in WANTED:
+        assert len([line for line in lines if line[name]]) == 3
+
+
+def test_tensorboard_logger_takes_the_run_and_a_table_of_samples(fit, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="board")
+    fit(tmp_path, logger=logger, log_every_n_steps=1)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert set(events.Tags()["scalars"]) >= WANTED
+    assert [event.step for event in events.Scalars("objective/scores")] == [0, 1, 2]
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")]
+    assert len(texts) == 4  # before training and after each rollout
+    assert all(text.count("\n") == 3 for text in texts)  # head, rule, two prompts
+    after = [line for line in read(tmp_path / "samples.jsonl") if line["iteration"] == 3]
+    assert f"{after[0]['score']:.3f}" in texts[-1]
+    assert "v 0" in texts[-1]
+
+
+def test_wandb_logger_takes_the_run_and_a_table_of_samples(fit, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, project="test", offline=True, settings=wandb.Settings(console="off"))
+    try:
+        fit(tmp_path, logger=logger, log_every_n_steps=1)
+        summary = dict(logger.experiment.summary)
+        folder = Path(logger.experiment.dir)
+    finally:
+        wandb.finish()
+    assert summary.keys() >= WANTED
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.table.json")]
+    assert len(tables) == 4
+    samples = read(tmp_path / "samples.jsonl")
+    for table in tables:
+        assert table["columns"] == ["prompt", "before training", "now", "score before", "score now", "KL now"]
+        assert [row[0] for row in table["data"]] == ["v 0", "v 1"]
+        assert [row[1] for row in table["data"]] == [line["response"] for line in samples[:2]]
