@@ -34,7 +34,11 @@ ROOMS: list[dict[str, str]] = [
         "modules": "SFT, reward model, PPO as LightningModules",
         "callbacks": "checks, checkpoints, guards, export",
     },
-    {"rollout": "sampling, scoring, order of updates", "data": "files of text to batches of tokens"},
+    {
+        "rollout": "sampling, scoring, order of updates",
+        "data": "files of text to batches of tokens",
+        "report": "a page from a run's logs",
+    },
     {"models": "networks: policy, scalar head, adapters", "text": "messages, templates, token ids"},
     {
         "core": "the mathematics: torch only",

@@ -18,6 +18,7 @@ _ROOMS = {
         "PredictionWriter",
         "Preflight",
         "RaiseKL",
+        "Report",
         "RollBack",
         "RolloutLog",
         "RolloutProgress",

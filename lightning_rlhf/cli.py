@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-TOOLS = {"rescore": "lightning_rlhf.rescore"}
+TOOLS = {"report": "lightning_rlhf.report.command", "rescore": "lightning_rlhf.rescore"}
 """Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
 
 

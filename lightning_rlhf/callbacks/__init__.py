@@ -8,6 +8,7 @@ from lightning_rlhf.callbacks.kl_guard import KLGuard
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
 from lightning_rlhf.callbacks.preflight import Preflight
+from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.rollout_log import RolloutLog
 from lightning_rlhf.callbacks.rollout_progress import RolloutProgress
 from lightning_rlhf.callbacks.sample_log import SampleLog
@@ -21,6 +22,7 @@ __all__ = [
     "PredictionWriter",
     "Preflight",
     "RaiseKL",
+    "Report",
     "RollBack",
     "RolloutLog",
     "RolloutProgress",

@@ -72,6 +72,8 @@ def expected_best(scores: Tensor, *, n: int) -> Tensor:
     """E[max of n of the N scores, drawn without replacement]: unbiased for the mean score of best-of-n.
 
     Σ_i C(i − 1, n − 1)/C(N, n)·s₍ᵢ₎ over the scores in ascending order; the mean for n = 1, the maximum for n = N.
+    Of scores pooled over prompts it is an upper bound of the mean over prompts of each one's best of n: E[max] is
+    concave in the distribution (1 − Fⁿ is), and the pool is a mixture.
 
     Args:
         scores: of N independent responses to each prompt, (B, N), reward units.
@@ -86,5 +88,8 @@ def expected_best(scores: Tensor, *, n: int) -> Tensor:
     count = scores.shape[-1]
     if not 1 <= n <= count:
         raise ValueError(f"`n` must lie between 1 and the {count} scores of each prompt: got {n}")
-    weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
-    return scores.sort(-1).values @ scores.new_tensor(weights)
+    place = torch.arange(n, count + 1, dtype=torch.float64)
+    # in logarithms: 3,000 choose 1,500 is beyond float64, and a whole number of that length costs as much as its digits
+    chosen = place.lgamma() - math.lgamma(n) - (place - n + 1).lgamma()
+    weights = chosen.softmax(0)  # C(N, n) is their sum
+    return scores.sort(-1).values[..., n - 1 :] @ weights.to(scores)

@@ -122,3 +122,21 @@ def test_n_of_kl_by_hand_and_refusals():
     assert n_of_kl(math.log(2) - 0.5) == pytest.approx(2.0, abs=1e-12)
     with pytest.raises(ValueError, match="`kl`"):
         n_of_kl(-0.1)
+
+
+def test_expected_best_of_a_pool_bounds_that_of_its_prompts():
+    prompts = [torch.tensor([0.0, 1.0, 5.0]), torch.tensor([2.0, 2.0, 2.5])]
+
+    def best(scores, n):
+        """E[max] of n independent draws, each score as likely as the others."""
+        return math.fsum(max(draw) for draw in product(scores.tolist(), repeat=n)) / len(scores) ** n
+
+    for n in (2, 3):
+        assert best(torch.cat(prompts), n) > sum(best(prompt, n) for prompt in prompts) / 2 + 0.1
+    assert best(torch.cat(prompts), 1) == pytest.approx(12.5 / 6)  # control: of one draw they are equal
+
+
+def test_expected_best_of_many_does_not_overflow():
+    # 0 … N − 1 without ties: E[max of n] = n(N + 1)/(n + 1) − 1
+    found = expected_best(torch.arange(3000.0, dtype=torch.float64), n=1500)
+    assert float(found) == pytest.approx(1500 * 3001 / 1501 - 1, rel=1e-9)

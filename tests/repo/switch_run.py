@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from peft import LoraConfig
 from switch_bench import Bench
@@ -30,6 +30,7 @@ from lightning_rlhf.callbacks import (
     PredictionWriter,
     Preflight,
     RaiseKL,
+    Report,
     RollBack,
     RolloutLog,
     RolloutProgress,
@@ -319,6 +320,16 @@ def _around(bench: Bench) -> Table:
             trainer.fit(module, _loader({"prompts": bench.prompts}))
         return list(dict.fromkeys(re.findall(r"\d+/\d+ responses", bar.getvalue())))
 
+    def reported(callback: Report) -> list[str]:
+        """Names of what it wrote about a log that lies where it looks."""
+        folder = bench.empty()
+        for run in ("out", "other"):
+            (folder / run).mkdir()
+            (folder / run / "metrics.csv").write_text("step,objective/scores\n0,1.0\n")
+        with contextlib.chdir(folder):
+            callback.on_fit_end(Trainer(logger=False, enable_checkpointing=False), None)
+        return _files(folder)
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
@@ -346,6 +357,7 @@ def _around(bench: Bench) -> Table:
         Preflight: case(inspected, prompts=to(3), tolerance=to(0.0)),
         RaiseKL: case(acted, factor=to(4.0)),
         RollBack: case(acted, limit=to(1)),
+        Report: case(reported, {"folder": "out"}, folder=to("other"), output=to("elsewhere")),
         RolloutLog: case(rolled_out, {"folder": "out"}, folder=to("elsewhere")),
         RolloutProgress: case(shown, {"every": 1e9}, every=to(0.0)),
         RunCheckpoint: case(

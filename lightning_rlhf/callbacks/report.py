@@ -1,0 +1,51 @@
+"""The report of a run, when it has ended."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.report import require_matplotlib, write_report
+
+logger = logging.getLogger(__name__)
+
+
+class Report(Callback):
+    """Writes `report.html`, its figures as PNG and their numbers as CSV when `fit` ends.
+
+    It does what `lightning-rlhf report FOLDER` does, from the files of the run and nothing else, so that the command
+    makes the same page later. A log that cannot be read, or a full disk, costs the report and not the run: the reason
+    is a warning.
+
+    Args:
+        folder: of the run, with the logs anywhere below it: that of CSVLogger's `save_dir` and `name`, and of
+            `RolloutLog` and `SampleLog`.
+        output: where to write; None is `report` in the folder.
+    """
+
+    def __init__(self, folder: str, output: str | None = None) -> None:
+        self.folder, self.output = folder, output
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before training, and not after it.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        require_matplotlib()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it, on the first process."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for log in trainer.loggers:
+            log.save()  # Lightning itself writes the last lines only after this hook
+        output = Path(self.folder) / "report" if self.output is None else Path(self.output)
+        try:
+            page = write_report([self.folder], output=output)
+        except (OSError, ValueError) as error:
+            logger.warning("no report of %s was written: %s", self.folder, error)
+            return
+        logger.info("the report of this run is %s", page)

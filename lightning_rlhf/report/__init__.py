@@ -1,0 +1,7 @@
+"""After a run: one page and its figures, from the logs alone."""
+
+from lightning_rlhf.report.book import write_report
+from lightning_rlhf.report.draw import require_matplotlib
+from lightning_rlhf.report.runs import Run, read_runs
+
+__all__ = ["Run", "read_runs", "require_matplotlib", "write_report"]

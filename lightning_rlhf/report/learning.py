@@ -1,0 +1,145 @@
+"""What the RL stage did: reward, KL, length, entropy, and how far each update went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_rlhf.report.figure import Figure, Missing
+from lightning_rlhf.report.marks import Mark, Points
+from lightning_rlhf.report.metrics import Series
+from lightning_rlhf.report.palette import colour
+from lightning_rlhf.report.quantity import ROLLOUTS, Quantity, line_of
+from lightning_rlhf.report.responses import Responses
+from lightning_rlhf.report.runs import Run
+from lightning_rlhf.report.statistics import correlation, deciles, mean_interval
+
+_LOG = "metrics.csv of a PPOModule (Lightning's CSVLogger, as in every config)"
+
+REWARD = Quantity(
+    name="reward",
+    title="Reward",
+    y="score, reward units",
+    line=("objective/scores",),
+    points=("eval/reward", "test/reward"),
+    column="score",
+    interval=mean_interval,
+    caption="Mean score after shaping. Bands and bars: 95 % confidence of the mean, where the responses were logged.",
+    remedy=f"needs objective/scores or eval/reward in {_LOG}, or rollouts.jsonl",
+)
+KL = Quantity(
+    name="kl_reference",
+    title="KL to the reference",
+    y="KL(π‖π_ref), nats per response",
+    line=("objective/kl",),
+    points=("eval/kl", "test/kl"),
+    column="kl",
+    interval=mean_interval,
+    level=0.0,
+    caption="What the reward was paid for with: Σ log π − log π_ref, summed over a response. Bands as for the reward.",
+    remedy=f"needs objective/kl or eval/kl in {_LOG}, or rollouts.jsonl",
+)
+KL_OLD = Quantity(
+    name="kl_old",
+    title="KL to the policy that sampled",
+    y="nats per action",
+    line=("policy/approxkl_avg",),
+    points=("policy/kl_old",),
+    labels=("½(log ρ)², over the update", "KL(π_old‖π_θ), after the update"),
+    caption="How far one update goes from the policy that wrote the responses. The second is measured by KLPenalty.",
+    remedy=f"needs policy/approxkl_avg in {_LOG}",
+)
+CLIPPED = Quantity(
+    name="clip_fraction",
+    title="Clip fraction",
+    y="share of clipped actions",
+    line=("policy/clipfrac_avg",),
+    caption="Actions whose gradient CLIP took away: at 0 the bound never binds, near 1 the batch teaches nothing more.",
+    remedy=f"needs policy/clipfrac_avg in {_LOG}",
+)
+LENGTH = Quantity(
+    name="length",
+    title="Response length",
+    y="tokens",
+    line=("objective/response_length",),
+    points=("eval/response_length", "test/response_length"),
+    column="length",
+    interval=deciles,
+    caption="Mean length. Bands and bars: the middle 80 % of responses, where they were logged.",
+    remedy=f"needs objective/response_length in {_LOG}, or rollouts.jsonl",
+)
+ENDED = Quantity(
+    name="ended",
+    title="Responses that end",
+    y="share with an end token",
+    line=("objective/eos_rate",),
+    points=("eval/eos_rate", "test/eos_rate"),
+    column="ended",
+    span=(0.0, 1.0),
+    caption="The others were cut at the length limit.",
+    remedy=f"needs objective/eos_rate in {_LOG}, or rollouts.jsonl",
+)
+ENTROPY = Quantity(
+    name="entropy",
+    title="Entropy of a response",
+    y="−log π(y|x), nats",
+    line=("objective/entropy",),
+    points=("eval/entropy", "test/entropy"),
+    column="entropy",
+    interval=mean_interval,
+    caption="Summed over the response: it moves with length, too. Towards 0 the policy says one thing only.",
+    remedy=f"needs objective/entropy in {_LOG}, or rollouts.jsonl",
+)
+TOKEN_ENTROPY = Quantity(
+    name="token_entropy",
+    title="Entropy of the next token",
+    y="nats per token",
+    line=("policy/entropy_avg",),
+    caption="Under the weights that sample, mean over tokens: does not depend on length.",
+    remedy=f"needs policy/entropy_avg in {_LOG}",
+)
+PRETRAINING = Quantity(
+    name="pretraining",
+    title="Pretraining loss",
+    y="nats per token of text",
+    line=("ptx/loss",),
+    points=("eval/ptx_loss", "test/ptx_loss"),
+    caption="What PPO-ptx keeps from rising: the loss on texts, and on held-out ones.",
+    remedy="needs ptx/loss, from `--model.ptx_coef` above 0 and `--data.pretrain`, or eval/ptx_loss of held-out texts",
+)
+GRADIENTS = Quantity(
+    name="gradient_ratio",
+    title="Pretraining gradient over RL gradient",
+    y="ratio of gradient norms",
+    line=("ptx/grad_norm_ratio",),
+    level=1.0,
+    caption="‖γ·∇ of the pretraining loss‖ over ‖∇ of the surrogate‖: far above 1 the texts steer, far below not.",
+    remedy="needs ptx/grad_norm_ratio in metrics.csv, which is logged where both gradients are measured apart",
+)
+
+
+def length_bias(runs: Sequence[Run]) -> Figure | Missing:
+    """Whether longer responses of the same rollout score higher."""
+    marks: list[Mark] = []
+    for place, run in enumerate(runs):
+        names = ("training", "held out") if len(runs) == 1 else (run.name, f"{run.name}, held out")
+        trained, tested = _correlations(run.rollouts), _correlations(run.held_out)
+        if trained:
+            marks.append(line_of(trained, {}, None, label=names[0], colour=colour(place)))
+        if tested:
+            marks.append(Points(label=names[1], x=tested.x, y=tested.y, colour=colour(place)))
+    title = "Correlation of score and length"
+    if not marks:
+        return Missing(title=title, remedy="needs rollouts.jsonl or samples.jsonl, in which length and score both vary")
+    caption = (
+        "Pearson's, over the responses of a rollout or evaluation: near +1 the reward is all but a length. A rise of "
+        "this and of length together is the usual way to overfit a reward model."
+    )
+    names = {"name": "length_correlation", "title": title, "x": ROLLOUTS, "y": "Pearson's correlation"}
+    return Figure(**names, marks=marks, caption=caption, level=0.0)
+
+
+def _correlations(responses: Responses) -> Series:
+    lengths, scores = responses.column("length"), responses.column("score")
+    found = {i: correlation(lengths[i], scores[i]) for i in lengths if i in scores}
+    known = {i: value for i, value in found.items() if value is not None}
+    return Series(tuple(map(float, known)), tuple(known.values()))

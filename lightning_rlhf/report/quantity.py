@@ -1,0 +1,121 @@
+"""The usual figure: one logged number against the steps of training, on the training data and on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from lightning_rlhf.report.figure import Figure, Missing
+from lightning_rlhf.report.marks import Line, Mark, Points
+from lightning_rlhf.report.metrics import Series
+from lightning_rlhf.report.palette import colour
+from lightning_rlhf.report.runs import Run
+from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, thinned
+
+ROLLOUTS, STEPS = "rollouts trained on", "optimizer steps"
+MANY = 60
+"""Points from which a line is smoothed: before, each is a rollout that one wants to see."""
+Columns = Mapping[int, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """What to draw, and from which of the logs.
+
+    Attributes:
+        name: of the figure's files.
+        title: of the figure.
+        y: label, with the unit.
+        caption: what one sees.
+        remedy: what would give the figure where nothing of it was logged.
+        line: logged names, of which the first that a run has is drawn as a line.
+        points: of another number, drawn as rings.
+        labels: of line and points.
+        column: key of `rollouts.jsonl` and `samples.jsonl` that the number is the mean of; "" for none.
+        interval: of a rollout's values, drawn around the mean.
+        x: label of the axis.
+        level: as of `Figure`.
+        span: as of `Figure`.
+    """
+
+    name: str
+    title: str
+    y: str
+    caption: str
+    remedy: str
+    line: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    labels: tuple[str, str] = ("training", "held out")
+    column: str = ""
+    interval: Callable[[Sequence[float]], Interval] | None = None
+    x: str = ROLLOUTS
+    level: float | None = None
+    span: tuple[float, float] | None = None
+
+    def __call__(self, runs: Sequence[Run]) -> Figure | Missing:
+        """The figure of some runs, as much of it as their logs hold."""
+        marks = [mark for place, run in enumerate(runs) for mark in self._marks(run, place, alone=len(runs) == 1)]
+        if not marks:
+            return Missing(title=self.title, remedy=self.remedy)
+        return Figure(
+            name=self.name,
+            title=self.title,
+            x=self.x,
+            y=self.y,
+            marks=marks,
+            caption=self.caption,
+            level=self.level,
+            span=self.span,
+        )
+
+    def _marks(self, run: Run, place: int, *, alone: bool) -> list[Mark]:
+        trained = run.rollouts.column(self.column) if self.column else {}
+        tested = run.held_out.column(self.column) if self.column else {}
+        line = run.metrics.first(*self.line) or by_iteration(trained, fmean)
+        points = by_iteration(tested, fmean) or run.metrics.first(*self.points)
+        names = self.labels if alone else (run.name, f"{run.name}, {self.labels[1]}")
+        marks: list[Mark] = []
+        if line:
+            marks.append(line_of(line, trained, self.interval, label=names[0], colour=colour(place)))
+        if points:
+            points = thinned(points)
+            bars = _intervals(points, tested, self.interval)
+            label = names[1] if line or alone else run.name
+            marks.append(Points(label=label, x=points.x, y=points.y, colour=colour(place), intervals=bars))
+        return marks
+
+
+def line_of(
+    series: Series,
+    columns: Columns,
+    interval: Callable[[Sequence[float]], Interval] | None,
+    *,
+    label: str,
+    colour: str,
+) -> Line:
+    """A line that is smoothed where it has many points, with its band.
+
+    Args:
+        series: to draw.
+        columns: iteration → the values that the series is the mean of; empty where they are not known.
+        interval: of such values.
+        label: of the line.
+        colour: of the line.
+    """
+    series = thinned(series)
+    bands = _intervals(series, columns, interval)
+    if len(series.x) <= MANY:
+        return Line(label=label, x=series.x, y=series.y, colour=colour, intervals=bands)
+    edges = [smoothed(Series(series.x, edge)).y for edge in zip(*bands, strict=True)]
+    bands = list(zip(*edges, strict=True))
+    return Line(label=label, x=series.x, y=smoothed(series).y, colour=colour, intervals=bands, raw=series.y)
+
+
+def _intervals(
+    series: Series, columns: Columns, interval: Callable[[Sequence[float]], Interval] | None
+) -> list[Interval]:
+    """One for each point; none where the values of some are not known."""
+    if interval is None or not all(x in columns for x in series.x):
+        return []
+    return [interval(columns[int(x)]) for x in series.x]

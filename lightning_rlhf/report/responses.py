@@ -1,0 +1,102 @@
+"""`rollouts.jsonl` and `samples.jsonl`: numbers of every response, texts of the first and the last evaluation."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.report.lines import json_lines
+
+NUMBERS = ("raw_score", "score", "length", "kl", "entropy")
+"""Keys that are counted where a line has them, beside `ended` and the parts `score/NAME`."""
+
+
+@dataclass(slots=True)
+class Responses:
+    """Responses by iteration: how many rollouts the policy that wrote them had been trained on.
+
+    Attributes:
+        numbers: iteration → key → one number for each response, in the order of the file.
+        rows: iteration → the lines themselves, of the first and the last iteration only, so that a log of any length
+            fits the memory.
+    """
+
+    numbers: dict[int, dict[str, array[float]]] = field(default_factory=dict)
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def column(self, key: str) -> dict[int, array[float]]:
+        """Iteration → the numbers under `key`, where there are any, by iteration."""
+        return {i: self.numbers[i][key] for i in sorted(self.numbers) if self.numbers[i].get(key)}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The first and the last iteration, once if they are one."""
+        return tuple(sorted({min(self.numbers), max(self.numbers)}))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in a line; one of an earlier iteration than the last line's supersedes what came after it."""
+        iteration = row["iteration"]
+        if self.numbers and iteration < next(reversed(self.numbers)):  # a run that went on from a checkpoint
+            self.numbers = {i: columns for i, columns in self.numbers.items() if i < iteration}
+            self.rows = {i: rows for i, rows in self.rows.items() if i < iteration}
+        columns = self.numbers.setdefault(iteration, {})
+        for key in (*NUMBERS, "ended", *(key for key in row if key.startswith("score/"))):
+            if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
+                columns.setdefault(key, array("d")).append(row[key])
+        if iteration not in self.rows:
+            self.rows = {i: rows for i, rows in self.rows.items() if i in self.ends} | {iteration: []}
+        self.rows[iteration].append(row)
+
+
+def read_rollouts(paths: Sequence[Path]) -> Responses:
+    """Training responses.
+
+    Args:
+        paths: of files, oldest first.
+
+    Raises:
+        ValueError: a line lacks what a report needs; names file and line.
+    """
+    found = Responses()
+    for where, row in _lines(paths):
+        _check(where, row, {"iteration": int, "score": float})
+        found.add(row)
+    return found
+
+
+def read_samples(paths: Sequence[Path]) -> Mapping[str, Responses]:
+    """Held-out responses by stage, `val` or `test`.
+
+    Args:
+        paths: of files, oldest first.
+
+    Raises:
+        ValueError: a line lacks what a report needs; names file and line.
+    """
+    found: dict[str, Responses] = {}
+    for where, row in _lines(paths):
+        _check(where, row, {"iteration": int, "score": float, "stage": str, "index": int})
+        found.setdefault(row["stage"], Responses()).add(row)
+    return found
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in paths:
+        yield from json_lines(path)
+
+
+def _check(where: str, row: Mapping[str, Any], needed: Mapping[str, type]) -> None:
+    for key, kind in needed.items():
+        value = row.get(key)
+        right = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+        if not right or (key == "iteration" and value < 0):
+            what = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            least = " of at least 0" if key == "iteration" else ""
+            raise ValueError(
+                f"{where}: `{key}` must be {what}{least}, found {value!r:.60}; remove the line, or the file if another "
+                "program wrote it"
+            )
