@@ -62,9 +62,15 @@ def unread(source: ModelSource) -> ModelSource:
     if _built.get() is None:
         return source
     if (reason := _why_whole(source)) is not None:
-        _tell(source, reason)
+        tell_whole(source.path, reason)
         return source
     return UnreadSource(**vars(source))
+
+
+def tell_whole(path: str, reason: str) -> None:
+    """Where shards are expected, say why each process reads all weights there."""
+    if _built.get() is not None:
+        logger.info("each process reads all of %s before it keeps its shard: %s", path, reason)
 
 
 class UnreadSource(ModelSource):
@@ -79,7 +85,7 @@ class UnreadSource(ModelSource):
             weights = UnreadWeights.of(network, weight_files(self.path, **place))
         missing = weights.missing(network)
         if (reason := _why_converted(network, weights, missing)) is not None:
-            _tell(self, reason)
+            tell_whole(self.path, reason)
             return super()._load(kind, **options)
         _initialise(network, missing)
         setattr(network, UNREAD, weights)
@@ -134,7 +140,3 @@ def _initialise(network: Any, missing: list[str]) -> None:
             owner, _, own = name.rpartition(".")
             setattr(network.get_submodule(owner), own, nn.Parameter(torch.empty_like(weight, device="cpu")))
     network.initialize_weights()
-
-
-def _tell(source: ModelSource, reason: str) -> None:
-    logger.info("each process reads all of %s before it keeps its shard: %s", source.path, reason)

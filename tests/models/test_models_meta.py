@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from lightning_rlhf import SFTModule
+from lightning_rlhf import LearnedReward, SFTModule
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel, meta
 
 PROCESSES = 4
@@ -141,6 +141,19 @@ def test_network_is_the_one_that_is_read_whole(make_folder, expecting, options) 
         meta.expect_shards()
 
 
+def test_buffers_are_those_of_a_whole_read_where_numbers_are_made_in_bfloat16(make_folder, expecting) -> None:
+    """Which is what Lightning sets around `configure_model` under bf16-true."""
+    path = make_folder("llama")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        whole, network = (x.causal_lm() for x in (source(path), meta.unread(source(path))))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    buffers = dict(network.named_buffers())
+    assert buffers.keys() == dict(whole.named_buffers()).keys() != set()
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in whole.named_buffers())
+
+
 def test_copy_of_an_unread_policy_is_read_too(make_folder, expecting, as_process) -> None:
     path = make_folder("llama")
     model = PolicyModel(meta.unread(source(path)).causal_lm())
@@ -220,6 +233,27 @@ def test_adapter_is_put_on_whole_weights(make_folder, expecting, lora, caplog) -
         network = meta.unread(source(make_folder(), peft=lora())).causal_lm()
     assert "an adapter is put on whole weights" in caplog.text
     assert not any(weight.is_meta for weight in network.parameters())
+
+
+def test_gguf_weights_and_code_of_a_model_are_read_whole(make_folder, expecting, caplog) -> None:
+    folder = make_folder()
+    with caplog.at_level(logging.INFO):
+        for options, reason in (
+            ({"gguf_file": "m.gguf"}, "GGUF"),
+            ({"trust_remote_code": True}, "code of the model's"),
+        ):
+            found = source(folder, **options)
+            assert meta.unread(found) is found
+            assert reason in caplog.messages[-1]
+    assert len(caplog.messages) == 2
+
+
+def test_checkpoint_is_read_whole(tmp_path, expecting, caplog) -> None:
+    (file := tmp_path / "last.ckpt").write_text("no checkpoint")
+    reward = LearnedReward(str(file))
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="no checkpoint"):
+        reward.load()
+    assert caplog.messages == [f"each process reads all of {file} before it keeps its shard: it is a checkpoint"]
 
 
 def test_missing_weight_is_refused_as_ever(make_folder, expecting) -> None:
