@@ -8,6 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import DType, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows, check_same
 from lightning_rlhf.rollout import LearnedReward, Reward
@@ -30,7 +31,7 @@ def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerB
     Raises:
         ValueError: a token of the tokenizer has no embedding.
     """
-    network = model.causal_lm() if isinstance(model, ModelSource) else without_dropout(model)
+    network = unread(model).causal_lm() if isinstance(model, ModelSource) else without_dropout(model)
     check_rows(network, tokenizer, name="policy")
     return PolicyModel(network, tokenizer)
 
@@ -45,7 +46,7 @@ def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DTyp
         what = "comes from a source: set `reference.dtype`" if source is not None else "is the policy, its adapter off"
         raise ValueError(f"`reference_dtype`={dtype} is of a copy of the policy, but the reference {what}")
     if source is not None:
-        network = source.causal_lm()
+        network = unread(source).causal_lm()
         _check_tokens(network, source, policy.tokenizer, name="reference")
         return PolicyModel(network, policy.tokenizer).eval().requires_grad_(False)
     if is_adapted(policy.network):
@@ -75,7 +76,7 @@ def build_value(
     source = source or (policy if isinstance(policy, ModelSource) else None)
     if source is None:
         raise ValueError("the advantage needs a value network: set `value`, since the policy came as a built module")
-    network = source.scorer(new_head=True)
+    network = unread(source).scorer(new_head=True)
     _check_tokens(network, source, tokenizer, name="value")
     return ScalarModel(network, tokenizer)
 

@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import without_dropout
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.modules.calibration import Calibration
@@ -75,7 +76,9 @@ class RewardModule(CheckedRevival, LightningModule):
         if self.model is None:
             check_strategy(self)
             source = self._source[0]
-            network = source.scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
+            network = (
+                unread(source).scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
+            )
             check_rows(network, self.tokenizer, name="reward")
             self.model = ScalarModel(network, self.tokenizer)
             shard_networks(self, [self.model])

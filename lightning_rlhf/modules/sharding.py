@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_rlhf.models import PolicyModel, ScalarModel
+from lightning_rlhf.models.meta import settle
 
 
 def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]) -> None:
@@ -30,6 +31,7 @@ def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]
     for network in networks:
         if isinstance(network, PolicyModel | ScalarModel):
             network.shard(mesh["data_parallel"])
+    settle()
 
 
 def most_passes(module: LightningModule, count: int) -> int:

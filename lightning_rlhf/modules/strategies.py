@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor
 
+from lightning_rlhf.models.meta import expect_shards, expect_whole
+
 if TYPE_CHECKING:
     from lightning_rlhf.modules.ppo import PPOModule
 
@@ -22,7 +24,7 @@ def strategy_of(module: LightningModule) -> Strategy | None:
 
 
 def check_strategy(module: LightningModule) -> None:
-    """Refuse what no stage can train under.
+    """Refuse what no stage can train under; where networks are to be sharded, have them built without weights.
 
     Raises:
         ValueError: DeepSpeed would shard the weights while transformers reads them.
@@ -33,6 +35,10 @@ def check_strategy(module: LightningModule) -> None:
             f"{type(module).__name__} does not train under DeepSpeed's ZeRO stage 3, which shards weights as they are "
             f"made: {SHARD_BY_FSDP2}, or take stage 2"
         )
+    if module.device_mesh is None:
+        expect_whole()
+    else:
+        expect_shards()
 
 
 def check_rl_strategy(module: PPOModule) -> None:

@@ -16,6 +16,7 @@ from lightning_rlhf.folders.fingerprint import fingerprint
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.checkpoint import read_checkpoint
 from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.meta import tell_whole, unread
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rollout.pieces import batches_of
@@ -71,8 +72,9 @@ class LearnedReward(TextReward):
     def load(self) -> ScalarModel:
         """A new copy of the network: what a value network starts from."""
         if Path(self.path).is_file():
+            tell_whole(self.path, "it is a checkpoint")
             return load_checkpoint(self.path, dtype=self.dtype)
-        return ScalarModel.load(ModelSource(path=self.path, dtype=self.dtype), new_head=False)
+        return ScalarModel.load(unread(ModelSource(path=self.path, dtype=self.dtype)), new_head=False)
 
     def networks(self) -> list[nn.Module]:
         """The scalar model."""

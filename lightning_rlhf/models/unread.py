@@ -1,0 +1,115 @@
+"""Weights that still lie in their files: which they are, and how a process reads only its shard of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils.hub import cached_file
+
+CASTS = ("F64", "F32", "F16", "BF16")
+"""Numbers in a file that need no more than a cast; others are packed or quantised."""
+
+
+def weight_files(path: str, *, local_files_only: bool) -> list[str]:
+    """The safetensors files of a folder or hub name; those of a hub are fetched where they are not here yet."""
+
+    def find(name: str) -> str | None:
+        options: Any = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
+        return cached_file(path, name, **options)
+
+    if (single := find("model.safetensors")) is not None:
+        return [single]
+    if (index := find("model.safetensors.index.json")) is None:
+        return []
+    named = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+    return [file for name in sorted(set(named)) if (file := find(name)) is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadWeights:
+    """Where each weight of a network on the meta device lies."""
+
+    places: dict[str, tuple[str, str]]
+    """By name of the parameter: the file, and the name there."""
+    doubt: str | None = None
+    """Why they cannot be read one by one; None where they can."""
+
+    @classmethod
+    def of(cls, network: nn.Module, files: Iterable[str]) -> UnreadWeights:
+        """Where a network's weights lie in files.
+
+        Tied weights are one, under whichever of their names they lie. A weight that lies nowhere is left out.
+        """
+        expected, prefix = dict(_named(network)), getattr(network, "base_model_prefix", "")
+        places: dict[str, tuple[str, str]] = {}
+        doubt = None
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    name = key if key in expected else f"{prefix}.{key}"
+                    if name in expected:  # or it is the head of another task
+                        places[name] = (file, key)
+                        doubt = doubt or _misfit(name, expected[name], tensors.get_slice(key))
+        if len({id(expected[name]) for name in places}) < len(places):
+            doubt = "its files hold weights under two names that the network ties"
+        return cls(places=places, doubt=doubt)
+
+    def missing(self, network: nn.Module) -> list[str]:
+        """Names of parameters that lie nowhere; of tied ones the first."""
+        weights = dict(_named(network))
+        known = {id(weights[name]) for name in self.places}
+        return [name for name, weight in network.named_parameters() if id(weight) not in known]
+
+    def fill(self, network: nn.Module) -> None:
+        """Read every weight that is still on the meta device: of one that is sharded, this process's rows alone."""
+        names: dict[int, list[str]] = {}
+        for name, weight in _named(network):
+            names.setdefault(id(weight), []).append(name)
+        state: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in sorted({file for file, _ in self.places.values()})
+            }
+            for weight in network.parameters():
+                if weight.is_meta:
+                    tied = names[id(weight)]
+                    file, key = next(self.places[name] for name in tied if name in self.places)
+                    read = nn.Parameter(_read(weight, files[file].get_slice(key)), requires_grad=weight.requires_grad)
+                    state |= dict.fromkeys(tied, read)
+        network.load_state_dict(state, strict=False, assign=True)
+
+
+def _misfit(name: str, weight: Tensor, found: Any) -> str | None:
+    """Why a tensor in a file is not the weight."""
+    if found.get_shape() != list(weight.shape):
+        return f"{name} has the shape {found.get_shape()} there, and not {list(weight.shape)}"
+    return None if found.get_dtype() in CASTS else f"{name} is not made of floating-point numbers there"
+
+
+def _named(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every name of every parameter."""
+    return network.named_parameters(remove_duplicate=False)
+
+
+def _read(weight: Tensor, found: Any) -> Tensor:
+    """The tensor, or this process's shard of it, in the dtype of `weight`."""
+    if not isinstance(weight, DTensor):
+        return found[:].to(weight.dtype)
+    mesh, local = weight.device_mesh, weight.to_local()
+    rows = -(-weight.shape[0] // mesh.size())  # a process's share, as `torch.chunk` has it: the last ones get the rest
+    start = mesh.get_local_rank() * rows
+    shard = torch.empty(local.shape, dtype=local.dtype, device=mesh.device_type)
+    if shard.numel():
+        shard.copy_(found[start : start + rows])
+    options: Any = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(shard, mesh, weight.placements, **options)
