@@ -6,8 +6,6 @@ which are spread over as many nodes as the environment's NODES says.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import os
 import sys
 import warnings
@@ -17,9 +15,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
@@ -63,36 +60,6 @@ COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
 
 
-class CPUFSDP(FSDPStrategy):
-    """FSDP1, which asks for a GPU, on a CPU: the same wrapper told its device."""
-
-    def _setup_model(self, model):
-        options = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision_config}
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
-
-
-class CPUDeepSpeed(DeepSpeedStrategy):
-    """DeepSpeed without the checks that want a GPU."""
-
-    def setup_environment(self):
-        self.accelerator.setup_device(self.root_device)
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
-
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
-        import deepspeed
-
-        trained = [p for p in model.parameters() if p.requires_grad]
-        arguments = argparse.Namespace(device_rank=self.local_rank)
-        given = {"model": model, "model_parameters": trained, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        return deepspeed.initialize(arguments, config=self.config, dist_init_required=False, **given)[:2]
-
-
-ZERO2 = {
-    "zero_allow_untested_optimizer": True,
-    "zero_optimization": {"stage": 2, "overlap_comm": False},
-    "train_micro_batch_size_per_gpu": 4,
-}
 GLOO = {"process_group_backend": "gloo"}
 STRATEGIES = {
     "one": lambda devices: "auto",
@@ -100,11 +67,9 @@ STRATEGIES = {
     "ddp": lambda devices: "ddp",
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
-    "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
-    "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
 }
 NODES = int(os.environ.get("NODES", "1"))
-IN_FLOAT32 = ("one32", "fsdp1", "zero2")
+IN_FLOAT32 = ("one32", "fsdp1", "zero2", "zero3")
 strategy = "one"  # chosen by the command line
 
 
@@ -128,9 +93,14 @@ class Recorder(Callback):
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
+def precision() -> str:
+    """Of every network under the strategy."""
+    return "float32" if strategy in IN_FLOAT32 else "float64"
+
+
 def source(folder: Path, name: str, **options) -> ModelSource:
     """A network in the precision of the strategy."""
-    return ModelSource(path=str(folder / name), dtype="float32" if strategy in IN_FLOAT32 else "float64", **options)
+    return ModelSource(path=str(folder / name), dtype=precision(), **options)
 
 
 def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
@@ -153,7 +123,7 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
-    weights = torch.cat([whole_tensor(p.detach()).flatten() for p in module.parameters() if p.requires_grad])
+    weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
 
@@ -241,7 +211,7 @@ def lora(folder: Path, devices: int) -> dict:
     adapter = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     module = PPOModule(
         policy=source(folder, "lm", peft=adapter),
-        reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
+        reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
         updates=Updates(epochs=2, microbatch_tokens=14),
         kl=FixedKL(coef=0.1),
@@ -259,28 +229,6 @@ def lora(folder: Path, devices: int) -> dict:
     )
     export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
     return run(module, data, devices, max_epochs=1, callbacks=[export])
-
-
-def plain(folder: Path, devices: int) -> dict:
-    """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
-    module = PPOModule(
-        policy=source(folder, "lm"),
-        reward=Table(),
-        value=source(folder, "scorer"),
-        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2),
-        level=TokenLevel(),
-        advantage=Whitened(estimator=GAE()),
-        kl=FixedKL(coef=0.1),
-        ptx_coef=0.3,
-        optimizer=ADAM,
-        schedule=Constant(),
-    )
-    path, texts = str(folder / "prompts.jsonl"), str(folder / "texts.jsonl")
-    data = PromptDataModule(
-        train=path, val=path, pretrain=texts, batch_size=8 // devices, pretrain_ratio=1.0, text_tokens=8
-    )
-    return run(module, data, devices)
 
 
 def resumed(folder: Path, devices: int) -> dict:

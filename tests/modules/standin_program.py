@@ -1,0 +1,121 @@
+"""Trains under strategies that ask for a GPU, on a CPU: `python standin_program.py FOLDER DEVICES STRATEGIES NAMES`.
+
+As `ddp_program`, whose stages it runs in float32; STRATEGIES are run one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import ddp_program as program
+import torch
+from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_rlhf import (
+    GAE,
+    Constant,
+    FixedKL,
+    Generation,
+    PPOModule,
+    PromptDataModule,
+    TokenLevel,
+    Updates,
+    Whitened,
+)
+
+
+class CPUFSDP(FSDPStrategy):
+    """FSDP1, which asks for a GPU, on a CPU: the same wrapper told its device."""
+
+    def _setup_model(self, model):
+        options = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision_config}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
+
+
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed without the checks that want a GPU."""
+
+    def setup_environment(self):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its collectives for CPUs, to be compiled
+        if not isinstance(deepspeed.initialize, partial):  # Lightning passes the number of the GPU, here None
+            rank = argparse.Namespace(device_rank=int(os.environ["LOCAL_RANK"]))
+            deepspeed.initialize = partial(_initialize, deepspeed.initialize, rank)
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def _initialize(initialize, rank, args=None, **given):
+    return initialize(args=rank, **given)
+
+
+def zero(stage: int) -> CPUDeepSpeed:
+    """No weight is too small to be sharded, no bucket holds all gradients."""
+    sizes = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
+    config = {
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, **sizes},
+        "train_micro_batch_size_per_gpu": 4,
+    }
+    return CPUDeepSpeed(config=config, **GLOO)
+
+
+STRATEGIES |= {
+    "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
+    "zero2": lambda devices: zero(2),
+    "zero3": lambda devices: zero(3),
+}
+
+
+def plain(folder: Path, devices: int) -> dict:
+    """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
+    module = PPOModule(
+        policy=source(folder, "lm"),
+        reward=Table(),
+        value=source(folder, "scorer"),
+        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
+        updates=Updates(epochs=2),
+        level=TokenLevel(),
+        advantage=Whitened(estimator=GAE()),
+        kl=FixedKL(coef=0.1),
+        ptx_coef=0.3,
+        optimizer=ADAM,
+        schedule=Constant(),
+    )
+    path, texts = str(folder / "prompts.jsonl"), str(folder / "texts.jsonl")
+    data = PromptDataModule(
+        train=path, val=path, pretrain=texts, batch_size=8 // devices, pretrain_ratio=1.0, text_tokens=8
+    )
+    return run(module, data, devices)
+
+
+def validated(folder: Path, devices: int) -> dict:
+    """Validation by itself, of PPO and of a reward model."""
+    found = {}
+    return found
+
+
+def main() -> None:
+    """Train what is named under each strategy; the first process saves."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    folder, devices, strategies, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    for program.strategy in strategies.split(","):
+        for name in names.split(","):
+            torch.manual_seed(0)
+            found = (globals() | vars(program) | {"validated": validated})[name](folder, devices)
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                torch.save(found, folder / f"{name}-{program.strategy}.pt")
+
+
+if __name__ == "__main__":
+    main()
