@@ -59,9 +59,9 @@ def whole(network: nn.Module, blueprint: Blueprint | None) -> nn.Module | None:
 def whole_tensor(weight: Tensor) -> Tensor:
     """The tensor itself, or that of which it is a shard: then all processes must ask. Without its gradient."""
     if hasattr(weight, "ds_id"):  # DeepSpeed's ZeRO stage 3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().clone()
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -47,4 +47,3 @@ def _frozen(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     half = {name: {"enabled": True} for name, kind in HALF.items() if kind is dtype}
     zero = {"zero_optimization": copy.deepcopy(config["zero_optimization"])}
     return zero | half | {"train_micro_batch_size_per_gpu": 1}
-

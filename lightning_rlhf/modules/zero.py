@@ -30,6 +30,7 @@ def modules_left_whole() -> Iterator[None]:
     try:
         yield
     finally:
+        shutdown_init_context()  # an engine made inside has taken it up, and twice would be once for ever
         restore_init_context()
 
 

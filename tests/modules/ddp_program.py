@@ -69,6 +69,7 @@ STRATEGIES = {
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
 }
 NODES = int(os.environ.get("NODES", "1"))
+WITHOUT_EMA = ("zero3",)
 IN_FLOAT32 = ("one32", "fsdp1", "zero2", "zero3")
 strategy = "one"  # chosen by the command line
 
@@ -103,26 +104,27 @@ def source(folder: Path, name: str, **options) -> ModelSource:
     return ModelSource(path=str(folder / name), dtype=precision(), **options)
 
 
-def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
-    """Fit and validate, from one checkpoint to another where they are named."""
-    recorder, callbacks = Recorder(), options.pop("callbacks", [])
-    trainer = Trainer(
+def trainer(devices: int, **options) -> Trainer:
+    """A quiet one, with the strategy."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(
         accelerator="cpu",
         devices=devices // NODES,
         num_nodes=NODES,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
-        logger=False,
-        callbacks=[recorder, *callbacks],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
+        **(quiet | {"enable_checkpointing": False, "max_epochs": 2} | options),
     )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
+    """Fit and validate, from one checkpoint to another where they are named."""
+    recorder, callbacks = Recorder(), options.pop("callbacks", [])
+    fitter = trainer(devices, callbacks=[recorder, *callbacks], **options)
+    fitter.fit(module, data, ckpt_path=ckpt_path)
     if checkpoint is not None:
-        trainer.save_checkpoint(checkpoint)
-    evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
+        fitter.save_checkpoint(checkpoint)
+    evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
     weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
@@ -252,7 +254,7 @@ def resumed(folder: Path, devices: int) -> dict:
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
         ema = EMA(decay=0.5)
-        found[name] = run(module, data, devices, callbacks=[ema], **options)
+        found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
     return found
 

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import ddp_program as program
 import torch
-from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source
+from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source, trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
+    ComparisonDataModule,
     Constant,
     FixedKL,
     Generation,
     PPOModule,
     PromptDataModule,
+    RewardModule,
     TokenLevel,
     Updates,
     Whitened,
@@ -76,7 +78,7 @@ STRATEGIES |= {
 }
 
 
-def plain(folder: Path, devices: int) -> dict:
+def plain_of(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]:
     """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
     module = PPOModule(
         policy=source(folder, "lm"),
@@ -95,13 +97,26 @@ def plain(folder: Path, devices: int) -> dict:
     data = PromptDataModule(
         train=path, val=path, pretrain=texts, batch_size=8 // devices, pretrain_ratio=1.0, text_tokens=8
     )
-    return run(module, data, devices)
+    return module, data
+
+
+def plain(folder: Path, devices: int) -> dict:
+    """The same, trained."""
+    return run(*plain_of(folder, devices), devices)
 
 
 def validated(folder: Path, devices: int) -> dict:
-    """Validation by itself, of PPO and of a reward model."""
+    """Validation by itself, for which there is no optimizer: PPO with what `plain` has, and a reward model."""
+    ppo, prompts = plain_of(folder, devices)
+    scores = RewardModule(source(folder, "scorer"))
+    path, demonstrations = str(folder / "comparisons.jsonl"), str(folder / "demonstrations.jsonl")
+    comparisons = ComparisonDataModule(train=path, val=path, demonstrations=demonstrations, batch_size=4 // devices)
     found = {}
-    return found
+    for module, data in ((ppo, prompts), (scores, comparisons)):
+        validator = trainer(devices)
+        validator.validate(module, data, verbose=False)
+        found |= {name: float(value) for name, value in validator.callback_metrics.items()}
+    return found | {"bias": scores.model.bias}
 
 
 def main() -> None:
@@ -112,7 +127,7 @@ def main() -> None:
     for program.strategy in strategies.split(","):
         for name in names.split(","):
             torch.manual_seed(0)
-            found = (globals() | vars(program) | {"validated": validated})[name](folder, devices)
+            found = (vars(program) | globals())[name](folder, devices)
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                 torch.save(found, folder / f"{name}-{program.strategy}.pt")
 
