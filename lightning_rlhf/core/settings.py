@@ -9,9 +9,10 @@ from typing import Any
 
 
 def described(setting: Any) -> Any:
-    """A setting as numbers, texts, lists and dictionaries: objects by their class and, if dataclasses, their fields.
+    """A setting as numbers, texts, lists and dictionaries: objects by their class and what they say of themselves.
 
-    What keeps its value to itself, such as a function, is known by its name alone.
+    That is what their method `identity` returns, or else the fields of a dataclass. What keeps its value to itself,
+    such as a function, is known by its name alone.
     """
     if isinstance(setting, Enum):
         return described(setting.value)
@@ -26,6 +27,8 @@ def described(setting: Any) -> Any:
         return [described(value) for value in setting]
     if isinstance(setting, set | frozenset):
         return sorted(str(value) for value in setting)
+    if not isinstance(setting, type) and callable(identity := getattr(setting, "identity", None)):
+        return {"class": type(setting).__qualname__} | described(identity())
     if is_dataclass(setting) and not isinstance(setting, type):
         values = {field.name: described(getattr(setting, field.name, None)) for field in fields(setting)}
         return {"class": type(setting).__qualname__} | values

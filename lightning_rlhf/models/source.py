@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lightning_rlhf.folders.fingerprint import fingerprint
 from lightning_rlhf.folders.inspection import check_tokenizer, check_weights, holds_tokenizer, loading
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
@@ -55,6 +58,18 @@ class ModelSource:
                 f"`attention` names code of a hub, {self.attention!r}: use `sdpa`, `eager` or `flash_attention_2`, or "
                 "set `trust_remote_code` if you have read that code"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the network: a folder's content, wherever it lies; the path of what is no folder here."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
+        folder = Path(self.path)
+        if not self.path or not folder.is_dir():
+            return found | {"path": self.path}
+        found["folder"] = fingerprint(folder, weights=self.gguf_file or "*.safetensors")
+        if holds_adapter(folder):
+            with suppress(ValueError):  # a broken one is told of when it is loaded
+                found["base"] = self._base()
+        return found
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that stands beside the weights.

@@ -10,15 +10,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_rlhf.core.settings import described, refuse_differences
+from lightning_rlhf.models.weights import weights_digest
+from lightning_rlhf.rollout import Reward
 
-FREE = ("microbatch", "microbatch_tokens", "slots")
+FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
 """Settings that change memory and speed, never the result."""
 
 
-def reward_settings(reward: object) -> dict[str, Any]:
-    """A reward as plain values: its class and its public attributes, a function by its name."""
-    public = {name: described(value) for name, value in vars(reward).items() if not name.startswith("_")}
-    return {"class": type(reward).__qualname__} | public
+def reward_settings(reward: Reward) -> dict[str, Any]:
+    """A reward as plain values: its class and what it says of itself, a function by its name."""
+    found: dict[str, Any] = described(reward)
+    return found
 
 
 def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
@@ -26,9 +28,13 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
 
     Args:
         optimizer: a function of the parameters.
-        arguments: those that must agree, by name, as they are before training moves any.
+        arguments: those that must agree, by name, as they are before training moves any. A `policy` that is already
+            built is where the reference comes from, so that its weights must agree as well.
     """
     found: dict[str, Any] = described(arguments)
+    policy = arguments.get("policy")
+    if isinstance(policy, nn.Module):
+        found["policy"] = {"class": type(policy).__qualname__, "weights at the start": weights_digest(policy)}
     for value in found.values():
         for name in FREE if isinstance(value, dict) else ():
             value.pop(name, None)
@@ -37,7 +43,7 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
 
 
 def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> None:
-    """Nothing, unless training is to go on from a checkpoint of another run.
+    """Nothing, unless a checkpoint is of another kind of module, or training is to go on from one of another run.
 
     Args:
         module: about to load it.
@@ -45,16 +51,33 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
         now: the module's `settings`.
 
     Raises:
-        ValueError: settings, names or shapes of parameters differ; all differences are listed.
+        ValueError: it is of another module; or settings, names or shapes of parameters differ, and all differences are
+            listed.
     """
+    state = checkpoint.get("state_dict")  # None where each process has shards
+    _check_kind(module, checkpoint, state)
     trainer = module._trainer
     if trainer is None or trainer.state.fn != "fit":
         return
-    before = checkpoint.get("rlhf", {}).get("settings")
-    if before is not None:
-        refuse_differences(before, now, of="configuration")
-    if not trainer.strategy.restore_checkpoint_after_setup:  # else the module holds shards by now
-        refuse_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict()), of="model")
+    before, today = dict(checkpoint["rlhf"].get("settings", now)), dict(now)
+    if state is not None and not trainer.strategy.restore_checkpoint_after_setup:  # else the module holds shards by now
+        before["weights"], today["weights"] = _shapes(state), _shapes(module.state_dict())
+    refuse_differences(before, today, of="configuration or model")
+
+
+def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
+    networks = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    held = networks if state is None else {name.partition(".")[0] for name in state}
+    if not isinstance(checkpoint.get("rlhf"), dict) or networks - held:
+        raise ValueError(
+            f"the checkpoint was not written by {type(module).__name__}, which holds {_list(networks)}: it holds "
+            f"{_list(held)}; give a checkpoint of {type(module).__name__}, or hand a model on as the folder that "
+            "`save_pretrained` writes"
+        )
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)[:5]) or "no weights"
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, str]:

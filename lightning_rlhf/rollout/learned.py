@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.folders.fingerprint import fingerprint
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.checkpoint import read_checkpoint
 from lightning_rlhf.models.limits import check_length
@@ -47,6 +48,12 @@ class LearnedReward(TextReward):
         self.path, self.dtype, self.prompt_role, self.batch_tokens = path, dtype, prompt_role, batch_tokens
         self.model: ScalarModel | None = None
         self.shares_vocabulary = True
+
+    def identity(self) -> dict[str, Any]:
+        """What its folder or checkpoint holds, and how texts get into it."""
+        file = Path(self.path)
+        model = fingerprint(file) if file.is_file() else ModelSource(path=self.path, dtype=self.dtype)
+        return {"model": model, "dtype": self.dtype, "prompt_role": self.prompt_role}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Load the network; find out whose tokens it reads.

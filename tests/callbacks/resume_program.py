@@ -150,6 +150,7 @@ def forked(*arguments) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # whose first call imports the compiler
     data = Path(sys.argv[1])
     for name in sys.argv[2].split(","):
         devices, kill = name.split("-")

@@ -1,14 +1,10 @@
-"""Trains every stage on `devices` processes: `python ddp_program.py FOLDER DEVICES STRATEGY NAMES`.
+"""Trains every stage in a folder that holds `lm`, `scorer` and the JSONL files, and gets what came out.
 
-FOLDER holds `lm`, `scorer` and the JSONL files, and gets what came out. A global batch is the same whatever DEVICES is,
-which are spread over as many nodes as the environment's NODES says.
+A global batch is the same on any number of processes. `ddp_host` starts them.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +17,10 @@ from peft import LoraConfig
 from lightning_rlhf import (
     GAE,
     AdaptiveKL,
+    AlignmentTax,
     BanditAdvantage,
     BatchStd,
+    BestOfN,
     ComparisonDataModule,
     Constant,
     ConstantLength,
@@ -30,6 +28,7 @@ from lightning_rlhf import (
     EnsembleReward,
     FixedKL,
     Generation,
+    GoldReward,
     GroupAdvantage,
     KLInLoss,
     KLPenalty,
@@ -51,6 +50,7 @@ from lightning_rlhf import (
     Updates,
     WeightedReward,
     Whitened,
+    WinRate,
     WorstOf,
 )
 from lightning_rlhf.callbacks import EMA, Export
@@ -58,8 +58,6 @@ from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
-
-
 GLOO = {"process_group_backend": "gloo"}
 STRATEGIES = {
     "one": lambda devices: "auto",
@@ -68,10 +66,9 @@ STRATEGIES = {
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
 }
-NODES = int(os.environ.get("NODES", "1"))
 WITHOUT_EMA = ("zero3",)
 IN_FLOAT32 = ("one32", "fsdp1", "zero2", "zero3")
-strategy = "one"  # chosen by the command line
+strategy = "one"  # chosen by `ddp_host`
 
 
 class Table(Reward):
@@ -109,8 +106,8 @@ def trainer(devices: int, **options) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return Trainer(
         accelerator="cpu",
-        devices=devices // NODES,
-        num_nodes=NODES,
+        devices=1 if strategy == "nodes" else devices,
+        num_nodes=devices if strategy == "nodes" else 1,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         **(quiet | {"enable_checkpointing": False, "max_epochs": 2} | options),
@@ -126,11 +123,25 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
         fitter.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
     weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
-    return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
+    return {"weights": weights, "steps": recorder.steps, "eval": evaluated, "held": held(module)}
+
+
+def held(module) -> int:
+    """Numbers that this process keeps of all networks, frozen ones too."""
+    collector = getattr(module, "collector", None)
+    networks = [module, *([] if collector is None else collector.frozen())]
+    return sum(getattr(p, "ds_tensor", p).numel() for network in networks for p in network.parameters())
+
+
+def longer(prompts, first, second) -> list[float]:
+    """A judge that likes length, and a little what stands first."""
+    return [0.6 if len(a) == len(b) else 0.1 + 0.8 * (len(a) > len(b)) for a, b in zip(first, second, strict=True)]
 
 
 def ppo(folder: Path, devices: int) -> dict:
-    """The bandit with PTX, ragged microbatches, both adaptations."""
+    """The bandit with PTX, ragged microbatches, both adaptations; every evaluation, one of them by a learned reward."""
+    gold = LearnedReward(str(folder / "scorer"), dtype=precision())
+    evaluations = [WinRate(samples=2), WinRate(judge=longer, name="judge"), BestOfN(n=(1, 3)), AlignmentTax()]
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
@@ -141,6 +152,7 @@ def ppo(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Linear(),
+        evaluations=[*evaluations, GoldReward(reward=gold)],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
@@ -220,11 +232,13 @@ def lora(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Constant(),
+        evaluations=[BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
         val=str(folder / "prompts.jsonl"),
         pretrain=str(folder / "texts.jsonl"),
+        val_pretrain=str(folder / "one_text.jsonl"),
         batch_size=4 // devices,
         pretrain_ratio=1.0,
         text_tokens=8,
@@ -314,6 +328,7 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         reward=Table(),
         generation=Generation(max_new_tokens=4),
         optimizer=ADAM,
+        evaluations=[WinRate(judge=longer, samples=2), BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
@@ -323,20 +338,3 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         batch_size=4 // devices,
     )
     return run(module, data, devices, max_epochs=1)
-
-
-def main() -> None:
-    """Train what is named, one after the other; the first process saves."""
-    global strategy
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    folder, devices, strategy, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    for name in names.split(","):
-        torch.manual_seed(0)
-        found = globals()[name](folder, devices)
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            torch.save(found, folder / f"{name}-{strategy}.pt")
-
-
-if __name__ == "__main__":
-    main()

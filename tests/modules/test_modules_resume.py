@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 from lightning_rlhf.core import AdaptiveKL, Clip, Constant, KLPenalty, Linear
 from lightning_rlhf.core.settings import described, differences
 from lightning_rlhf.data import PromptDataModule
+from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, Updates, WeightedReward
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
 
@@ -60,7 +63,8 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
         ({"reward": words}, "reward.fn: 'letters' before, 'words' now"),
         ({"schedule": Linear()}, "schedule.class: 'Constant' before, 'Linear' now"),
         ({"lm": {"width": 32}}, "policy.network.transformer.wte.weight: '[36, 16]' before, '[36, 32]' now"),
-        ({"lm": {"kind": "llama"}}, "policy: 'GPT2LMHeadModel' before, 'LlamaForCausalLM' now"),
+        ({"lm": {"kind": "llama"}}, "policy.class: 'GPT2LMHeadModel' before, 'LlamaForCausalLM' now"),
+        ({"lm": {"seed": 1}}, "policy.weights at the start: "),  # of which the reference is a copy
         ({"rows": 5}, "rows.train: 4 before, 5 now"),
         ({"data": {"seed": 1}}, "seed: 0 before, 1 now"),
         ({"data": {"batch_size": 4}}, "batch_size of all processes: 2 before, 4 now"),
@@ -95,6 +99,68 @@ def test_evaluation_takes_any_settings(fit, make_lm, make_trainer, toy_tokenizer
     different = {"generation": Generation(max_new_tokens=5), "kl": AdaptiveKL(target=1.0)}
     module = PPOModule(make_lm().double(), words, tokenizer=toy_tokenizer, **different)
     make_trainer().validate(module, PromptDataModule(val=prompts(3)), ckpt_path=path, verbose=False)
+
+
+@pytest.fixture
+def fit_folders(make_folder, make_trainer, prompts, tmp_path):
+    """As `fit`, of a policy, a reward and a reference that lie in folders; what was changed last is given anew."""
+    given = {"policy": make_folder(), "reward": make_folder(scorer=True), "reference": make_folder(seed=1)}
+
+    def run(ckpt_path=None, *, epochs=1, **folders):
+        given.update(folders)
+        policy, reference = (ModelSource(path=given[name]) for name in ("policy", "reference"))
+        reward = WeightedReward({"learned": TimedReward(LearnedReward(given["reward"]))})
+        module = PPOModule(policy, reward, reference=reference, generation=Generation(max_new_tokens=2))
+        trainer = make_trainer(max_epochs=epochs, precision="32-true")
+        trainer.fit(module, PromptDataModule(train=prompts(), batch_size=4), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "folders.ckpt")
+        return tmp_path / "folders.ckpt"
+
+    return given, run
+
+
+def test_moved_folders_are_the_same_models(fit_folders, tmp_path):
+    given, run = fit_folders
+    path = run()
+    moved = {name: shutil.move(folder, tmp_path / f"moved-{name}") for name, folder in given.items()}
+    run(path, epochs=2, **{name: str(folder) for name, folder in moved.items()})
+
+
+@pytest.mark.parametrize(
+    ("network", "file", "said"),
+    [
+        ("policy", "config.json", r"policy\.folder\.config\.json\.layer_norm_epsilon: 1e-05 before, 0\.5 now"),
+        ("policy", "chat_template.jinja", r"policy\.folder\.chat_template\.jinja: '\d+ bytes, \w{16}' before"),
+        ("reference", "model.safetensors", r"reference\.folder\.model\.safetensors: '\d+ bytes"),
+        ("reward", "model.safetensors", r"reward\.members\.learned\.reward\.model\.folder\.model\.safetensors: "),
+    ],
+)
+def test_changed_folder_at_the_same_path_is_another_model(fit_folders, network, file, said):
+    given, run = fit_folders
+    path, changed = run(), Path(given[network]) / file
+    content = changed.read_bytes()
+    changed.write_bytes(content.replace(b"1e-05", b"0.5").replace(b"for m in", b"for  m in"))
+    if file == "model.safetensors":
+        changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert changed.read_bytes() != content
+    with pytest.raises(ValueError, match=said) as refused:
+        run(path, epochs=2)
+    assert len(str(refused.value).splitlines()) == 3  # and nothing else differs
+
+
+def test_checkpoint_of_another_module_is_refused(make_lm, make_trainer, as_loader, right_padded, fit, tmp_path):
+    trainer = make_trainer()
+    trainer.fit(SFTModule(make_lm().double()), as_loader([right_padded(TEXTS)]))
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    said = "not written by PPOModule, which holds `policy`: it holds `model`; give a checkpoint of PPOModule"
+    with pytest.raises(ValueError, match=said):
+        fit(tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match=said):
+        trainer.validate(PPOModule(make_lm().double(), letters), as_loader([]), ckpt_path=tmp_path / "sft.ckpt")
+    foreign = {"state_dict": {"policy.x": torch.ones(1)}, "pytorch-lightning_version": "2.6.0"}
+    torch.save(foreign, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="not written by PPOModule, .*: it holds `policy`"):
+        fit(tmp_path / "foreign.ckpt")
 
 
 def test_other_stages_refuse_too(make_lm, make_trainer, as_loader, right_padded, tmp_path):

@@ -21,7 +21,7 @@ BELOW = {  # what each room may import of the library beside itself
     "text": {"folders"},
     "models": {"core", "folders", "types"},
     "data": {"core", "text", "types"},
-    "rollout": {"core", "models", "text", "types"},
+    "rollout": {"core", "folders", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},
     "callbacks": {"core", "types"},
     "failure": {"text"},

@@ -1,18 +1,12 @@
-"""Trains under strategies that ask for a GPU, on a CPU: `python standin_program.py FOLDER DEVICES STRATEGIES NAMES`.
-
-As `ddp_program`, whose stages it runs in float32; STRATEGIES are run one after the other.
-"""
+"""Strategies that ask for a GPU, on a CPU, and stages of their own beside those of `ddp_program`, all in float32."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
-import ddp_program as program
 import torch
 from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source, trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -117,20 +111,3 @@ def validated(folder: Path, devices: int) -> dict:
         validator.validate(module, data, verbose=False)
         found |= {name: float(value) for name, value in validator.callback_metrics.items()}
     return found | {"bias": scores.model.bias}
-
-
-def main() -> None:
-    """Train what is named under each strategy; the first process saves."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    folder, devices, strategies, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    for program.strategy in strategies.split(","):
-        for name in names.split(","):
-            torch.manual_seed(0)
-            found = (vars(program) | globals())[name](folder, devices)
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                torch.save(found, folder / f"{name}-{program.strategy}.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,69 @@
+"""What a model's folder or file holds, in a few kilobytes: enough to tell another model, wherever either lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.folders.inspection import TOKENIZERS
+
+LOADED = (
+    "adapter_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+"""What is read beside config, tokenizer and weights."""
+UNREAD = ("transformers_version", "_name_or_path", "base_model_name_or_path")
+"""Keys of configs that decide nothing, or are paths."""
+BLOCK, BLOCKS = 4096, 64
+
+
+def fingerprint(path: Path, *, weights: str = "*.safetensors") -> dict[str, Any]:
+    """What was saved at `path`, by name of the file: a config's values, the size and a digest of everything else.
+
+    Weights are read at 64 places, 256 KiB in all: training moves all of them, so that another model shows at each.
+
+    Args:
+        path: a model folder, or a single file.
+        weights: pattern of the files that hold them.
+    """
+    if path.is_file():
+        return {"content": _digest(path)}
+    found: dict[str, Any] = {}
+    for file in _files(path, weights):
+        values = _values(file) if file.name.endswith("config.json") else None
+        found[file.name] = _digest(file) if values is None else values
+    return found
+
+
+def _files(folder: Path, weights: str) -> Iterator[Path]:
+    patterns = ("config.json", *LOADED, *TOKENIZERS, weights)
+    names = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    yield from sorted(names)
+
+
+def _values(file: Path) -> dict[str, Any] | None:
+    """A config's values, nested ones as text; None where it is no JSON object."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        plain = {key: value for key, value in config.items() if key not in UNREAD}
+        return {key: json.dumps(x, sort_keys=True) if isinstance(x, dict | list) else x for key, x in plain.items()}
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as content:
+        if size <= BLOCK * BLOCKS:
+            digest.update(content.read())
+        else:
+            for number in range(BLOCKS):
+                content.seek((size - BLOCK) * number // (BLOCKS - 1))
+                digest.update(content.read(BLOCK))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"

@@ -1,0 +1,28 @@
+"""A built network's weights, in a few numbers of each: enough to tell another network."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from lightning_rlhf.models.adapter import is_adapted
+
+SAMPLED = 64
+
+
+@torch.no_grad()
+def weights_digest(network: nn.Module) -> str:
+    """A digest of up to 64 numbers of each parameter; of an adapted network, of the parameters under the adapter.
+
+    Those are what the reference of the RL stage is made of, and training an adapter leaves them as they are.
+    """
+    digest, adapted = hashlib.sha256(), is_adapted(network)
+    for name, weight in network.named_parameters():
+        if weight.is_meta or (adapted and weight.requires_grad):
+            continue
+        numbers = weight.detach().reshape(-1)
+        picked = numbers[:: max(1, numbers.numel() // SAMPLED)].double().cpu()
+        digest.update(name.encode() + picked.numpy().tobytes())
+    return digest.hexdigest()[:16]
