@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source, trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -16,15 +17,19 @@ from lightning_rlhf import (
     GAE,
     ComparisonDataModule,
     Constant,
+    DemonstrationDataModule,
     FixedKL,
     Generation,
     PPOModule,
     PromptDataModule,
     RewardModule,
+    SFTModule,
     TokenLevel,
     Updates,
     Whitened,
 )
+from lightning_rlhf.callbacks import NonFiniteGuard
+from lightning_rlhf.models.twin import whole_tensor
 
 
 class CPUFSDP(FSDPStrategy):
@@ -111,3 +116,23 @@ def validated(folder: Path, devices: int) -> dict:
         validator.validate(module, data, verbose=False)
         found |= {name: float(value) for name, value in validator.callback_metrics.items()}
     return found | {"bias": scores.model.bias}
+
+
+class Poisoned(SFTModule):
+    """The losses of every second batch are NaN."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 1 else 1.0)
+
+
+def poisoned(folder: Path, devices: int) -> dict:
+    """Three epochs, each with a step to leave out, of which two may be."""
+    path = str(folder / "demonstrations.jsonl")
+    data = DemonstrationDataModule(train=path, batch_size=4 // devices)
+    module = Poisoned(source(folder, "lm"), optimizer=ADAM)
+    guard = NonFiniteGuard(limit=2, folder=str(folder / f"nonfinite-{devices}"))
+    fitter = trainer(devices, callbacks=[guard], max_epochs=3)
+    with pytest.raises(RuntimeError, match="are not finite, and 2 such steps were left out already"):
+        fitter.fit(module, data)
+    weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters()])
+    return {"weights": weights, "batches": fitter.fit_loop.total_batch_idx}

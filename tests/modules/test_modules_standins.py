@@ -9,12 +9,13 @@ import pytest
 import torch
 from agreement import assert_same_folder, assert_same_numbers
 
-ALL = "sft,reward,plain,ppo,lora,resumed,validated"
-RUNS = {"fsdp1": "sft,reward", "zero2": ALL, "zero3": ALL.replace("plain,", "")}
+TRAINED = {"zero2": "sft,reward,plain,ppo,lora", "zero3": "sft,reward,ppo,lora"}
 ZERO = ["zero2", "zero3"]
+REST = "resumed,validated,scarce,scarce_ppo,poisoned"
 JOBS = [
-    f"one32:1:{ALL}:100",
-    *(f"{strategy}:2:{RUNS[strategy]}:150" for strategy in RUNS if strategy not in ZERO or find_spec("deepspeed")),
+    f"one32:1:{TRAINED['zero2']},{REST}:100",
+    "fsdp1:2:sft,reward:60",
+    *(f"{strategy}:2:{TRAINED[strategy]},{REST}:150" for strategy in ZERO if find_spec("deepspeed")),
 ]
 
 
@@ -46,7 +47,7 @@ def test_fsdp1_trains_as_one_process(outcomes, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "name"), [(strategy, name) for strategy in ZERO for name in RUNS[strategy].split(",")[:-2]]
+    ("strategy", "name"), [(strategy, name) for strategy in ZERO for name in TRAINED[strategy].split(",")]
 )
 def test_deepspeed_trains_as_one_process(outcomes, strategy, name):
     """Adapters, two networks, PTX, ragged microbatches, both adaptations, k samples, clipping; the norm before it."""
@@ -108,6 +109,29 @@ def test_deepspeed_validates_by_itself(outcomes, strategy):
     assert one["eval/reward"] != 0
     assert one["bias"] != 0
     assert_same_numbers(one, two, rel=1e-5, near_0=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scarce", "scarce_ppo"])
+@pytest.mark.parametrize("strategy", ZERO)
+def test_process_without_a_row_to_evaluate_counts_nowhere_under_deepspeed(outcomes, strategy, name):
+    one, two = outcomes(name, strategy)
+    assert one["eval"]
+    assert_same_numbers(one["eval"], two["eval"], rel=1e-5, near_0=1e-5)
+    assert two.get("biases", torch.empty(0)).tolist() == pytest.approx(
+        [one["bias"]] * 2 if name == "scarce" else [], abs=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ZERO)
+def test_guard_counts_the_steps_that_deepspeed_leaves_out(outcomes, folder, strategy):
+    """Which shows nobody its gradients. Three NaNs are one too many; what was kept is of all processes."""
+    one, two = outcomes("poisoned", strategy)
+    assert one["batches"] == two["batches"]
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-5
+    kept = [sorted(path.suffixes[0] for path in (folder / f"nonfinite-{devices}").iterdir()) for devices in (1, 2)]
+    assert kept == [[".rank0"] * 3, [".rank0"] * 3 + [".rank1"] * 3]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, Updates
-from lightning_rlhf.callbacks import EMA
+from lightning_rlhf.callbacks import EMA, RollBack
 from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy
 
@@ -63,6 +63,11 @@ def test_average_of_weights_sharded_by_zero_is_refused(under) -> None:
         weight.ds_id = 0
     with pytest.raises(ValueError, match=r"ZeRO stage 3 shards: take stage 2, or .*fsdp2\.yaml"):
         EMA().on_fit_start(SimpleNamespace(optimizers=[]), module)
+
+
+def test_rolling_back_is_refused_under_deepspeed(under) -> None:
+    with pytest.raises(ValueError, match="RollBack cannot return to older weights under DeepSpeed"):
+        RollBack().begin(SimpleNamespace(strategy=deepspeed(2)), under(PPOModule, deepspeed(2)))
 
 
 class Mesh:
