@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_rlhf.callbacks.after_step import after_step
 
 
 class EMA(Callback):
@@ -28,16 +30,25 @@ class EMA(Callback):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] = {}
-        self._handle: Any = None
+        self._stop: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the policy's weights, or go on with the checkpoint's average; follow the optimizer."""
+        """Begin at the policy's weights, or go on with the checkpoint's average; follow the optimizer.
+
+        Raises:
+            ValueError: the average is of another model, or DeepSpeed shards the weights.
+        """
         weights = _weights(pl_module)
+        if any(hasattr(weight, "ds_id") for weight in weights.values()):
+            raise ValueError(
+                "EMA cannot average weights that DeepSpeed's ZeRO stage 3 shards: take stage 2, or shard with "
+                "ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
+            )
         begun = self.average or weights
         if begun.keys() != weights.keys():
             raise ValueError("the checkpoint's average is of another model: its trained parameters have other names")
         self.average = {name: _precise(_sharded_as(weight, begun[name])) for name, weight in weights.items()}
-        self._handle = trainer.optimizers[0].register_step_post_hook(lambda *_: self.update(pl_module))
+        self._stop = after_step(trainer.optimizers[0], lambda: self.update(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shard a checkpoint's average as the weights are: some strategies load it only after `on_fit_start`."""
@@ -93,8 +104,8 @@ class EMA(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop following the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
+        if self._stop is not None:
+            self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """The average, whole, by parameter name; where it is sharded all processes must ask."""

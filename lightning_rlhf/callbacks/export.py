@@ -6,7 +6,7 @@ import logging
 from contextlib import nullcontext
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_rlhf.callbacks.ema import EMA
 
@@ -42,7 +42,7 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process; the others hand it their shards where they have any."""
         average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        all_take_part = isinstance(trainer.strategy, ModelParallelStrategy)
+        all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
         if (trainer.is_global_zero or all_take_part) and not trainer.fast_dev_run:
             with average.applied(pl_module) if average else nullcontext():
                 pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)

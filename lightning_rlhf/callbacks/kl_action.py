@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
@@ -112,7 +113,16 @@ class RollBack(GuardAction):
         self._candidate: dict[str, Any] | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state that is about to sample: only its rollout says whether it is good."""
+        """Keep the state that is about to sample: only its rollout says whether it is good.
+
+        Raises:
+            ValueError: DeepSpeed's engine has copies of the weights and would bring the newer ones back.
+        """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "RollBack cannot return to older weights under DeepSpeed, whose engine has copies of its own: take "
+                "RaiseKL or Stop, or shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
+            )
         self._candidate = _snapshot(trainer, pl_module)
         self._good = self._good or self._candidate
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 class NonFiniteGuard(Callback):
     """Leaves out an optimizer step whose gradients are not finite on some process, and keeps what it came from.
 
-    Weights and optimizer stay as they were. Under fp16 the loss scaler does this itself and is left to it.
+    Weights and optimizer stay as they were. Under fp16 the loss scaler does this itself and is left to it. DeepSpeed's
+    engine leaves such a step out by itself and shows nobody its gradients: there it is counted and its batch kept.
 
     Args:
         limit: steps left out in a run before it stops; 0 stops at the first.
@@ -32,6 +34,7 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"`limit` must be at least 0: got {limit}")
         self.limit, self.folder, self.left_out = limit, folder, 0
         self._batch: Any = None
+        self._skipped = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step comes from."""
@@ -48,7 +51,36 @@ class NonFiniteGuard(Callback):
         named = {name: p for name, p in pl_module.named_parameters() if p.grad is not None}
         if trainer.strategy.reduce_boolean_decision(_all_finite(named)):
             return
-        path = self._dump(trainer, [name for name, p in named.items() if not _all_finite({name: p})])
+        self._count(trainer, [name for name, p in named.items() if not _all_finite({name: p})])
+        for p in named.values():
+            p.grad = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Under DeepSpeed, remember what its engine left out before this run."""
+        self._skipped = _skipped(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count what DeepSpeed's engine left out.
+
+        Raises:
+            RuntimeError: the limit is reached.
+        """
+        before, self._skipped = self._skipped, _skipped(trainer)
+        for _ in range(self._skipped - before):
+            self._count(trainer, [])
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were left out."""
+        return {"left_out": self.left_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Count on."""
+        self.left_out = state_dict["left_out"]
+
+    def _count(self, trainer: Trainer, parameters: list[str]) -> None:
+        path = self._dump(trainer, parameters)
         if self.left_out == self.limit:
             raise RuntimeError(
                 f"the gradients of step {trainer.global_step} are not finite, and {self.limit} such steps were left "
@@ -63,22 +95,20 @@ class NonFiniteGuard(Callback):
             self.limit,
             path,
         )
-        for p in named.values():
-            p.grad = None
-
-    def state_dict(self) -> dict[str, int]:
-        """How many steps were left out."""
-        return {"left_out": self.left_out}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Count on."""
-        self.left_out = state_dict["left_out"]
 
     def _dump(self, trainer: Trainer, parameters: list[str]) -> Path:
         path = Path(self.folder) / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"parameters": parameters, "batch": _plain(self._batch)}, path)
         return path
+
+
+def _skipped(trainer: Trainer) -> int:
+    """Steps that DeepSpeed's engine left out so far; 0 where it is not used or a loss scaler looks for its scale."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return 0
+    engine = trainer.strategy.deepspeed_engine
+    return 0 if engine.fp16_enabled() else int(engine.skipped_steps)
 
 
 def _all_finite(named: dict[str, Tensor]) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.linear_logprobs import linear_logprobs
@@ -92,7 +91,7 @@ class PolicyModel(nn.Module):
     def _head(self, tokens: Tensor) -> nn.Linear | None:
         """The head, where logits are its linear map of the hidden states, which no hook watches or changes."""
         head = bare(self.network).get_output_embeddings()
-        if type(head) is not nn.Linear or isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
+        if self.blueprint is not None or type(head) is not nn.Linear:  # a shard's weight is whole in its own forward
             return None
         if any(m._forward_hooks or m._forward_pre_hooks for m in (head, self.network, bare(self.network))):
             return None
@@ -129,7 +128,11 @@ class PolicyModel(nn.Module):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the policy together."""
-        self.blueprint = shard(self, mesh)
+        self.keep_shards(shard(self, mesh))
+
+    def keep_shards(self, blueprint: Blueprint) -> None:
+        """Know that the weights are shards: every pass now needs all processes."""
+        self.blueprint = blueprint
         self.backbone.shares_prompts = False  # or the number of passes would depend on a process's own prompts
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> PolicyModel:

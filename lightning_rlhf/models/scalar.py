@@ -73,7 +73,11 @@ class ScalarModel(nn.Module):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the model together."""
-        self.blueprint = shard(self, mesh)
+        self.keep_shards(shard(self, mesh))
+
+    def keep_shards(self, blueprint: Blueprint) -> None:
+        """Know that the weights are shards: every pass now needs all processes."""
+        self.blueprint = blueprint
 
     def _bare(self) -> Any:
         """The sequence-classification model under an adapter."""

@@ -29,14 +29,14 @@ def twin(network: nn.Module, convert: Callable[[Tensor], Tensor], *, blueprint: 
 
     Args:
         network: to copy.
-        convert: from its parameters, detached, to the twin's.
+        convert: from its parameters to the twin's.
         blueprint: of a sharded network, whose parameters are shards: `convert` gathers them, on all processes in turn.
     """
     structure = network if blueprint is None else blueprint.structure
     buffers, weights = dict(network.named_buffers()), dict(network.named_parameters())
     known: dict[int, Any] = {id(old): buffers[name] for name, old in structure.named_buffers()}
     for name, old in structure.named_parameters():
-        known[id(old)] = nn.Parameter(convert(weights[name].detach()), requires_grad=False)
+        known[id(old)] = nn.Parameter(convert(weights[name]).detach(), requires_grad=False)
     return copy.deepcopy(structure, known)
 
 
@@ -57,7 +57,13 @@ def whole(network: nn.Module, blueprint: Blueprint | None) -> nn.Module | None:
 
 
 def whole_tensor(weight: Tensor) -> Tensor:
-    """The tensor itself, or that of which it is a shard: then all processes must ask."""
+    """The tensor itself, or that of which it is a shard: then all processes must ask. Without its gradient."""
+    if hasattr(weight, "ds_id"):  # DeepSpeed's ZeRO stage 3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

@@ -47,8 +47,8 @@ from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.resume import check_resumable, reward_settings, settings
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import most_passes, shard_networks
-from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm
+from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
+from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
@@ -143,8 +143,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.tokenizer = find_tokenizer(policy, tokenizer)
         self.generation, self.updates, self.old_logprobs, self.level = generation, updates, old_logprobs, level
         self.kl, self.kl_term, self.advantage = kl, kl_term, advantage
-        self.surrogate, self.reduction = surrogate, reduction
-        self.value_loss = value_loss or ClippedValueLoss()
+        self.surrogate, self.reduction, self.value_loss = surrogate, reduction, value_loss or ClippedValueLoss()
         self.reward, self.shaping, self.ptx_coef = as_reward(reward), tuple(shaping), ptx_coef
         self.reference_dtype, self.compile_networks = reference_dtype, compile
         self.optimizer, self.value_lr, self.schedule = optimizer, value_lr, schedule
@@ -158,6 +157,7 @@ class PPOModule(CheckedRevival, LightningModule):
         decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
         self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
 
+    @built_whole
     def configure_model(self) -> None:
         """Build policy, reference, reward and value network, once; shard them where the strategy asks.
 
@@ -249,7 +249,7 @@ class PPOModule(CheckedRevival, LightningModule):
         pieces = self.updates.microbatches(minibatch, text, self.collector.agree)
         optimizer.zero_grad()
         for number, (piece, share) in enumerate(pieces, start=1):
-            with optimizer.toggle_model(sync_grad=number == len(pieces)):
+            with one_backward(self, optimizer, last=number == len(pieces)):
                 loss = self.objective.actions(piece, tally) / actions
                 if share is not None:
                     loss = loss + self.ptx_coef * self.objective.text(share, tally, count=words)

@@ -28,8 +28,7 @@ from lightning_rlhf.modules.networks import find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import shard_networks
-from lightning_rlhf.modules.strategies import check_strategy
+from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
@@ -71,10 +70,10 @@ class RewardModule(CheckedRevival, LightningModule):
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
+    @built_whole
     def configure_model(self) -> None:
         """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
-            check_strategy(self)
             source = self._source[0]
             network = (
                 unread(source).scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)

@@ -20,8 +20,7 @@ from lightning_rlhf.modules.networks import build_policy, find_tokenizer
 from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import shard_networks
-from lightning_rlhf.modules.strategies import check_strategy
+from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.types import TextBatch
 
 
@@ -54,10 +53,10 @@ class SFTModule(CheckedRevival, LightningModule):
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, schedule=schedule)
 
+    @built_whole
     def configure_model(self) -> None:
         """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
-            check_strategy(self)
             self.model = build_policy(self._source[0], self.tokenizer)
             shard_networks(self, [self.model])
 

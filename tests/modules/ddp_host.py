@@ -1,4 +1,4 @@
-"""Runs jobs of `ddp_program` on one process or two: `python ddp_host.py FOLDER JOB...`.
+"""Runs jobs of `ddp_program` and `standins` on one process or two: `python ddp_host.py FOLDER JOB...`.
 
 A job is `STRATEGY:DEVICES:NAMES:SECONDS`. Its processes are forks of this one, which imports once, and are told their
 rank as a cluster's launcher would tell them. What each of them printed is FOLDER/STRATEGY-RANK.log, and how the job
@@ -15,9 +15,11 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import ddp_program
+import standins
 import torch
 
 if importlib.util.find_spec("deepspeed"):
@@ -49,7 +51,7 @@ def forked(folder: Path, strategy: str, devices: int, names: list[str], rank: in
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(environment(strategy, devices, rank, port))
-        ddp_program.train(folder, devices, strategy, names)
+        train(folder, devices, strategy, names)
         status = 0
     except SystemExit as left:
         status = int(left.code or 0)
@@ -59,6 +61,19 @@ def forked(folder: Path, strategy: str, devices: int, names: list[str], rank: in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def train(folder: Path, devices: int, strategy: str, names: list[str]) -> None:
+    """Train what is named, one after the other; the first process saves."""
+    warnings.filterwarnings("ignore")
+    ddp_program.strategy = strategy
+    for name in names:
+        torch.manual_seed(0)
+        start = time.monotonic()
+        found = (vars(ddp_program) | vars(standins))[name](folder, devices)
+        print(f"{name}: {time.monotonic() - start:.1f} s")
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{name}-{strategy}.pt")
 
 
 def finish(children: list[int], seconds: float) -> list[int | None]:

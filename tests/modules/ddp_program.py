@@ -5,19 +5,14 @@ A global batch is the same on any number of processes. `ddp_host` starts them.
 
 from __future__ import annotations
 
-import argparse
-import copy
-import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
@@ -63,38 +58,6 @@ from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
-
-
-class CPUFSDP(FSDPStrategy):
-    """FSDP1, which asks for a GPU, on a CPU: the same wrapper told its device."""
-
-    def _setup_model(self, model):
-        options = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision_config}
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options, **self.kwargs)
-
-
-class CPUDeepSpeed(DeepSpeedStrategy):
-    """DeepSpeed without the checks that want a GPU."""
-
-    def setup_environment(self):
-        self.accelerator.setup_device(self.root_device)
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
-
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
-        import deepspeed
-
-        trained = [p for p in model.parameters() if p.requires_grad]
-        arguments = argparse.Namespace(device_rank=self.local_rank)
-        given = {"model": model, "model_parameters": trained, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        return deepspeed.initialize(arguments, config=self.config, dist_init_required=False, **given)[:2]
-
-
-ZERO2 = {
-    "zero_allow_untested_optimizer": True,
-    "zero_optimization": {"stage": 2, "overlap_comm": False},
-    "train_micro_batch_size_per_gpu": 4,
-}
 GLOO = {"process_group_backend": "gloo"}
 STRATEGIES = {
     "one": lambda devices: "auto",
@@ -102,11 +65,10 @@ STRATEGIES = {
     "ddp": lambda devices: "ddp",
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
-    "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
-    "zero2": lambda devices: CPUDeepSpeed(config=copy.deepcopy(ZERO2), **GLOO),
 }
-IN_FLOAT32 = ("one32", "fsdp1", "zero2")
-strategy = "one"  # chosen by `train`
+WITHOUT_EMA = ("zero3",)
+IN_FLOAT32 = ("one32", "fsdp1", "zero2", "zero3")
+strategy = "one"  # chosen by `ddp_host`
 
 
 class Table(Reward):
@@ -129,33 +91,46 @@ class Recorder(Callback):
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
+def precision() -> str:
+    """Of every network under the strategy."""
+    return "float32" if strategy in IN_FLOAT32 else "float64"
+
+
 def source(folder: Path, name: str, **options) -> ModelSource:
     """A network in the precision of the strategy."""
-    return ModelSource(path=str(folder / name), dtype="float32" if strategy in IN_FLOAT32 else "float64", **options)
+    return ModelSource(path=str(folder / name), dtype=precision(), **options)
 
 
-def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
-    """Fit and validate, from one checkpoint to another where they are named."""
-    recorder, callbacks = Recorder(), options.pop("callbacks", [])
-    trainer = Trainer(
+def trainer(devices: int, **options) -> Trainer:
+    """A quiet one, with the strategy."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(
         accelerator="cpu",
         devices=1 if strategy == "nodes" else devices,
         num_nodes=devices if strategy == "nodes" else 1,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
-        logger=False,
-        callbacks=[recorder, *callbacks],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
+        **(quiet | {"enable_checkpointing": False, "max_epochs": 2} | options),
     )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **options) -> dict:
+    """Fit and validate, from one checkpoint to another where they are named."""
+    recorder, callbacks = Recorder(), options.pop("callbacks", [])
+    fitter = trainer(devices, callbacks=[recorder, *callbacks], **options)
+    fitter.fit(module, data, ckpt_path=ckpt_path)
     if checkpoint is not None:
-        trainer.save_checkpoint(checkpoint)
-    evaluated = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
-    weights = torch.cat([whole_tensor(p.detach()).flatten() for p in module.parameters() if p.requires_grad])
-    return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
+        fitter.save_checkpoint(checkpoint)
+    evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
+    weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
+    return {"weights": weights, "steps": recorder.steps, "eval": evaluated, "held": held(module)}
+
+
+def held(module) -> int:
+    """Numbers that this process keeps of all networks, frozen ones too."""
+    collector = getattr(module, "collector", None)
+    networks = [module, *([] if collector is None else collector.frozen())]
+    return sum(getattr(p, "ds_tensor", p).numel() for network in networks for p in network.parameters())
 
 
 def longer(prompts, first, second) -> list[float]:
@@ -165,7 +140,7 @@ def longer(prompts, first, second) -> list[float]:
 
 def ppo(folder: Path, devices: int) -> dict:
     """The bandit with PTX, ragged microbatches, both adaptations; every evaluation, one of them by a learned reward."""
-    gold = LearnedReward(str(folder / "scorer"), dtype="float64")
+    gold = LearnedReward(str(folder / "scorer"), dtype=precision())
     evaluations = [WinRate(samples=2), WinRate(judge=longer, name="judge"), BestOfN(n=(1, 3)), AlignmentTax()]
     module = PPOModule(
         policy=source(folder, "lm"),
@@ -251,7 +226,7 @@ def lora(folder: Path, devices: int) -> dict:
     adapter = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     module = PPOModule(
         policy=source(folder, "lm", peft=adapter),
-        reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
+        reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
         updates=Updates(epochs=2, microbatch_tokens=14),
         kl=FixedKL(coef=0.1),
@@ -271,28 +246,6 @@ def lora(folder: Path, devices: int) -> dict:
     )
     export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
     return run(module, data, devices, max_epochs=1, callbacks=[export])
-
-
-def plain(folder: Path, devices: int) -> dict:
-    """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
-    module = PPOModule(
-        policy=source(folder, "lm"),
-        reward=Table(),
-        value=source(folder, "scorer"),
-        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2),
-        level=TokenLevel(),
-        advantage=Whitened(estimator=GAE()),
-        kl=FixedKL(coef=0.1),
-        ptx_coef=0.3,
-        optimizer=ADAM,
-        schedule=Constant(),
-    )
-    path, texts = str(folder / "prompts.jsonl"), str(folder / "texts.jsonl")
-    data = PromptDataModule(
-        train=path, val=path, pretrain=texts, batch_size=8 // devices, pretrain_ratio=1.0, text_tokens=8
-    )
-    return run(module, data, devices)
 
 
 def resumed(folder: Path, devices: int) -> dict:
@@ -316,7 +269,7 @@ def resumed(folder: Path, devices: int) -> dict:
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
         ema = EMA(decay=0.5)
-        found[name] = run(module, data, devices, callbacks=[ema], **options)
+        found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
     return found
 
@@ -386,17 +339,3 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         batch_size=4 // devices,
     )
     return run(module, data, devices, max_epochs=1)
-
-
-def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:
-    """Train what is named, one after the other; the first process saves."""
-    global strategy
-    strategy = chosen
-    warnings.filterwarnings("ignore")
-    for name in names:
-        torch.manual_seed(0)
-        start = time.monotonic()
-        found = globals()[name](folder, devices)
-        print(f"{name}: {time.monotonic() - start:.1f} s")
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            torch.save(found, folder / f"{name}-{strategy}.pt")

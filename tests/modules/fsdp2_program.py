@@ -138,7 +138,7 @@ def stopped(folder: Path, devices: int) -> dict:
     return found
 
 
-def validated(folder: Path, devices: int) -> dict:
+def alone(folder: Path, devices: int) -> dict:
     """`validate` of every stage, without a fit before it."""
     ranked, told = str(folder / "comparisons.jsonl"), str(folder / "demonstrations.jsonl")
     ppo = PPOModule(
@@ -172,7 +172,7 @@ def validated(folder: Path, devices: int) -> dict:
 
 program.STRATEGIES.update(STRATEGIES)
 program.IN_FLOAT32 += ("low", "low_fsdp2")  # no plugin: the precision is the trainer's
-vars(program).update({job.__name__: job for job in (wide, single, mixed, true, stopped, validated)})
+vars(program).update({job.__name__: job for job in (wide, single, mixed, true, stopped, alone)})
 
 if __name__ == "__main__":
     ddp_host.main()

@@ -18,12 +18,12 @@ from lightning_rlhf import ModelSource
 PROGRAM = Path(__file__).with_name("fsdp2_program.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: no multiple of four
 JOBS = [
-    "one:1:wide,stopped,validated:60",
+    "one:1:wide,stopped,alone:60",
     "ddp:4:wide:100",
     "fsdp2:4:wide:100",
     "low:1:single,mixed,true:60",
     "low_fsdp2:2:mixed,true:90",
-    "one_file:2:stopped,validated:90",
+    "one_file:2:stopped,alone:90",
 ]
 
 
@@ -140,7 +140,7 @@ def test_shards_in_bfloat16_train_as_one_process_does(outcome, start, name, dtyp
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_sharded_networks_validate_by_themselves(outcome, stage) -> None:
-    one, two = (outcome("validated", strategy)[stage] for strategy in ("one", "one_file"))
+    one, two = (outcome("alone", strategy)[stage] for strategy in ("one", "one_file"))
     assert one
     assert_same_numbers(one, two)
 

@@ -9,7 +9,9 @@ import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, Updates
+from lightning_rlhf.callbacks import EMA, RollBack
 from lightning_rlhf.modules.sharding import shard_networks
+from lightning_rlhf.modules.strategies import check_rl_strategy
 
 
 @pytest.fixture
@@ -32,22 +34,10 @@ def deepspeed(stage: int) -> DeepSpeedStrategy:
     return strategy
 
 
-@pytest.mark.parametrize("kind", [SFTModule, RewardModule, PPOModule])
-def test_zero_stage_3_is_refused(under, kind) -> None:
-    with pytest.raises(ValueError, match=f"{kind.__name__} does not train under DeepSpeed's ZeRO stage 3.*fsdp2"):
-        under(kind, deepspeed(3)).configure_model()
-
-
 def test_ppo_refuses_fsdp1_and_the_other_stages_take_it(under) -> None:
     with pytest.raises(ValueError, match=r"PPO does not train under FSDPStrategy.*fsdp2\.yaml"):
         under(PPOModule, FSDPStrategy()).configure_model()
     under(SFTModule, FSDPStrategy()).configure_model()
-
-
-@pytest.mark.parametrize("limit", [{"microbatch": 2}, {"microbatch_tokens": 64}])
-def test_ppo_refuses_several_backwards_under_deepspeed(under, limit) -> None:
-    with pytest.raises(ValueError, match="an optimizer step is one backward"):
-        under(PPOModule, deepspeed(2), updates=Updates(**limit)).configure_model()
 
 
 @pytest.mark.parametrize(("norm", "handed"), [(0.5, 0.5), (None, 0.0)])
@@ -55,6 +45,29 @@ def test_deepspeed_is_handed_the_clipping(under, norm, handed) -> None:
     module = under(PPOModule, deepspeed(2), updates=Updates(max_grad_norm=norm))
     module.configure_model()
     assert module._trainer.strategy.config["gradient_clipping"] == handed
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_are_fetched_ahead_of_no_step_where_they_are_shards(under, stage) -> None:
+    """Stage 3 fetches in the order of the step before; no two rollouts have one."""
+    module = under(PPOModule, deepspeed(stage))
+    check_rl_strategy(module)
+    asked = module._trainer.strategy.config["zero_optimization"].get("stage3_prefetch_bucket_size")
+    assert asked == {2: None, 3: 0}[stage]
+
+
+def test_average_of_weights_sharded_by_zero_is_refused(under) -> None:
+    module = under(PPOModule, deepspeed(2))
+    module.configure_model()
+    for weight in module.policy.parameters():
+        weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"ZeRO stage 3 shards: take stage 2, or .*fsdp2\.yaml"):
+        EMA().on_fit_start(SimpleNamespace(optimizers=[]), module)
+
+
+def test_rolling_back_is_refused_under_deepspeed(under) -> None:
+    with pytest.raises(ValueError, match="RollBack cannot return to older weights under DeepSpeed"):
+        RollBack().begin(SimpleNamespace(strategy=deepspeed(2)), under(PPOModule, deepspeed(2)))
 
 
 class Mesh:
@@ -78,6 +91,11 @@ def test_tensor_parallelism_is_refused_with_the_sizes_to_set(under) -> None:
     module._device_mesh = Mesh(data_parallel=2, tensor_parallel=4)
     with pytest.raises(ValueError, match="over 4 devices.*data_parallel_size to 8"):
         shard_networks(module, [])
+
+
+def test_compiling_is_refused_under_zero_stage_3(under) -> None:
+    with pytest.raises(ValueError, match="`compile` was not tried under DeepSpeedStrategy"):
+        check_rl_strategy(under(PPOModule, deepspeed(3), compile=True))
 
 
 def test_compiling_is_refused_under_fsdp2(under) -> None:

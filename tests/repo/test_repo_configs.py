@@ -123,7 +123,7 @@ def header(path: Path) -> str:
 def test_there_are_configs_to_test() -> None:
     stages = {"sft", "reward", "ppo", "ppo_ptx", "bandit_klpen"}
     assert stages | PAPERS.keys() <= {path.stem for path in STAGES}
-    assert {"ddp", "fsdp", "fsdp2", "deepspeed"} <= {path.stem for path in STRATEGIES}
+    assert {"ddp", "fsdp", "fsdp2", "deepspeed", "deepspeed3"} <= {path.stem for path in STRATEGIES}
 
 
 @pytest.mark.parametrize("config", STAGES, ids=named)

@@ -1,0 +1,49 @@
+"""Sharding by DeepSpeed's ZeRO stage 3: each weight is gathered for the modules that read it, and let go again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_rlhf.models.twin import Blueprint
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions of a DeepSpeed config and what its engine then keeps weights in."""
+
+
+def partition(model: nn.Module, config: dict[str, Any]) -> Blueprint:
+    """Leave each process a part of every weight, in the precision of the config.
+
+    Weights are trained by the strategy's engine, which gathers those of its module; a model without a trained weight is
+    no part of it and gets an engine of its own. Either way all processes must then call the model together.
+
+    Args:
+        model: whole; holds a transformers model as `network`.
+        config: of DeepSpeed.
+
+    Returns:
+        what a whole copy of `network` is made from.
+    """
+    import deepspeed
+
+    blueprint = Blueprint(model.network)
+    if any(weight.requires_grad for weight in model.parameters()):
+        for name, dtype in HALF.items():
+            if config.get(name, {}).get("enabled"):
+                for weight in model.parameters():
+                    weight.data = weight.data.to(dtype)
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    else:
+        deepspeed.initialize(model=model, config=_frozen(model, config), dist_init_required=False)
+    return blueprint
+
+
+def _frozen(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model that is not trained, in the precision that it has."""
+    dtype = next(model.parameters()).dtype
+    half = {name: {"enabled": True} for name, kind in HALF.items() if kind is dtype}
+    zero = {"zero_optimization": copy.deepcopy(config["zero_optimization"])}
+    return zero | half | {"train_micro_batch_size_per_gpu": 1}

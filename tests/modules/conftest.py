@@ -1,0 +1,65 @@
+"""Models and data for programs of several processes, and what comes out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HOST = Path(__file__).with_name("ddp_host.py")
+PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: an odd number to evaluate
+ENDS = list(range(10))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
+    """Models and data."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for name, network in {"lm": make_lm(end=ENDS), "scorer": make_scorer()}.items():
+        network.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    files = {
+        "prompts": [{"prompt": p} for p in PROMPTS],
+        "texts": [{"text": p + " x y z"} for p in PROMPTS] * 3,
+        "demonstrations": [{"prompt": p, "response": (p[::-1] + " v") * (1 + i % 2)} for i, p in enumerate(PROMPTS)],
+        "comparisons": [
+            {"prompt": p, "responses": ["v", "w x", "y", "z z z"][: 2 + i % 3], "ranks": [0, 1, 1, 2][: 2 + i % 3]}
+            for i, p in enumerate(PROMPTS)
+        ],
+    }
+    files |= {f"one_{name[:-1]}": rows[:1] for name, rows in files.items()}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcome(request, folder) -> Callable[[str, str], dict]:
+    """What came out of the first process, by name of the run and strategy, of the file's JOBS."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, str(HOST), str(folder), *request.module.JOBS],
+        env=inherited | quiet,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def of(name: str, strategy: str) -> dict:
+        statuses = json.loads((folder / f"{strategy}.json").read_text())["statuses"]
+        for rank, status in enumerate(statuses):
+            log = (folder / f"{strategy}-{rank}.log").read_text()[-4000:]
+            assert status is not None, f"hangs: {log}"
+            assert status == 0, log
+        return torch.load(folder / f"{name}-{strategy}.pt")
+
+    return of
