@@ -304,7 +304,8 @@ def test_predictions_are_written_as_lines(make_ppo, make_trainer, as_loader, lef
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [record["topic"] for record in records] == [0, 1, 2, 3]
     for record in records:
-        assert record.keys() == {"prompt", "topic", "response", "score", "kl", "length", "ended"}
+        judged = {"score", "raw_score", "kl", "entropy", "length", "ended"}
+        assert record.keys() == {"prompt", "topic", "response"} | judged
         assert isinstance(record["response"], str)
         assert isinstance(record["ended"], bool)
         assert isinstance(record["length"], int)
