@@ -12,6 +12,7 @@ _ROOMS = {
     "callbacks": (
         "EMA",
         "Export",
+        "GradientNorms",
         "GuardAction",
         "KLGuard",
         "NonFiniteGuard",

@@ -3,6 +3,7 @@
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.export import Export
+from lightning_rlhf.callbacks.gradient_norms import GradientNorms
 from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, Stop
 from lightning_rlhf.callbacks.kl_guard import KLGuard
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
@@ -16,6 +17,7 @@ from lightning_rlhf.callbacks.sample_log import SampleLog
 __all__ = [
     "EMA",
     "Export",
+    "GradientNorms",
     "GuardAction",
     "KLGuard",
     "NonFiniteGuard",

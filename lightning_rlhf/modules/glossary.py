@@ -56,6 +56,13 @@ UPDATE = (
     Entry("policy/clipfrac_avg", "share of actions whose ratio or weight was clipped; surrogates that clip", "1"),
     Entry("policy/entropy_avg", "mean entropy of the next token, under the weights that sample", "nats"),
     Entry("policy/grad_norm", "mean norm of the gradient of an optimizer step, before clipping", "1"),
+    Entry(
+        "policy/rl_grad_norm",
+        "`GradientNorms`: in the first step, norm of the policy's gradient without texts",
+        "1",
+    ),
+    Entry("ptx/grad_norm", "`GradientNorms`: in the first step, norm of the gradient of γ · text loss", "1"),
+    Entry("ptx/grad_norm_ratio", "`ptx/grad_norm` over `policy/rl_grad_norm`", "1"),
     Entry("policy/kl_old", "KLPEN: mean k3 estimate of KL(π_old‖π) of an action, after the update", "nats"),
     Entry("policy/kl_penalty", "KLPEN: mean b·KL(π_old‖π) of an action during the update", "reward"),
     Entry("policy/kl_sampler", "mean k3 estimate of KL(π_sampler‖π_old) of a token: what low precision costs", "nats"),

@@ -81,7 +81,7 @@ class Updates:
         for epoch in range(self.epochs):
             order = torch.arange(len(experience))
             order = order if epoch == 0 else torch.randperm(len(experience), generator=generator)
-            texts = _split_text(text, count)
+            texts = split_text(text, count)
             for index, part in zip(order.chunk(count), texts, strict=True):
                 yield experience.select(index.to(device)), part
 
@@ -118,10 +118,10 @@ class Updates:
             agree: how many pieces there must be.
         """
         order = self.split(experience.rollout, agree)
-        return list(zip((experience.select(index) for index in order), _split_text(text, len(order)), strict=True))
+        return list(zip((experience.select(index) for index in order), split_text(text, len(order)), strict=True))
 
 
-def _split_text(text: TextBatch | None, parts: int) -> list[TextBatch | None]:
+def split_text(text: TextBatch | None, parts: int) -> list[TextBatch | None]:
     """Consecutive, nearly equal shares of the rows; None for an empty share."""
     if text is None:
         return [None] * parts

@@ -25,6 +25,7 @@ from lightning_rlhf import (
     DemonstrationDataModule,
     FixedKL,
     Generation,
+    GradientNorms,
     LearnedReward,
     ModelSource,
     PPOModule,
@@ -69,7 +70,8 @@ def wide(folder: Path, devices: int) -> dict:
         optimizer=ADAM,
         schedule=Constant(),
     )
-    found = run(module, prompts(folder, 8 // devices), devices, max_epochs=1)
+    data = prompts(folder, 8 // devices)
+    found = run(module, data, devices, max_epochs=1, callbacks=[GradientNorms()])
     return found | {"read": module.all_gather(torch.tensor(read["numbers"])).flatten(), "n": module.episodes}
 
 

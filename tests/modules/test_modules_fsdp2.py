@@ -85,7 +85,7 @@ def test_four_processes_train_what_one_process_trains(outcome, strategy) -> None
     for a, b in zip([*one["steps"], one["eval"]], [*four["steps"], four["eval"]], strict=True):
         assert_same_numbers(a, b)
     assert one["steps"][0]["policy/grad_norm"] > 0.0
-    assert {"loss/value_avg", "ptx/loss"} <= one["steps"][0].keys()
+    assert {"loss/value_avg", "ptx/loss", "ptx/grad_norm_ratio"} <= one["steps"][0].keys()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
+from lightning_rlhf.callbacks import GradientNorms
 from lightning_rlhf.core import GAE, BanditAdvantage, Constant, GroupAdvantage, KLPenalty
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import AlignmentTax, BestOfN, GoldReward, PPOModule, RewardModule, SFTModule, WinRate
@@ -100,6 +101,7 @@ def logged(modules, data, tmp_path_factory) -> set[str]:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            callbacks=[GradientNorms()] if name == "ppo" else [],
             default_root_dir=tmp_path_factory.mktemp("runs"),
         )
         train, val = data[name]

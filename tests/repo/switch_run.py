@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.callbacks import (
     EMA,
     Export,
+    GradientNorms,
     KLGuard,
     NonFiniteGuard,
     PredictionWriter,
@@ -299,6 +300,15 @@ def _around(bench: Bench) -> Table:
                 return [_files(folder), str(error)]
         return [_files(folder)]
 
+    def measured(callback: GradientNorms) -> int:
+        """In how many of three rollouts it asks for the gradient of the texts."""
+        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        module = PPOModule(copy.deepcopy(bench.policy), letters, ptx_coef=1.0, **options)
+        batches = [{"prompts": bench.prompts, "pretrain": bench.texts}] * 3
+        with mock.patch.object(callback, "_share", wraps=callback._share) as share:
+            bench.trainer([callback]).fit(module, _loader(*batches))
+        return share.call_count
+
     def rolled_out(callback: RolloutLog | SampleLog) -> list[Any]:
         """Files, and what a logger's table shows."""
         folder = bench.empty()
@@ -346,6 +356,7 @@ def _around(bench: Bench) -> Table:
             folder=to("elsewhere"),
             merge_adapter=to(True, by=exported_adapter),
         ),
+        GradientNorms: case(measured, every=to(2)),
         KLGuard: case(
             guarded,
             {"kl": 1e9, "length": 1e9},

@@ -1,0 +1,112 @@
+"""How much of a step of PPO-ptx comes from its pretraining texts (Ouyang et al. 2022, eq. 2)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from lightning_rlhf.core import next_token_loss
+from lightning_rlhf.rollout.updates import split_text
+from lightning_rlhf.types import PPOBatch, TextBatch
+
+logger = logging.getLogger(__name__)
+
+
+class GradientNorms(Callback):
+    """Measures both gradients of PPO-ptx apart, at the first optimizer step of a rollout, and changes neither.
+
+    Logs `policy/rl_grad_norm`, the norm of the policy's gradient without the texts; `ptx/grad_norm`, that of γ times
+    the pretraining loss; and `ptx/grad_norm_ratio`, the second over the first. A measurement takes one more backward
+    over the texts of a minibatch, and the memory of two more gradients. Without texts (γ = 0) and under DeepSpeed,
+    whose engine keeps the gradients to itself, nothing is measured, and the log says so.
+
+    Args:
+        every: rollouts from one measurement to the next.
+
+    Raises:
+        ValueError: `every` is not positive.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"`every` counts rollouts and must be at least 1: got {every}")
+        self.every = every
+        self._texts: TextBatch | None = None
+        self._measures = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where there is nothing to measure."""
+        why = None
+        if not getattr(pl_module, "ptx_coef", 0.0):
+            why = f"this {type(pl_module).__name__} has no `ptx_coef` above 0"
+        elif isinstance(trainer.strategy, DeepSpeedStrategy):
+            why = "DeepSpeed's engine keeps the gradients to itself"
+        self._measures = why is None
+        if why is not None and trainer.is_global_zero:
+            logger.warning("GradientNorms measures nothing: %s", why)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PPOBatch, batch_idx: int
+    ) -> None:
+        """Keep the texts of a rollout that is measured."""
+        due = self._measures and pl_module.iteration % self.every == 0
+        self._texts = batch["pretrain"] if due else None
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the gradient of the texts from that of the step; before clipping, and unscaled under fp16."""
+        texts, self._texts = self._texts, None
+        step = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if texts is None or not step:  # NonFiniteGuard took them
+            return
+        policy = [p for p in pl_module.policy.parameters() if p in step]
+        whole = [step[p].clone() for p in policy]  # replicas may write the next gradient where the last one is
+        ptx = _gradient(trainer, pl_module, optimizer, self._share(pl_module, texts))
+        parts = {p: ptx.get(p, torch.zeros_like(p)) for p in policy}
+        for p, gradient in (step | dict(zip(policy, whole, strict=True))).items():
+            p.grad = gradient
+        texts_norm = _norm(list(parts.values()))
+        rest_norm = _norm([a - b for a, b in zip(whole, parts.values(), strict=True)])
+        norms = {"policy/rl_grad_norm": rest_norm, "ptx/grad_norm": texts_norm}
+        pl_module.log_dict(norms | {"ptx/grad_norm_ratio": texts_norm / rest_norm}, batch_size=1)
+
+    @staticmethod
+    def _share(pl_module: Any, texts: TextBatch) -> list[TextBatch]:
+        """The texts of the first minibatch, in as many pieces as its responses were."""
+        rollout = pl_module.outcome.rollout
+        count = pl_module.updates.steps(len(rollout)) // pl_module.updates.epochs
+        rows = torch.arange(len(rollout), device=rollout.tokens.device).chunk(count)[0]
+        pieces = len(pl_module.updates.split(rollout.select(rows), pl_module.collector.agree))
+        return [piece for piece in split_text(split_text(texts, count)[0], pieces) if piece is not None]
+
+
+def _gradient(
+    trainer: Trainer, pl_module: Any, optimizer: Optimizer, pieces: list[TextBatch]
+) -> dict[torch.nn.Parameter, Tensor]:
+    """∇ of −γ·log π(texts) per token of all processes, as the step has it; replaces the gradients."""
+    count = pl_module.all_sum(torch.stack([piece.target.sum() for piece in pieces]).sum()).clamp(min=1)
+    optimizer.zero_grad()
+    with torch.enable_grad(), pl_module.optimizers().toggle_model(sync_grad=False):  # the value network has no part
+        for piece in pieces:
+            wanted = piece.target[:, 1:]
+            logprobs = pl_module.policy(piece.tokens, piece.mask, width=wanted.shape[1], wanted=wanted)
+            loss = pl_module.ptx_coef * next_token_loss(logprobs, piece.target, count=count)
+            pl_module.manual_backward(loss * trainer.world_size)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    found = {p: p.grad / scale for p in pl_module.policy.parameters() if p.grad is not None}
+    mean = trainer.strategy.reduce  # shards were reduced as they were made
+    return {p: g if isinstance(g, DTensor) else mean(g, reduce_op="mean") for p, g in found.items()}
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of whole gradients, also where each process has shards of them."""
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
