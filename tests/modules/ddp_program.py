@@ -227,7 +227,7 @@ def lora(folder: Path, devices: int) -> dict:
         policy=source(folder, "lm", peft=adapter),
         reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2, microbatch_tokens=14),
+        updates=Updates(microbatch_tokens=14),
         kl=FixedKL(coef=0.1),
         ptx_coef=0.3,
         optimizer=ADAM,
@@ -266,7 +266,7 @@ def resumed(folder: Path, devices: int) -> dict:
             optimizer=ADAM,
             schedule=Constant(),
         )
-        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
         ema = EMA(decay=0.5)
         found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
