@@ -5,6 +5,7 @@ A global batch is the same on any number of processes. `ddp_host` starts them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
@@ -122,7 +124,9 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     if checkpoint is not None:
         fitter.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
-    weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
+    gather = FullyShardedDataParallel.summon_full_params if strategy == "fsdp1" else nullcontext
+    with gather(fitter.model):
+        weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated, "held": held(module)}
 
 
