@@ -43,7 +43,7 @@ def _config(kind: str, vocab: int, end: int | list[int], width: int, **extra: An
     ids = {"bos_token_id": 1, "eos_token_id": end, "pad_token_id": END, "initializer_range": 0.4} | extra
     if kind == "gpt2":
         ids = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1} | ids  # the library must switch it off
-        return GPT2Config(vocab_size=vocab, n_positions=64, n_embd=width, n_layer=2, n_head=2, **ids)
+        return GPT2Config(vocab_size=vocab, n_positions=64, n_embd=width, n_head=2, **({"n_layer": 2} | ids))
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=width,

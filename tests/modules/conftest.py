@@ -18,10 +18,11 @@ ENDS = list(range(10))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
-    """Models and data."""
+def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
+    """Models, of two layers or the file's LAYERS, and data."""
     folder = tmp_path_factory.mktemp("ddp")
-    for name, network in {"lm": make_lm(end=ENDS), "scorer": make_scorer()}.items():
+    depth = {"n_layer": getattr(request.module, "LAYERS", 2)}
+    for name, network in {"lm": make_lm(end=ENDS, **depth), "scorer": make_scorer(**depth)}.items():
         network.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     files = {

@@ -7,7 +7,7 @@ ended FOLDER/STRATEGY.json: the exit status of each process, None where it was s
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import json
 import os
 import signal
@@ -21,9 +21,6 @@ from pathlib import Path
 import ddp_program
 import standins
 import torch
-
-if importlib.util.find_spec("deepspeed"):
-    import deepspeed  # noqa: F401  once for all forks
 
 
 def free_port() -> str:
@@ -94,6 +91,10 @@ def finish(children: list[int], seconds: float) -> list[int | None]:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)  # whose first call imports the compiler
+    if any(job.startswith("zero") for job in sys.argv[2:]):
+        standins.ready_deepspeed()
+    gc.collect()
+    gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every engine
     folder = Path(sys.argv[1])
     for job in sys.argv[2:]:
         strategy, devices, names, seconds = job.split(":")

@@ -5,6 +5,7 @@ A global batch is the same on any number of processes. `ddp_host` starts them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
     GAE,
@@ -122,7 +124,9 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     if checkpoint is not None:
         fitter.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
-    weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
+    gather = FullyShardedDataParallel.summon_full_params if strategy == "fsdp1" else nullcontext
+    with gather(fitter.model):
+        weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated, "held": held(module)}
 
 
@@ -228,7 +232,7 @@ def lora(folder: Path, devices: int) -> dict:
         policy=source(folder, "lm", peft=adapter),
         reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2, microbatch_tokens=14),
+        updates=Updates(microbatch_tokens=14),
         kl=FixedKL(coef=0.1),
         ptx_coef=0.3,
         optimizer=ADAM,
@@ -267,7 +271,7 @@ def resumed(folder: Path, devices: int) -> dict:
             optimizer=ADAM,
             schedule=Constant(),
         )
-        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
         ema = EMA(decay=0.5)
         found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_program import ADAM, GLOO, STRATEGIES, Table, run, source, trainer
+from ddp_program import ADAM, GLOO, STRATEGIES, Table, source, trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -44,24 +44,28 @@ class CPUDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed without the checks that want a GPU."""
 
     def setup_environment(self):
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its collectives for CPUs, to be compiled
-        if not isinstance(deepspeed.initialize, partial):  # Lightning passes the number of the GPU, here None
-            rank = argparse.Namespace(device_rank=int(os.environ["LOCAL_RANK"]))
-            deepspeed.initialize = partial(_initialize, deepspeed.initialize, rank)
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
 
-def _initialize(initialize, rank, args=None, **given):
-    return initialize(args=rank, **given)
+def ready_deepspeed() -> None:
+    """Import what an engine imports when it is made, and have engines on a CPU."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # and with it the compiler
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its collectives for CPUs, to be compiled
+    deepspeed.initialize = partial(_initialize, deepspeed.initialize)
+
+
+def _initialize(initialize, args=None, **given):
+    """Lightning passes the number of the GPU, here None."""
+    return initialize(args=argparse.Namespace(device_rank=int(os.environ["LOCAL_RANK"])), **given)
 
 
 def zero(stage: int) -> CPUDeepSpeed:
-    """No weight is too small to be sharded, no bucket holds all gradients."""
-    sizes = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
+    """No weight is too small to be sharded or stays for its next use, no bucket holds all gradients."""
+    sizes = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
+    sizes |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
     config = {
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": False, **sizes},
@@ -77,8 +81,8 @@ STRATEGIES |= {
 }
 
 
-def plain_of(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]:
-    """One backward a step, of everything: PTX, a value network, two responses to each prompt."""
+def everything(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]:
+    """PPO with PTX, a value network and two responses to each prompt."""
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
@@ -99,14 +103,9 @@ def plain_of(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]:
     return module, data
 
 
-def plain(folder: Path, devices: int) -> dict:
-    """The same, trained."""
-    return run(*plain_of(folder, devices), devices)
-
-
 def validated(folder: Path, devices: int) -> dict:
-    """Validation by itself, for which there is no optimizer: PPO with what `plain` has, and a reward model."""
-    ppo, prompts = plain_of(folder, devices)
+    """Validation by itself, for which there is no optimizer: PPO with everything, and a reward model."""
+    ppo, prompts = everything(folder, devices)
     scores = RewardModule(source(folder, "scorer"))
     path, demonstrations = str(folder / "comparisons.jsonl"), str(folder / "demonstrations.jsonl")
     comparisons = ComparisonDataModule(train=path, val=path, demonstrations=demonstrations, batch_size=4 // devices)
