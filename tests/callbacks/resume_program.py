@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, Trainer
+from transformers import GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
 from lightning_rlhf import (
     EMA,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]  # one worker runs what all of them share
 PROGRAM = Path(__file__).with_name("resume_program.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"] * 2  # 3 rollouts of 8 an epoch
 KILLS = ["rollout", "minibatch", "write", "rename"]
@@ -67,7 +68,6 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
     devices, kill = name.split("-")
@@ -83,7 +83,6 @@ def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
         assert_same(whole, resumed)
 
 
-@pytest.mark.slow
 def test_something_moves_in_every_part_of_the_state(ends):
     """Or equality above would say nothing of it."""
     one, two = ends("1-never"), ends("2-never")

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import ddp_program
 import torch
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed  # noqa: F401  once for all forks
+    import deepspeed  # noqa: F401
 
 
 def free_port() -> str:

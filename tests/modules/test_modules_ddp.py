@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # one worker runs what all of them share
 PROGRAM = Path(__file__).with_name("ddp_host.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: an odd number to evaluate
 ENDS = list(range(10))
@@ -97,14 +98,12 @@ def assert_same_numbers(one: dict[str, float], two: dict[str, float], *, rel: fl
         assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), name  # logged as float32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
 def test_two_processes_train_the_weights_of_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
 def test_two_processes_log_what_one_logs(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
@@ -117,7 +116,6 @@ def test_two_processes_log_what_one_logs(outcomes, strategy, name):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "sft", "reward"])
 def test_two_processes_evaluate_as_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
@@ -128,7 +126,6 @@ def test_two_processes_evaluate_as_one(outcomes, strategy, name):
 METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     """Two responses to each prompt: the rows, the group statistics and the reductions."""
@@ -144,7 +141,6 @@ def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     assert bool(one["advantage"]) == (method == "running_mean")
 
 
-@pytest.mark.slow
 def test_methods_train_differently(outcomes):
     """Or equal weights above would say nothing of them."""
     found, _ = outcomes("grouped", "ddp")
@@ -153,7 +149,6 @@ def test_methods_train_differently(outcomes):
             assert float((found[first]["weights"] - found[second]["weights"]).abs().max()) > 1e-4
 
 
-@pytest.mark.slow
 def test_two_processes_adapt_as_one(outcomes, strategy):
     one, two = outcomes("ppo", strategy)
     assert (one["n"], one["b"]) == (two["n"], two["b"])
@@ -162,14 +157,12 @@ def test_two_processes_adapt_as_one(outcomes, strategy):
     assert one["b"] != 1.0
 
 
-@pytest.mark.slow
 def test_two_processes_find_one_bias(outcomes, strategy):
     one, two = outcomes("reward", strategy)
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
     assert abs(one["bias"]) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name):
     one, two = outcomes(f"scarce_{name}", strategy)
@@ -177,7 +170,6 @@ def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name)
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.slow
 def test_rank_without_a_row_to_evaluate_does_not_hang(outcomes, strategy):
     """The reward model has collectives of its own: the mean of the demonstrations, the accuracy; FSDP2 its passes."""
     one, two = outcomes("scarce", strategy)
@@ -185,7 +177,6 @@ def test_rank_without_a_row_to_evaluate_does_not_hang(outcomes, strategy):
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward", "lora"])
 def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name):
     outcomes(name, strategy)
@@ -201,7 +192,6 @@ def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name
     assert any(float((first[key] - start[key]).abs().max()) > 1e-3 for key in first)  # not the weights it began with
 
 
-@pytest.mark.slow
 def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
     one, two = outcomes("resumed", strategy)
     for found in (one, two):
@@ -222,14 +212,12 @@ def assert_trained_alike(one: dict, two: dict) -> None:
         assert_same_numbers(a, b, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_fsdp1_trains_sft_and_reward_models_as_one_process(outcome):
     """On a stand-in for a CPU; the weights are shards, so what is compared is what they say of the data."""
     for name in ("sft", "reward"):
         assert_trained_alike(outcome(name, "one32"), outcome(name, "fsdp1"))
 
 
-@pytest.mark.slow
 def test_deepspeed_zero2_trains_as_one_process(outcome, folder):
     """Two networks, PTX, clipping by `updates.max_grad_norm` alone, the norm before it, the exported folder."""
     pytest.importorskip("deepspeed")
@@ -242,7 +230,6 @@ def test_deepspeed_zero2_trains_as_one_process(outcome, folder):
     assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-5) for key in first)
 
 
-@pytest.mark.slow
 def test_two_nodes_train_what_one_process_trains(outcomes):
     """The same command once on each node, which knows its rank and where the first is; here both are one machine."""
     for name in ("ppo", "reward"):
