@@ -92,7 +92,16 @@ _ROOMS = {
     ),
     "data": ("Columns", "ComparisonDataModule", "DemonstrationDataModule", "PromptDataModule"),
     "models": ("ModelSource", "PolicyModel", "ScalarModel"),
-    "modules": ("PPOModule", "RewardModule", "SFTModule"),
+    "modules": (
+        "AlignmentTax",
+        "BestOfN",
+        "Evaluator",
+        "GoldReward",
+        "PPOModule",
+        "RewardModule",
+        "SFTModule",
+        "WinRate",
+    ),
     "rollout": (
         "Captured",
         "EnsembleReward",

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from work import Work
 
 sys.path.append(str(Path(__file__).parent.parent / "quickstart"))
-from material import FORMS, analyzer, read_jsonl, vader, write_jsonl  # noqa: E402
+from ingredients import FORMS, analyzer, read_jsonl, vader, write_jsonl  # noqa: E402
 
 Built = tuple[nn.Module, PreTrainedTokenizerBase, list[str]]
 __all__ = ["Ending", "build", "prompts_of", "tokenizer_of", "vader"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
-from material import vader
+from ingredients import vader
 
 from lightning_rlhf.text.escape import terminal
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from material import prepare, rank, read_jsonl, write_jsonl
+from ingredients import prepare, rank, read_jsonl, write_jsonl
 from report import report
 
 from lightning_rlhf.cli import main as lightning_rlhf

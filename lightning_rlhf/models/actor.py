@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.adapter import bare_base, is_adapted, is_off
 from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,9 @@ WORTH_PACKING = 8
 
 
 def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
-    """The network in eval mode, in `dtype`, its adapter folded in; on a CPU the linear maps of a whole one are packed.
+    """The network in eval mode, in `dtype`; on a CPU the linear maps of a whole one are packed.
+
+    An adapter is folded in, or left out where it is off.
 
     Weights that need no change are shared with the network, which stays as it is. Buffers keep their precision: rotary
     frequencies must not be rounded. The weights of a sharded network are gathered, so that all processes must call this
@@ -50,8 +52,11 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
 
 
 def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | None) -> nn.Module:
-    folds = is_adapted(network) and hasattr(network, "merge_and_unload")
+    off = is_off(network)
+    folds = is_adapted(network) and hasattr(network, "merge_and_unload") and not off
     actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
+    if off:
+        return bare_base(actor)
     return actor.merge_and_unload() if folds else actor
 
 

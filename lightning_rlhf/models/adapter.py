@@ -40,6 +40,21 @@ def is_adapted(network: nn.Module) -> bool:
     return hasattr(network, "disable_adapter") and hasattr(network, "peft_config")
 
 
+def is_off(network: nn.Module) -> bool:
+    """Whether the network's adapter is switched off, as inside `PolicyModel.reference`."""
+    return is_adapted(network) and any(getattr(x, "disable_adapters", False) is True for x in network.modules())
+
+
+def bare_base(network: nn.Module) -> nn.Module:
+    """The model under an adapter, as it was before the adapter was put on.
+
+    Args:
+        network: in an adapter, which is switched off in it for good.
+    """
+    network.base_model.disable_adapter_layers()
+    return network.get_base_model()
+
+
 def merged(network: nn.Module) -> nn.Module:
     """A copy of the network with its adapter folded into the weights.
 

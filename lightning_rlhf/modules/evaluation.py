@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_rlhf.modules.evaluator import Evaluator
+from lightning_rlhf.modules.panel import Panel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Scores
 from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
@@ -40,14 +43,16 @@ class Evaluation:
 
     Args:
         module: whose policy, reward and reference.
+        evaluators: what else validation and test measure.
     """
 
-    def __init__(self, module: PPOModule) -> None:
-        self.module, self.tally = module, Tally()
+    def __init__(self, module: PPOModule, evaluators: Sequence[Evaluator] = ()) -> None:
+        self.module, self.tally, self.panel = module, Tally(), Panel(module, evaluators)
 
     def begin(self) -> None:
         """Forget what an interrupted evaluation took in."""
         self.tally = Tally()
+        self.panel.begin()
 
     @torch.no_grad()
     def step(self, batch: PromptBatch | TextBatch, batch_idx: int) -> None:
@@ -55,15 +60,18 @@ class Evaluation:
         if isinstance(batch, PromptBatch):
             rollout, scores = self._rollout(batch, batch_idx)
             observe(self.tally, rollout, scores, batch.counts, "")
+            self.panel.prompts(batch, batch_idx, rollout, scores)
             return
         wanted, width = batch.target[:, 1:], batch.tokens.shape[1] - 1
         logprobs = self.module.policy(batch.tokens, batch.mask, width=width, wanted=wanted)
         self.tally.add("/ptx_loss", -logprobs, wanted)
+        self.panel.texts(batch, batch_idx, logprobs)
 
     def log(self, stage: str) -> None:
         """Log the means over all processes as `stage/name` and begin anew; `stage/reward` is the mean score."""
         means = self.tally.means(self.module.all_sum)
         named = {stage + name.replace("/scores", "/reward", 1): value for name, value in means.items()}
+        named |= {f"{stage}/{name}": value for name, value in self.panel.conclude().items()}
         self.module.log_dict(named, sync_dist=True)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 
-def keep_hyperparameters(module: LightningModule, arguments: dict[str, Any]) -> None:
+def keep_hyperparameters(module: LightningModule, **arguments: Any) -> None:
     """Save the config the CLI parsed; in plain Python, those arguments that are plain values.
 
     Live objects would be pickled, and such a checkpoint does not load under `weights_only=True`.

@@ -40,7 +40,7 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
 from lightning_rlhf.modules.credit import credit
-from lightning_rlhf.modules.evaluation import Evaluation
+from lightning_rlhf.modules.evaluation import Evaluation, Evaluator
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
@@ -92,6 +92,7 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer: a function of the parameter groups (policy first, then value).
         value_lr: peak learning rate of V; None is the policy's.
         schedule: of the learning rates, per rollout.
+        evaluations: what validation and test measure beside reward and KL: `WinRate`, `BestOfN`, `GoldReward`, ...
 
     Raises:
         ValueError: an argument is out of range, or two of them do not go together (see `combinations`).
@@ -121,6 +122,7 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
         value_lr: float | None = None,
         schedule: Schedule = Constant(warmup=10),
+        evaluations: Sequence[Evaluator] = (),
     ) -> None:
         super().__init__()
         if ptx_coef < 0:
@@ -130,8 +132,7 @@ class PPOModule(CheckedRevival, LightningModule):
         check_level(level, surrogate)
         check_shaping(shaping, generation)
         keep_hyperparameters(
-            self,
-            {"tokenizer": tokenizer, "ptx_coef": ptx_coef, "value_lr": value_lr, "reference_dtype": reference_dtype},
+            self, tokenizer=tokenizer, ptx_coef=ptx_coef, value_lr=value_lr, reference_dtype=reference_dtype
         )
         self.automatic_optimization = False
         self.tokenizer = find_tokenizer(policy, tokenizer)
@@ -146,7 +147,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.policy: PolicyModel | None = None
         self.value: ScalarModel | None = None
         self.collector: Collector | None = None
-        self.evaluation, self.clock = Evaluation(self), Clock()
+        self.evaluation, self.clock = Evaluation(self, evaluations), Clock()
         self._sources = (policy, reference, value)
         decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
         self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
@@ -179,7 +180,7 @@ class PPOModule(CheckedRevival, LightningModule):
             clock=self.clock,
             agree=partial(most_passes, self),
         )
-        shard_networks(self, [self.policy, self.value, *self.collector.frozen()])
+        shard_networks(self, [self.policy, self.value, *self.collector.frozen(), *self.evaluation.panel.networks()])
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks, which strategies do not see, to the process's device."""

@@ -60,7 +60,7 @@ class RewardModule(CheckedRevival, LightningModule):
         schedule: Schedule = Cosine(),
     ) -> None:
         super().__init__()
-        keep_hyperparameters(self, {"tokenizer": tokenizer})
+        keep_hyperparameters(self, tokenizer=tokenizer)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: ScalarModel | None = None
         self.loss, self.optimizer, self.schedule = loss, optimizer, schedule

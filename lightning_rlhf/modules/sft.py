@@ -46,7 +46,7 @@ class SFTModule(CheckedRevival, LightningModule):
         schedule: Schedule = Cosine(),
     ) -> None:
         super().__init__()
-        keep_hyperparameters(self, {"tokenizer": tokenizer})
+        keep_hyperparameters(self, tokenizer=tokenizer)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: PolicyModel | None = None
         self.optimizer, self.schedule = optimizer, schedule

@@ -110,26 +110,10 @@ class Collector:
     def _sampled(
         self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int, rank: int, world: int
     ) -> Rollout:
-        groups = torch.arange(len(prompts.tokens)).repeat_interleave(samples)
-        rows = [(prompt * world + rank) * samples + i % samples for i, prompt in enumerate(groups.tolist())]
+        rows = [(prompt * world + rank) * samples + i for prompt in range(len(prompts.tokens)) for i in range(samples)]
         length, seed = self.generation.max_new_tokens, self.generation.seed
         uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
-        drawn = self.sampler(prompts, uniforms, samples=samples)
-        width = int(drawn.response.sum(1).max())
-        response, groups = drawn.response[:, :width], groups.to(drawn.response.device)
-        unknown = torch.zeros_like(drawn.logprobs[:, :width])
-        return Rollout(
-            tokens=torch.cat([prompts.tokens[groups], drawn.tokens[:, :width]], 1),
-            attention=torch.cat([prompts.mask[groups], response], 1),
-            response=response,
-            ended=drawn.ended,
-            groups=groups,
-            sampler_logprobs=drawn.logprobs[:, :width],
-            entropy=drawn.entropy[:, :width],
-            logprobs=unknown,
-            ref_logprobs=unknown,
-            values=unknown,
-        )
+        return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log π_θ of each response token, (B, R), nats, 0 outside the responses."""

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_rlhf.rollout.reward import Reward, Scores, checked_scores
 from lightning_rlhf.types import Rollout, Row
 
+T = TypeVar("T")
 FOLDER = Path("failed-rewards")
 """Below the working directory: the prompts and responses of rollouts that could not be scored."""
 
@@ -66,3 +67,26 @@ def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) 
     except OSError as error:
         return f"Its prompts and responses could not be written ({error})"
     return f"Its prompts and responses are in {path}"
+
+
+def on_all(call: Callable[[], T], *, agreed: Callable[[bool], bool], what: str) -> T:
+    """What `call` returns, once it succeeded on every process: or else those that wait for this one would hang.
+
+    Args:
+        call: runs no collective.
+        agreed: whether something is true on every process.
+        what: failed, for the error.
+
+    Raises:
+        ValueError: it failed here or on another process.
+    """
+    problem: Exception | None = None
+    try:
+        result = call()
+    except Exception as error:
+        problem = error
+    if agreed(problem is None):
+        return result
+    if problem is None:
+        raise ValueError(f"{what} failed on another process, which says more")
+    raise ValueError(f"{what} failed with {type(problem).__name__}: {problem}") from problem

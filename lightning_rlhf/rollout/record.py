@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.rollout.draw import Draw
+from lightning_rlhf.types import PromptBatch, Rollout
 
 
 class Sampled(NamedTuple):
@@ -26,6 +27,29 @@ class Sampled(NamedTuple):
     ended: Tensor
     logprobs: Tensor
     entropy: Tensor
+
+    def rollout(self, prompts: PromptBatch) -> Rollout:
+        """The responses with their prompts; what nobody measured yet is zero.
+
+        Args:
+            prompts: B prompts, of which each has as many responses, in consecutive rows.
+        """
+        samples = len(self.tokens) // len(prompts.tokens)
+        groups = torch.arange(len(prompts.tokens), device=self.tokens.device).repeat_interleave(samples)
+        width = int(self.response.sum(1).max())
+        response, unknown = self.response[:, :width], torch.zeros_like(self.logprobs[:, :width])
+        return Rollout(
+            tokens=torch.cat([prompts.tokens[groups], self.tokens[:, :width]], 1),
+            attention=torch.cat([prompts.mask[groups], response], 1),
+            response=response,
+            ended=self.ended,
+            groups=groups,
+            sampler_logprobs=self.logprobs[:, :width],
+            entropy=self.entropy[:, :width],
+            logprobs=unknown,
+            ref_logprobs=unknown,
+            values=unknown,
+        )
 
 
 class Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.rollout.text import columns_of, decoded, wanted_by
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -87,8 +87,7 @@ class TextReward(Reward):
             ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
             TypeError: `score` returned no numbers.
         """
-        names = sorted({name for row in rows for name in row} - {"prompt", "prompts", "responses"})
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = columns_of(rows, but={"prompt", "prompts", "responses"})
         scores = self.score([row.get("prompt") for row in rows], self.responses(rollout), **columns)
         return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
 
@@ -100,9 +99,7 @@ class TextReward(Reward):
         """
         if self.tokenizer is None:
             raise ValueError(f"{self._name()} scores text, but there is no tokenizer: pass PPOModule(tokenizer=...)")
-        texts = rollout.tokens[:, rollout.prompt_width :].tolist()
-        kept = [row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return decoded(rollout, self.tokenizer)
 
     def _name(self) -> str:
         return type(self).__name__
@@ -118,17 +115,13 @@ class FunctionReward(TextReward):
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
         try:
-            parameters = inspect.signature(fn).parameters.values()
+            self._wanted = wanted_by(fn)
         except ValueError as error:
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._wanted = None if takes_all else {p.name for p in parameters}
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
         """What the function returns."""
-        if self._wanted is not None:
-            columns = {name: column for name, column in columns.items() if name in self._wanted}
-        return self.fn(prompts, responses, **columns)
+        return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
 
     def _name(self) -> str:
         return getattr(self.fn, "__qualname__", type(self.fn).__name__)

@@ -1,14 +1,14 @@
 """Best-of-n on finite sets, against draws counted one by one."""
 
 import math
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl
+from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 
@@ -86,3 +86,39 @@ def test_best_of_n_refuses_no_draws(n):
 def test_best_of_n_refuses_other_shapes():
     with pytest.raises(ValueError, match="both be"):
         best_of_n(torch.tensor([1.0]), torch.zeros(2), n=2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+def test_expected_best_equals_the_mean_over_all_subsets(n):
+    scores = torch.tensor([[0.3, -1.0, 2.0, 2.0, 0.7, 5.0], [1.0, 1.0, 1.0, 0.0, 0.0, 4.0]], dtype=torch.float64)
+    expected = [sum(map(max, combinations(row, n))) / math.comb(6, n) for row in scores.tolist()]
+    assert expected_best(scores, n=n).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_expected_best_is_unbiased_for_best_of_n():
+    """Over every way to draw 3 responses of a set, its mean is the score of the exact best-of-2."""
+    probabilities, scores = (0.5, 0.3, 0.2), (0.0, 1.0, 3.0)
+    mean = 0.0
+    for draw in product(range(3), repeat=3):
+        drawn = torch.tensor([[scores[i] for i in draw]], dtype=torch.float64)
+        mean += math.prod(probabilities[i] for i in draw) * float(expected_best(drawn, n=2))
+    best = best_of_n(*(torch.tensor(x, dtype=torch.float64) for x in (probabilities, scores)), n=2)
+    assert mean == pytest.approx(float(best @ torch.tensor(scores, dtype=torch.float64)), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_expected_best_refuses_more_than_there_are(n):
+    with pytest.raises(ValueError, match="between 1 and the 3 scores"):
+        expected_best(torch.zeros(2, 3), n=n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4.5, 16, 3000])
+def test_n_of_kl_undoes_the_kl(n):
+    assert n_of_kl(math.log(n) - (n - 1) / n) == pytest.approx(n, rel=1e-6)
+
+
+def test_n_of_kl_by_hand_and_refusals():
+    assert n_of_kl(0.0) == pytest.approx(1.0, abs=1e-7)  # flat there: the KL is (n − 1)²/2
+    assert n_of_kl(math.log(2) - 0.5) == pytest.approx(2.0, abs=1e-12)
+    with pytest.raises(ValueError, match="`kl`"):
+        n_of_kl(-0.1)

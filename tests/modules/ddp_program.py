@@ -22,8 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf import (
     GAE,
     AdaptiveKL,
+    AlignmentTax,
     BanditAdvantage,
     BatchStd,
+    BestOfN,
     ComparisonDataModule,
     Constant,
     ConstantLength,
@@ -31,6 +33,7 @@ from lightning_rlhf import (
     EnsembleReward,
     FixedKL,
     Generation,
+    GoldReward,
     GroupAdvantage,
     KLInLoss,
     KLPenalty,
@@ -52,6 +55,7 @@ from lightning_rlhf import (
     Updates,
     WeightedReward,
     Whitened,
+    WinRate,
     WorstOf,
 )
 from lightning_rlhf.callbacks import EMA, Export
@@ -154,8 +158,15 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated}
 
 
+def longer(prompts, first, second) -> list[float]:
+    """A judge that likes length, and a little what stands first."""
+    return [0.6 if len(a) == len(b) else 0.1 + 0.8 * (len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+
 def ppo(folder: Path, devices: int) -> dict:
-    """The bandit with PTX, ragged microbatches, both adaptations."""
+    """The bandit with PTX, ragged microbatches, both adaptations; every evaluation, one of them by a learned reward."""
+    gold = LearnedReward(str(folder / "scorer"), dtype="float64")
+    evaluations = [WinRate(samples=2), WinRate(judge=longer, name="judge"), BestOfN(n=(1, 3)), AlignmentTax()]
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
@@ -166,6 +177,7 @@ def ppo(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Linear(),
+        evaluations=[*evaluations, GoldReward(reward=gold)],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
@@ -245,11 +257,13 @@ def lora(folder: Path, devices: int) -> dict:
         ptx_coef=0.3,
         optimizer=ADAM,
         schedule=Constant(),
+        evaluations=[BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),
         val=str(folder / "prompts.jsonl"),
         pretrain=str(folder / "texts.jsonl"),
+        val_pretrain=str(folder / "one_text.jsonl"),
         batch_size=4 // devices,
         pretrain_ratio=1.0,
         text_tokens=8,
@@ -361,6 +375,7 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         reward=Table(),
         generation=Generation(max_new_tokens=4),
         optimizer=ADAM,
+        evaluations=[WinRate(judge=longer, samples=2), BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
         train=str(folder / "prompts.jsonl"),

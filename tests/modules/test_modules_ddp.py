@@ -95,7 +95,7 @@ def strategy(request) -> str:
 def assert_same_numbers(one: dict[str, float], two: dict[str, float], *, rel: float = 1e-6) -> None:
     assert one.keys() == two.keys()
     for name in one:
-        assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), name  # logged as float32
+        assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7, nan_ok=True), name  # logged as float32
 
 
 @pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
@@ -116,11 +116,28 @@ def test_two_processes_log_what_one_logs(outcomes, strategy, name):
         )
 
 
-@pytest.mark.parametrize("name", ["ppo", "sft", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "lora", "sft", "reward"])
 def test_two_processes_evaluate_as_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert one["eval"]
     assert_same_numbers(one["eval"], two["eval"])
+
+
+def test_evaluations_were_among_what_two_processes_log(outcomes, strategy):
+    (ppo, _), (lora, _) = (outcomes(name, strategy) for name in ("ppo", "lora"))
+    names = {
+        "win_rate",
+        "win_rate_length_controlled",
+        "judge",
+        "judge_first",
+        "best_of_3/reward",
+        "best_of_n/equivalent",
+    }
+    assert {f"eval/{name}" for name in names | {"gold/reward", "gold/since_best", "alignment_tax"}} <= ppo[
+        "eval"
+    ].keys()
+    assert {"eval/best_of_2/reward", "eval/alignment_tax"} <= lora["eval"].keys()
+    assert ppo["eval"]["eval/win_rate"] != ppo["eval"]["eval/judge"]
 
 
 METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean"]

@@ -25,6 +25,8 @@ COMMANDS = [
     case("command-no-model", lambda b: ["fit"], "model", code=2),
     case("command-no-data-file", lambda b: b.ppo("--data=PromptDataModule", "--data.train=null"), "needs `train`"),
 ]
+JUDGE = "{class_path: WinRate, init_args: {judge: math.nothing}}"
+BEST_OF_NONE = "{class_path: BestOfN, init_args: {n: [0, 4]}}"
 FLAGS = [
     flag("unknown", "--modell=3", says=("--modell=3",)),
     flag("prefix", "--trainer.max_step=3", says=("trainer.max_step",)),
@@ -54,6 +56,10 @@ FLAGS = [
     flag("no-samples", "--model.generation.samples_per_prompt=0", says=("samples_per_prompt",), kind="ppo"),
     flag("no-texts", "--data.pretrain_ratio=0", says=("`pretrain_ratio`",), kind="ppo"),
     flag("group-of-one", "--model.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
+    flag("evaluation", "--model.evaluations=[Winrate]", says=("`model.evaluations`", "no Winrate"), kind="ppo"),
+    flag("evaluated-twice", "--model.evaluations=[WinRate, WinRate]", says=("`name`",), kind="ppo"),
+    flag("no-judge", f"--model.evaluations=[{JUDGE}]", says=("evaluations", "nothing"), kind="ppo"),
+    flag("best-of-none", f"--model.evaluations=[{BEST_OF_NONE}]", says=("`n` must be a number above 0",), kind="ppo"),
     flag("accelerator", "--trainer.accelerator=abacus", says=("abacus",)),
     flag("no-devices", "--trainer.devices=0", says=("devices",)),
     flag("precision", "--trainer.precision=99", says=("`trainer.precision`", "99")),

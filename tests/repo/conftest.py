@@ -87,14 +87,39 @@ class Tiny:
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
         return values | ({"data.pretrain": self.file("texts")} if module["init_args"].get("ptx_coef") else {})
 
-    def arguments(self, config: Path, **changes: Any) -> list[str]:
-        """`config`, made small; `changes` have `__` for a dot, and None leaves an argument out."""
-        values = {**QUIET, **self.required(config), "data.batch_size": 4, "data.eval_batch_size": 2}
-        if "model.policy.path" in values:
+    def sizes(self, config: Path) -> dict[str, Any]:
+        """What makes a run of `config` take about a second."""
+        values = {**QUIET, "data.batch_size": 4, "data.eval_batch_size": 2}
+        if "model.policy.path" in self.required(config):
             values |= {"model.updates.minibatch": 2, "model.updates.microbatch": 1}
             values |= {"model.generation.max_new_tokens": 4, "data.pretrain_ratio": 0.5, "data.text_tokens": 8}
+        return values
+
+    def small(self, config: Path) -> list[str]:
+        """`sizes` as flags, to stand behind a command that says all else."""
+        return flags(self.sizes(config))
+
+    def arguments(self, config: Path, **changes: Any) -> list[str]:
+        """`config`, made small; `changes` have `__` for a dot, and None leaves an argument out."""
+        values = self.required(config) | self.sizes(config)
         values |= {name.replace("__", "."): value for name, value in changes.items()}
         return ["--config", str(config), *flags({name: value for name, value in values.items() if value is not None})]
+
+    def evaluation(self, command: str = "validate") -> list[str]:
+        """configs/evaluate.yaml, made small: a policy against itself."""
+        values = {name: value for name, value in QUIET.items() if name.split(".")[1] not in ("max_epochs",)}
+        values = {
+            name: value for name, value in values.items() if "train_batches" not in name and "log_every" not in name
+        }
+        values |= {
+            "model.policy.path": self.policy,
+            "model.reference.path": self.policy,
+            "model.reward.path": self.reward,
+        }
+        values |= {"data.batch_size": 2, "data.text_tokens": 8, "model.generation.max_new_tokens": 4}
+        values |= {f"data.{'val' if command == 'validate' else 'test'}": self.file("held_out")}
+        values |= {"data.val_pretrain": self.file("texts")}
+        return ["--config", str(REPOSITORY / "configs" / "evaluate.yaml"), *flags(values)]
 
 
 @pytest.fixture(scope="session")

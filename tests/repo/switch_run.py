@@ -45,13 +45,26 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.modules import (
+    AlignmentTax,
+    BestOfN,
+    GoldReward,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+    WinRate,
+)
 from lightning_rlhf.rollout import Generation, Recomputed, Updates
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
 COSTS = ("time", "throughput", "memory")  # no two runs agree on them
 FREE = Updates(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
 MANY = Updates(epochs=3, max_grad_norm=None)  # ratios leave 1
+
+
+def shorter(prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
+    """A judge."""
+    return [0.2 + 0.7 * (len(a) < len(b)) for a, b in zip(first, second, strict=True)]
 
 
 def table(bench: Bench) -> Table:
@@ -117,8 +130,20 @@ def _rl(bench: Bench) -> Table:
 
         return of_setting
 
+    def evaluated(module: PPOModule) -> dict[str, float]:
+        """Everything that a validation logs."""
+        found = bench.trainer().validate(module, [_loader(bench.prompts), _loader(bench.texts)], verbose=False)
+        return {name: value for part in found for name, value in part.items()}
+
+    def beside(evaluation: Any) -> dict[str, float]:
+        return evaluated(PPOModule(**copy.deepcopy(usual) | {"evaluations": [evaluation]}))
+
     generation, updates = inside("generation"), inside("updates")
     return {
+        AlignmentTax: case(beside),
+        BestOfN: case(beside, {"n": (1, 2)}, n=to((3,))),
+        GoldReward: case(beside, {"reward": words}, reward=to(letters), name=to("silver")),
+        WinRate: case(beside, judge=to(shorter), samples=to(2), name=to("wins")),
         Generation: case(
             generation(weights),
             {"max_new_tokens": 5},
@@ -154,6 +179,7 @@ def _rl(bench: Bench) -> Table:
             optimizer=to(SLOW),
             value_lr=to(0.5, by=value_weights, **critic),
             schedule=to(Constant(warmup=10)),
+            evaluations=to([WinRate()], by=evaluated),
         ),
         Updates: case(
             updates(weights),

@@ -26,7 +26,7 @@ def bench(monkeypatch):
     yield
     for path in FOLDER.glob("*.py"):
         sys.modules.pop(path.stem, None)
-    sys.modules.pop("material", None)
+    sys.modules.pop("ingredients", None)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ import yaml
 from lightning_rlhf.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STAGES = sorted(CONFIGS.glob("*.yaml"))
+EVALUATE = CONFIGS / "evaluate.yaml"
+"""Trains nothing."""
+STAGES = sorted(set(CONFIGS.glob("*.yaml")) - {EVALUATE})
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -104,10 +107,10 @@ def named(path: Path) -> str:
     return path.stem
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "fit") -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *arguments, "--print_config"])
+        main([command, *arguments, "--print_config"])
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
@@ -224,13 +227,58 @@ def test_stage_runs_two_steps_and_exports(config: Path, tiny: Any, workplace: Pa
     assert list(Path("runs").rglob("model/model.safetensors"))
 
 
-def test_stages_feed_each_other(tiny: Any, workplace: Path) -> None:
-    """The commands in the headers, one after the other: each finds what the one before it wrote."""
-    main(["fit", *tiny.arguments(CONFIGS / "sft.yaml")])
-    main(["fit", *tiny.arguments(CONFIGS / "reward.yaml", model__model__path="runs/sft/model")])
-    paths = {"model__policy__path": "runs/sft/model", "model__reward__path": "runs/reward/model"}
-    cli = main(["fit", *tiny.arguments(CONFIGS / "ppo_ptx.yaml", **paths)])
-    assert cli.model.episodes == 8
+def measured() -> dict[str, float]:
+    """The one line of numbers that the command in the working directory wrote."""
+    (metrics,) = Path("runs/evaluate").rglob("metrics.csv")
+    with metrics.open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    return {name: float(value) for name, value in row.items() if value}
+
+
+def test_evaluation_says_what_it_reproduces_and_keeps_its_values(tiny: Any, workplace: Path, capsys: Any) -> None:
+    for word in ("Reproduces", "Departs", "Run: lightning-rlhf validate --config configs/evaluate.yaml"):
+        assert word in header(EVALUATE)
+    first = printed(capsys, *tiny.evaluation(), command="validate")
+    written = yaml.safe_load(EVALUATE.read_text(encoding="utf-8"))
+    written["trainer"]["precision"] = "32-true"  # as `tiny` asks
+    written["data"]["init_args"].pop("batch_size")
+    written["model"]["init_args"]["generation"].pop("max_new_tokens")
+    assert not list(lost(written, yaml.safe_load(first)))
+
+
+@pytest.mark.parametrize(("command", "stage"), [("validate", "eval"), ("test", "test")])
+def test_evaluation_of_a_folder_against_itself(command: str, stage: str, tiny: Any, workplace: Path) -> None:
+    """There is no KL and no tax."""
+    main([command, *tiny.evaluation(command)])
+    found = measured()
+    assert not [name for name, value in found.items() if value != value]
+    expected = {"win_rate", "win_rate_length_controlled", "best_of_16/kl", "best_of_n/lead", "ptx_loss_reference"}
+    assert {f"{stage}/{name}" for name in expected} <= found.keys()
+    assert found[f"{stage}/kl"] == pytest.approx(0.0, abs=1e-5)  # float32
+    assert found[f"{stage}/alignment_tax"] == 0.0
+    assert found[f"{stage}/best_of_16/reward"] > found[f"{stage}/best_of_1/reward"]
+
+
+def test_evaluation_of_a_checkpoint(
+    ppo: Callable[..., list[str]], tiny: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy's weights are the checkpoint's, the reference is the folder; a judge is named by a dotted path."""
+    main(["fit", *ppo(model__optimizer__lr=0.05, model__schedule__warmup=0)])
+    monkeypatch.syspath_prepend(workplace)
+    Path("preferring.py").write_text("def longer(prompts, first, second):\n    return [0.25] * len(first)\n")
+    gold = {"class_path": "LearnedReward", "init_args": {"path": tiny.reward}}
+    evaluations = [
+        {"class_path": "WinRate", "init_args": {"judge": "preferring.longer", "name": "judge"}},
+        {"class_path": "GoldReward", "init_args": {"reward": gold}},
+        {"class_path": "AlignmentTax"},
+    ]
+    checkpoint = ["--ckpt_path", "runs/ppo/checkpoints/last.ckpt"]
+    changes = ["--model.shaping=[]", f"--model.evaluations={json.dumps(evaluations)}"]
+    main(["validate", *tiny.evaluation(), *checkpoint, *changes])
+    found = measured()
+    assert (found["eval/judge"], found["eval/judge_first"]) == (0.5, 0.25)
+    assert abs(found["eval/alignment_tax"]) > 1e-4
+    assert found["eval/gold/correlation"] == pytest.approx(1.0)  # it is the reward itself
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)

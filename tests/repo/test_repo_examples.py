@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import runpy
+import subprocess
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +15,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from torch.distributed.run import get_args_parser as torchrun_parser
 
+from lightning_rlhf import RankingLoss
+from lightning_rlhf.callbacks.preflight_memory import memory_estimate
 from lightning_rlhf.cli import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,14 +39,25 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module(name)
 
 
-@pytest.mark.parametrize("folder", [*OWN, "existing_project"])
-def test_example_is_one_short_file_and_one_yaml(folder: str) -> None:
+@pytest.mark.parametrize("folder", [*OWN, "existing_project", "human_rankings", "lora", "multi_node"])
+def test_example_is_one_yaml_and_at_most_one_short_file(folder: str) -> None:
     kept = [path for path in (EXAMPLES / folder).iterdir() if path.name != "__pycache__"]
-    assert sorted(path.suffix for path in kept) == [".py", ".yaml"]
+    code = [path for path in kept if path.suffix in (".py", ".yaml")]
+    assert sorted(path.suffix for path in code) in ([".py", ".yaml"], [".yaml"])
     for path in kept:
         text = path.read_text(encoding="utf-8")
-        assert f"--config examples/{folder}/{Path(path).stem}.yaml" in text
         assert len(text.splitlines()) <= 40
+        if path.suffix == ".yaml":
+            assert text.startswith("# Shows: ")
+            assert "# Run: " in text
+            assert f"--config examples/{folder}/{path.name}" in text
+
+
+def test_every_folder_is_an_example_or_has_a_page() -> None:
+    """Those above have a header; the larger ones a page or, the quickstart, a script that says it all."""
+    larger = {path.name for path in EXAMPLES.iterdir() if (path / "README.md").is_file() or (path / "run.py").is_file()}
+    short = {*OWN, "existing_project", "human_rankings", "lora", "multi_node"}
+    assert larger | short == {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
 
 
 def test_own_class_trains_by_the_command_line(example: str, ppo: Arguments, workplace: Path) -> None:
@@ -83,6 +102,165 @@ def test_win_rate_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.tensor([[True, False], [True, True], [True, False], [True, False]])
     credit = estimator(rewards, torch.zeros(4, 2), mask, groups=torch.arange(4), all_sum=lambda x: x)
     assert credit.advantages.tolist() == [[0.0, 0.0], [0.75, 0.75], [0.0, 0.0], [-0.75, 0.0]]
+
+
+def rankings(text: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """Scores by prompt and response, of a CSV with that text under its header."""
+    own = load("human_rankings", monkeypatch)
+    Path("given.csv").write_text("prompt,response,rater,rank\n" + text, encoding="utf-8")
+    return {prompt: own.scores(raters) for prompt, raters in own.read("given.csv").items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("p,a,r,1\np,b,r,2\np,c,r,3\n", {"a": 1.0, "b": 0.5, "c": 0.0}),
+        ("p,a,r,1\np,b,r,1\np,c,r,2\n", {"a": 0.75, "b": 0.75, "c": 0.0}),  # a tie is half a vote
+        ("p,a,r,1\np,b,r,2\np,a,s,2\np,b,s,1\n", {"a": 0.5, "b": 0.5}),  # one against the other
+        ("p,a,r,1\np,b,r,2\np,a,s,1\np,b,s,2\np,a,t,2\np,b,t,1\n", {"a": 2 / 3, "b": 1 / 3}),
+        # c was seen by one rater alone: what the others say of a and b does not move it against b, with which it ties
+        ("p,a,r,1\np,b,r,2\np,c,r,2\np,a,s,1\np,b,s,2\n", {"a": 1.0, "b": 0.25, "c": 0.25}),
+        ("p,a,r,1\n", {}),  # nothing to compare
+    ],
+)
+def test_raters_vote_on_pairs(
+    text: str, expected: dict[str, float], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rankings(text, monkeypatch) == {"p": pytest.approx(expected, abs=1e-12)}
+
+
+def test_equal_shares_are_ties_to_the_bit(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss drops pairs of equal scores: three raters' thirds must not come out as 0.4999… and 0.5."""
+    orders = ["abcd", "bcad", "cabd"]  # a circle above d
+    text = "".join(f"p,{x},{order},{place}\n" for order in orders for place, x in enumerate(order))
+    found = rankings(text, monkeypatch)["p"]
+    assert found["a"] == found["b"] == found["c"] == pytest.approx(2 / 3)  # 2/3 and 1/3 in the circle, 1 against d
+
+
+def test_rater_who_ranks_a_response_twice_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"given.csv:4: r ranks this response again"):
+        rankings("p,a,r,1\np,b,r,2\np,a,r,2\n", monkeypatch)
+
+
+def test_human_rankings_train_a_reward_model(tiny: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands in the header: the CSV becomes rows, one a prompt, and these the batches of the reward model."""
+    folder = EXAMPLES / "human_rankings"
+    monkeypatch.setattr("sys.argv", ["human_rankings.py", str(folder / "rankings.csv"), "rankings.jsonl"])
+    runpy.run_path(str(folder / "human_rankings.py"), run_name="__main__")
+    monkeypatch.setattr("sys.argv", ["lightning-rlhf"])
+    rows = [json.loads(line) for line in Path("rankings.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["prompt"]: dict(zip(row["responses"], row["scores"], strict=True)) for row in rows} == {
+        "Why is the sky blue?": {
+            "Air scatters blue light more than red, so blue reaches us from all sides.": 0.875,
+            "It reflects the sea.": 0.0,
+            'Because of "Rayleigh" scattering.': 0.625,
+        },
+        "Name two prime numbers.": {"2\n3": 1.0, "4 and 6": 0.25, "7": 0.25},
+        "Übersetze „cat“.": {"Katze": 0.5, "猫": 0.5},
+    }  # and one response to "Say hello." says nothing
+    stage = ["--config", str(EXAMPLES.parent / "configs/reward.yaml"), "--config", str(folder / "human_rankings.yaml")]
+    small = tiny.small(EXAMPLES.parent / "configs/reward.yaml")
+    model = main(["fit", *stage, f"--model.model.path={tiny.policy}", *small, "--data.batch_size=2"]).model
+    assert model.loss == RankingLoss(margin=1.0)
+    (batch,) = list(model.trainer.train_dataloader)  # of the three prompts one is all ties, and left out
+    assert sorted(batch.rank.tolist()) == [[0, 1, 1], [0, 2, 1]]
+
+
+@pytest.mark.slow
+def test_lora_trains_the_adapter_alone(ppo: Arguments, workplace: Path) -> None:
+    """As on a GPU but for the device: bfloat16, checkpointing, the reference being the adapter off."""
+    pytest.importorskip("peft")
+    overlay = str(EXAMPLES / "lora" / "lora.yaml")
+    arguments = ppo(trainer__precision="bf16-mixed", trainer__limit_train_batches=1, model__updates__microbatch=2)
+    module = main(["fit", *arguments[:2], "--config", overlay, *arguments[2:]]).model
+    adapter = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
+    frozen = {name: p for name, p in module.policy.named_parameters() if not p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in adapter.items())
+    assert all(p.dtype == torch.bfloat16 for p in frozen.values())
+    assert module.collector.reference is None
+    assert max(float(p.detach().abs().max()) for name, p in adapter.items() if "lora_B" in name) > 0  # they start at 0
+    assert module.policy.network.is_gradient_checkpointing
+    assert next(module.reward.model.parameters()).dtype == torch.bfloat16
+    weights = sum(p.numel() for p in frozen.values()) + sum(p.numel() for p in adapter.values())
+    memory = memory_estimate(module)  # what the header says: 2 bytes a frozen weight, 16 one of the adapter
+    trained = sum(p.numel() for p in adapter.values())
+    total = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    assert total * 2**30 == 2 * (weights - trained) + 16 * trained
+    assert Path("runs/ppo/model/adapter_config.json").is_file()
+
+
+def launched(file: str, program: str, workplace: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """What a launch file starts, with a stand-in for `program`: its arguments and its environment."""
+    stub = workplace / program
+    stub.write_text('#!/bin/sh\nenv -0 > environment\nprintf "%s\\0" "$@" > arguments\n', encoding="utf-8")
+    stub.chmod(0o755)
+    command = ["bash", str(EXAMPLES / "multi_node" / file), "--data.train", "two words.jsonl"]
+    path = f"{workplace}:{os.environ['PATH']}"
+    subprocess.run(command, check=True, timeout=30, env=os.environ | {"PATH": path} | environment)
+    arguments, variables = (Path(name).read_text("utf-8").split("\0")[:-1] for name in ("arguments", "environment"))
+    return arguments, dict(variable.split("=", 1) for variable in variables)
+
+
+def two_nodes_of_eight(fit: list[str], capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    """The command parses, keeps what was appended, and asks for what the launch files start."""
+    for name in ("configs", "examples"):
+        (workplace / name).symlink_to(EXAMPLES.parent / name)
+    required = ["--model.policy.path=MODEL", "--model.reward.path=MODEL"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*fit, *required, "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    trainer, data = printed["trainer"], printed["data"]["init_args"]
+    assert (trainer["num_nodes"], trainer["devices"], trainer["strategy"]) == (2, 8, "ddp")
+    assert data["train"] == "two words.jsonl"
+    whole = yaml.safe_load((EXAMPLES.parent / "configs/ppo.yaml").read_text(encoding="utf-8"))
+    processes = trainer["num_nodes"] * trainer["devices"]
+    assert data["batch_size"] * processes == whole["data"]["init_args"]["batch_size"]
+    minibatch = printed["model"]["init_args"]["updates"]["minibatch"]
+    assert minibatch * processes == whole["model"]["init_args"]["updates"]["minibatch"]
+
+
+def test_torchrun_starts_two_nodes_of_eight(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, _ = launched("torchrun.sh", "torchrun", workplace, MASTER_ADDR="node0")
+    parsed = torchrun_parser().parse_args(arguments)
+    assert (parsed.nnodes, parsed.nproc_per_node) == ("2", "8")
+    assert (parsed.rdzv_backend, parsed.rdzv_endpoint) == ("c10d", "node0:29500")
+    assert (parsed.module, parsed.training_script) == (True, "lightning_rlhf")
+    two_nodes_of_eight(parsed.training_script_args, capsys, workplace)
+
+
+def test_slurm_starts_two_nodes_of_eight(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file asks of SLURM passes the checks that Lightning makes in the job."""
+    text = (EXAMPLES / "multi_node" / "slurm.sbatch").read_text(encoding="utf-8")
+    asked = dict(re.findall(r"(?m)^#SBATCH --([\w-]+)=(\S+)$", text))
+    (script, *arguments), _ = launched("slurm.sbatch", "srun", workplace)
+    assert script == "lightning-rlhf"
+    nodes, tasks = int(asked["nodes"]), int(asked["ntasks-per-node"])
+    assert int(asked["gpus-per-node"]) == tasks
+    job = {"NTASKS": nodes * tasks, "NTASKS_PER_NODE": tasks, "NNODES": nodes, "JOB_NAME": asked["job-name"]}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    SLURMEnvironment().validate_settings(num_devices=8, num_nodes=2)
+    two_nodes_of_eight(arguments, capsys, workplace)
+
+
+def test_launch_by_hand_says_which_node_it_is(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tests/modules/test_modules_ddp.py lets this file start two nodes."""
+    arguments, environment = launched("node_rank.sh", "lightning-rlhf", workplace, NODE_RANK="1", MASTER_ADDR="node0")
+    known = [environment[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert known == ["1", "node0", "29500"]
+    two_nodes_of_eight(arguments, capsys, workplace)
+
+
+@pytest.mark.parametrize("file", ["node_rank.sh", "torchrun.sh"])
+def test_launch_without_an_address_says_so(file: str, workplace: Path) -> None:
+    known = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "NODE_RANK")}
+    command = ["bash", str(EXAMPLES / "multi_node" / file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=known | {"NODE_RANK": "0"})
+    assert done.returncode != 0
+    assert "MASTER_ADDR: address of node 0" in done.stderr
 
 
 def test_existing_project_trains(

@@ -1,0 +1,31 @@
+"""How far a mean over held-out prompts or texts may be off."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def standard_error(values: Tensor) -> float:
+    """s/√N of the mean of N independent numbers, s with Bessel's correction; NaN for fewer than 2.
+
+    Args:
+        values: (N,), one for each prompt: responses to one prompt are no independent draws.
+    """
+    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def ratio_standard_error(totals: Tensor, counts: Tensor) -> float:
+    """Of ρ = Σ totals/Σ counts over N independent texts, whose counts are random too; NaN for fewer than 2.
+
+    √(N/(N − 1)·Σ (total_i − ρ·count_i)²)/Σ counts, the delta method (Cochran 1977, §6.4).
+
+    Args:
+        totals: (N,), for example nats.
+        counts: (N,), for example tokens, with a sum above 0.
+    """
+    totals, counts, n = totals.double(), counts.double(), len(totals)
+    residuals = totals - totals.sum() / counts.sum() * counts
+    return float(torch.sqrt(residuals.square().sum() * n / (n - 1)) / counts.sum()) if n > 1 else math.nan
