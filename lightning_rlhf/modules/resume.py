@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.settings import described, refuse_differences
 from lightning_rlhf.models.weights import weights_digest
 from lightning_rlhf.rollout import Reward
@@ -30,6 +31,9 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
         optimizer: a function of the parameters.
         arguments: those that must agree, by name, as they are before training moves any. A `policy` that is already
             built is where the reference comes from, so that its weights must agree as well.
+
+    Raises:
+        ValueError: the learning rate is no number.
     """
     found: dict[str, Any] = described(arguments)
     policy = arguments.get("policy")
@@ -39,6 +43,8 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
         for name in FREE if isinstance(value, dict) else ():
             value.pop(name, None)
     example = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    if "lr" in example.defaults:
+        check_not_negative(lr=float(example.defaults["lr"]))  # torch itself takes infinity
     return found | {"optimizer": {"class": type(example).__qualname__} | described(example.defaults)}
 
 
