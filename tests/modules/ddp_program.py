@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import time
 import warnings
 from functools import partial
@@ -100,6 +101,7 @@ STRATEGIES = {
     "one": lambda devices: "auto",
     "one32": lambda devices: "auto",
     "ddp": lambda devices: "ddp",
+    "failing": lambda devices: "ddp",
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
     "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
@@ -118,6 +120,16 @@ class Table(Reward):
     def __call__(self, rollout, rows):
         numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll)
         return torch.where(rollout.response, numbers[rollout.tokens[:, rollout.prompt_width :]], 0.0).sum(1)
+
+
+class FailsOnOne(Table):
+    """Fails on the second process, in the second rollout."""
+
+    def __call__(self, rollout, rows):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 2 and torch.distributed.get_rank() == 1:
+            raise KeyError("judge")
+        return super().__call__(rollout, rows)
 
 
 class Recorder(Callback):
@@ -385,6 +397,13 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         batch_size=4 // devices,
     )
     return run(module, data, devices, max_epochs=1)
+
+
+def failing(folder: Path, devices: int) -> dict:
+    """PPO whose reward fails on one process; the folder of failed rewards is its own."""
+    os.chdir(folder)
+    module = PPOModule(source(folder, "lm"), FailsOnOne(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    return run(module, PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices), devices)
 
 
 def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:

@@ -48,6 +48,7 @@ JOBS = [
     f"ddp:2:{NAMES}:90",
     f"fsdp2:2:{NAMES}:90",
     "nodes:2:ppo,reward:40",
+    "failing:2:failing:40",
     "one32:1:sft,reward,plain:40",
     "fsdp1:2:sft,reward:40",
     *(["zero2:2:sft,plain:100"] if find_spec("deepspeed") else []),
@@ -256,3 +257,14 @@ def test_two_nodes_train_what_one_process_trains(outcomes):
             assert_same_numbers(
                 {k: v for k, v in a.items() if k[:5] != "eval/"}, {k: b[k] for k in a if k[:5] != "eval/"}
             )
+
+
+def test_reward_that_fails_on_one_process_ends_all(folder, outcome):
+    """Neither waits for the other; each says why, and what was asked of the reward is kept."""
+    outcome("ppo", "one")  # the jobs have run
+    assert json.loads((folder / "failing.json").read_text())["statuses"] == [1, 1]
+    first, second = ((folder / f"failing-{rank}.log").read_text().rstrip().splitlines()[-1] for rank in (0, 1))
+    assert "RewardError: rollout 1: the reward failed on another process" in first
+    assert "RewardError: rollout 1: the reward failed with KeyError: 'judge'" in second
+    (kept,) = (folder / "failed-rewards").glob("rollout-1.*.jsonl")
+    assert len(kept.read_text().splitlines()) == 2
