@@ -141,6 +141,22 @@ class Recorder(Callback):
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
 
 
+class Passes(Callback):
+    """How often the policy ran to learn, by process."""
+
+    def __init__(self):
+        self.counts = 0
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.policy.register_forward_pre_hook(self._count)
+
+    def on_train_end(self, trainer, pl_module):
+        self.counts = pl_module.all_gather(torch.tensor(self.counts)).flatten().tolist()
+
+    def _count(self, *_):
+        self.counts += torch.is_grad_enabled()
+
+
 def source(folder: Path, name: str, **options) -> ModelSource:
     """A network in the precision of the strategy."""
     return ModelSource(path=str(folder / name), dtype="float32" if strategy in IN_FLOAT32 else "float64", **options)
@@ -281,7 +297,8 @@ def lora(folder: Path, devices: int) -> dict:
         text_tokens=8,
     )
     export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
-    return run(module, data, devices, max_epochs=1, callbacks=[export])
+    passes = Passes()
+    return run(module, data, devices, max_epochs=1, callbacks=[export, passes]) | {"passes": passes.counts}
 
 
 def plain(folder: Path, devices: int) -> dict:

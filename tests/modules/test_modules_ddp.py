@@ -268,3 +268,10 @@ def test_reward_that_fails_on_one_process_ends_all(folder, outcome):
     assert "RewardError: rollout 1: the reward failed with KeyError: 'judge'" in second
     (kept,) = (folder / "failed-rewards").glob("rollout-1.*.jsonl")
     assert len(kept.read_text().splitlines()) == 2
+
+
+def test_processes_that_share_a_model_make_the_same_passes(outcome):
+    """Replicas make as many as their own rows need, which differ here: the negative control."""
+    alone, together = outcome("lora", "ddp")["passes"], outcome("lora", "fsdp2")["passes"]
+    assert alone[0] != alone[1]
+    assert together[0] == together[1] >= max(alone)
