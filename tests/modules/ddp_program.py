@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import signal
 import time
 import warnings
 from functools import partial
@@ -59,7 +60,7 @@ from lightning_rlhf import (
     WinRate,
     WorstOf,
 )
-from lightning_rlhf.callbacks import EMA, Export
+from lightning_rlhf.callbacks import EMA, Export, RunCheckpoint
 from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
@@ -102,6 +103,7 @@ STRATEGIES = {
     "one32": lambda devices: "auto",
     "ddp": lambda devices: "ddp",
     "failing": lambda devices: "ddp",
+    "leaving": lambda devices: "ddp",
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
     "fsdp1": lambda devices: CPUFSDP(state_dict_type="sharded", **GLOO),
@@ -130,6 +132,14 @@ class FailsOnOne(Table):
         if self.calls == 2 and torch.distributed.get_rank() == 1:
             raise KeyError("judge")
         return super().__call__(rollout, rows)
+
+
+class TerminatedOnOne(Callback):
+    """The second process is told to leave, in the second rollout."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if pl_module.iteration == trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Recorder(Callback):
@@ -173,10 +183,9 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         logger=False,
         callbacks=[recorder, *callbacks],
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **({"max_epochs": 2, "num_sanity_val_steps": 0} | options),
+        **({"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": False} | options),
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     if checkpoint is not None:
@@ -421,6 +430,14 @@ def failing(folder: Path, devices: int) -> dict:
     os.chdir(folder)
     module = PPOModule(source(folder, "lm"), FailsOnOne(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
     return run(module, PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices), devices)
+
+
+def leaving(folder: Path, devices: int) -> dict:
+    """PPO of which one process is told to leave."""
+    module = PPOModule(source(folder, "lm"), Table(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+    saver = RunCheckpoint(str(folder / "leaving"), every_n_batches=99)
+    return run(module, data, devices, callbacks=[TerminatedOnOne(), saver], enable_checkpointing=True)
 
 
 def train(folder: Path, devices: int, chosen: str, names: list[str]) -> None:

@@ -49,6 +49,7 @@ JOBS = [
     f"fsdp2:2:{NAMES}:90",
     "nodes:2:ppo,reward:40",
     "failing:2:failing:40",
+    "leaving:2:leaving:40",
     "one32:1:sft,reward,plain:40",
     "fsdp1:2:sft,reward:40",
     *(["zero2:2:sft,plain:100"] if find_spec("deepspeed") else []),
@@ -275,3 +276,11 @@ def test_processes_that_share_a_model_make_the_same_passes(outcome):
     alone, together = outcome("lora", "ddp")["passes"], outcome("lora", "fsdp2")["passes"]
     assert alone[0] != alone[1]
     assert together[0] == together[1] >= max(alone)
+
+
+def test_signal_to_one_process_saves_and_ends_all(folder, outcome):
+    """After the rollout in which it came, though nothing was to be saved yet."""
+    outcome("ppo", "one")  # the jobs have run
+    assert json.loads((folder / "leaving.json").read_text())["statuses"] == [143, 143]
+    assert [path.name for path in (folder / "leaving").iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "leaving" / "last.ckpt", weights_only=True)["rlhf"]["iteration"] == 2
