@@ -29,6 +29,7 @@ ROOMS: list[dict[str, str]] = [
         "parser": "one-line errors",
         "failure": "sentences, status",
         "consent": "flags only",
+        "documents": "reads YAML",
     },
     {
         "modules": "SFT, reward model, PPO as LightningModules",

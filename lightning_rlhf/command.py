@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import set_loader, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from yaml import YAMLError
 
 import lightning_rlhf.callbacks
 import lightning_rlhf.core
@@ -18,7 +18,8 @@ import lightning_rlhf.modules
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
 from lightning_rlhf.consent import objection
-from lightning_rlhf.models.checkpoint import read_checkpoint
+from lightning_rlhf.documents import load
+from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.parser import Parser
 
 ROOMS = (
@@ -49,6 +50,7 @@ class RLHFCLI(LightningCLI):
 
     def __init__(self, args: Any = None) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        set_loader("yaml", load, exceptions=(YAMLError,))
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")  # no `val`
@@ -82,11 +84,11 @@ class RLHFCLI(LightningCLI):
         """Look into the checkpoint that is to be loaded, so that a wrong one costs no time.
 
         Raises:
-            ValueError: it is torn, pickled, or another module's.
+            ValueError: there can be none, or it is torn, pickled, or another module's.
         """
         chosen = self.config[self.config.subcommand]
-        if chosen.ckpt_path is None or not Path(chosen.ckpt_path).is_file():
-            return  # Lightning's own words, such as `last`, or a remote file
+        if not chosen.ckpt_path or not has_file(chosen.ckpt_path):
+            return
         kept = read_checkpoint(chosen.ckpt_path).get("hyper_parameters", {}).get("_class_path", "")
         writer, reader = (name.rpartition(".")[2] for name in (str(kept), chosen.model.class_path))
         if writer and writer != reader:
@@ -99,10 +101,18 @@ class RLHFCLI(LightningCLI):
         """Run it.
 
         Raises:
-            ValueError: the checkpoint's weights are those of another network.
+            ValueError: the checkpoint's weights are those of another network, or it is a folder and the strategy reads
+                files.
         """
         try:
             super()._run_subcommand(subcommand)
+        except IsADirectoryError as error:
+            if error.filename != str(self.config[subcommand].ckpt_path):
+                raise
+            raise ValueError(
+                f"`ckpt_path`: {error.filename} is a folder, as strategies that shard a model write: set the "
+                "`trainer.strategy` that wrote it"
+            ) from error
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise

@@ -33,7 +33,8 @@ def sentence(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}"
     frame, instruction = trace[-1]
     on_purpose = dis.opname[frame.f_code.co_code[instruction]] == "RAISE_VARARGS"
-    if isinstance(error, _refusals()) and on_purpose and _speaks(frame):
+    stopped = isinstance(error, RuntimeError) and _module(frame).startswith("lightning_rlhf.")  # by a guard
+    if (stopped or isinstance(error, _refusals())) and on_purpose and _speaks(frame):
         return one_line(str(error))
     return None
 

@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.core.checks import MOST
 from lightning_rlhf.core.settings import refuse_differences
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
@@ -57,7 +58,7 @@ class TextDataModule(LightningDataModule):
         self.columns = columns
         self.batch_size = at_least(1, batch_size=batch_size)
         self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
-        self.num_workers = at_least(0, num_workers=num_workers)
+        self.num_workers = at_least(0, most=1024, num_workers=num_workers)
         self.seed = seed
         self.tallies: dict[str, Tally] = {}
         self._encoder: Encoder | None = None
@@ -154,8 +155,8 @@ class TextDataModule(LightningDataModule):
         return (0, 1) if place is None else (place["rank"], place["num_replicas"])
 
 
-def at_least(least: int, **argument: int) -> int:
-    """The one keyword argument, if it is large enough.
+def at_least(least: int, *, most: int = MOST, **argument: int) -> int:
+    """The one keyword argument, if it is large enough, and no larger than makes sense.
 
     Raises:
         ValueError: it is not; names it.
@@ -163,4 +164,6 @@ def at_least(least: int, **argument: int) -> int:
     ((name, value),) = argument.items()
     if not isinstance(value, int) or value < least:  # a config's null passes for any type
         raise ValueError(f"`{name}` must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"`{name}` must be at most {most}, got {value}")
     return value

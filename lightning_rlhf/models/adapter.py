@@ -75,12 +75,21 @@ def base_of(folder: str | Path) -> str:
     """Where the model lies that a folder's adapter belongs to.
 
     Raises:
-        ValueError: the folder is not whole, or the model is the folder itself.
+        ValueError: a folder is not whole, or adapters name each other.
     """
-    base = str(check_adapter(Path(folder))["base_model_name_or_path"])
-    if Path(base).absolute() == Path(folder).absolute():
-        raise ValueError(f"{folder}/adapter_config.json names its own folder as the base model: name the model's")
-    return base
+    chain = [str(folder), _named_base(folder)]
+    while holds_adapter(chain[-1]):
+        if Path(chain[-1]).resolve() in (Path(above).resolve() for above in chain[:-1]):
+            raise ValueError(
+                f"{chain[-2]}/adapter_config.json names {chain[-1]} as the base model, which leads round to itself: "
+                "name the model's folder"
+            )
+        chain.append(_named_base(chain[-1]))
+    return chain[1]
+
+
+def _named_base(folder: str | Path) -> str:
+    return str(check_adapter(Path(folder))["base_model_name_or_path"])
 
 
 def holds_reward_adapter(folder: str | Path) -> bool:

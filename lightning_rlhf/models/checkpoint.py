@@ -8,6 +8,28 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+
+def has_file(path: str | Path) -> bool:
+    """Whether a checkpoint's path is a file here, and so can be read before anything is built.
+
+    Otherwise it may be a folder, as strategies that shard a model write, one of Lightning's words, such as `last`, or
+    an address.
+
+    Raises:
+        ValueError: what is there can't be a checkpoint, or nothing here can read such an address.
+    """
+    try:
+        get_filesystem(path)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"`ckpt_path`: nothing here can read {path}: {error}") from error
+    here = Path(path)
+    if here.is_dir() and not any(here.iterdir()):
+        raise ValueError(f"`ckpt_path`: {path} is an empty folder: give the checkpoint in it or beside it")
+    if here.exists() and not (here.is_dir() or here.is_file()):
+        raise ValueError(f"`ckpt_path`: {path} is no regular file: give a checkpoint")
+    return here.is_file()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning_rlhf.core import (
     Surrogate,
     Whitened,
 )
+from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.level import ActionLevel
 from lightning_rlhf.rollout import Generation
 
@@ -24,14 +25,17 @@ WIDEST_GEOMETRIC_BOUND = 0.05
 """No response's length-normalised ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
-def check_value(advantage: AdvantageEstimator, **of_value: object) -> None:
-    """Raises ValueError if something is set for a value network that the advantage does not train."""
+def check_value(advantage: AdvantageEstimator, *, value: object, value_lr: float | None, value_loss: object) -> None:
+    """Raises ValueError if something is set for a value network that the advantage does not train, or wrongly."""
+    of_value = {"value": value, "value_lr": value_lr, "value_loss": value_loss}
     given = [name for name, setting in of_value.items() if setting is not None]
     if given and not advantage.needs_value:
         raise ValueError(
             f"`{'`, `'.join(given)}` belong to a value network, but {type(advantage).__name__} trains none: leave them "
             "out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
         )
+    if value_lr is not None:
+        check_not_negative(value_lr=value_lr)
 
 
 def check_groups(advantage: AdvantageEstimator, generation: Generation) -> None:

@@ -19,6 +19,7 @@ from lightning_rlhf.core import (
     k3,
     next_token_loss,
 )
+from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Collector
@@ -107,8 +108,9 @@ def pretraining_of(batch: PPOBatch, ptx_coef: float) -> TextBatch | None:
     """The pretraining texts of a batch; None where γ is 0.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or γ is no number.
     """
+    check_not_negative(ptx_coef=ptx_coef)
     if ptx_coef == 0:
         return None
     if "pretrain" not in batch:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.settings import described, refuse_differences
 from lightning_rlhf.models.weights import weights_digest
 from lightning_rlhf.rollout import Reward
@@ -30,6 +31,9 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
         optimizer: a function of the parameters.
         arguments: those that must agree, by name, as they are before training moves any. A `policy` that is already
             built is where the reference comes from, so that its weights must agree as well.
+
+    Raises:
+        ValueError: the learning rate is no number.
     """
     found: dict[str, Any] = described(arguments)
     policy = arguments.get("policy")
@@ -39,6 +43,8 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
         for name in FREE if isinstance(value, dict) else ():
             value.pop(name, None)
     example = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    if "lr" in example.defaults:
+        check_not_negative(lr=float(example.defaults["lr"]))  # torch itself takes infinity
     return found | {"optimizer": {"class": type(example).__qualname__} | described(example.defaults)}
 
 
@@ -59,7 +65,7 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
     trainer = module._trainer
     if trainer is None or trainer.state.fn != "fit":
         return
-    before, today = dict(checkpoint["rlhf"].get("settings", now)), dict(now)
+    before, today = dict(checkpoint["rlhf"]["settings"]), dict(now)
     if state is not None and not trainer.strategy.restore_checkpoint_after_setup:  # else the module holds shards by now
         before["weights"], today["weights"] = _shapes(state), _shapes(module.state_dict())
     refuse_differences(before, today, of="configuration or model")
@@ -68,12 +74,17 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
 def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
     networks = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     held = networks if state is None else {name.partition(".")[0] for name in state}
-    if not isinstance(checkpoint.get("rlhf"), dict) or networks - held:
-        raise ValueError(
-            f"the checkpoint was not written by {type(module).__name__}, which holds {_list(networks)}: it holds "
-            f"{_list(held)}; give a checkpoint of {type(module).__name__}, or hand a model on as the folder that "
-            "`save_pretrained` writes"
-        )
+    kept = checkpoint.get("rlhf")
+    ours = isinstance(kept, dict) and isinstance(kept.get("settings"), dict)
+    writer = kept.get("module") if ours else None  # None where the networks' names tell
+    if ours and not networks - held and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):
+        return
+    reader = type(module).__name__
+    raise ValueError(
+        f"the checkpoint was {f'written by {writer}, not by' if writer else 'not written by'} {reader}, which holds "
+        f"{_list(networks)}: it holds {_list(held)}; give a checkpoint of {reader}, or hand a model on as the folder "
+        "that `save_pretrained` writes"
+    )
 
 
 def _list(names: set[str]) -> str:

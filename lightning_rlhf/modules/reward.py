@@ -208,7 +208,7 @@ class RewardModule(CheckedRevival, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember of which run it is, and which model it continues, so that it alone is a reward (`LearnedReward`)."""
         source = self._source[0]
-        checkpoint["rlhf"] = {"settings": self._settings}
+        checkpoint["rlhf"] = {"module": "RewardModule", "settings": self._settings}
         if isinstance(source, ModelSource) and source.peft is None:
             checkpoint["rlhf"]["model"] = asdict(source)
 

@@ -103,7 +103,7 @@ class SFTModule(CheckedRevival, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember of which run it is."""
-        checkpoint["rlhf"] = {"settings": self._settings}
+        checkpoint["rlhf"] = {"module": "SFTModule", "settings": self._settings}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from another run's."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.core.checks import check_count, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class Generation:
     """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            max_new_tokens=self.max_new_tokens, samples_per_prompt=self.samples_per_prompt, temperature=self.temperature
-        )
+        check_count(max_new_tokens=self.max_new_tokens, samples_per_prompt=self.samples_per_prompt)
+        check_positive(temperature=self.temperature)
         if self.slots is not None and self.slots < self.samples_per_prompt:
             raise ValueError(
                 f"`slots` must hold the responses to one prompt: got slots={self.slots} for "

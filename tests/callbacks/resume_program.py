@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, Trainer
+from transformers import GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
 from lightning_rlhf import (
     EMA,
@@ -39,6 +40,9 @@ DEATH = 4  # rollouts that were finished before: the second of the second epoch,
 def letters(prompts, responses):
     """From 0 to 1 by the last letter."""
     return [(ord(response[-1]) - 97) / 26 if response else 0.0 for response in responses]
+
+
+POLITE = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 
 
 def die() -> None:
@@ -67,6 +71,8 @@ class Watch(Callback):
         def scored(*args):
             if self.kill == "rollout" and pl_module.iteration == DEATH:
                 self._last_dies(trainer)
+            if self.kill in POLITE and pl_module.iteration == DEATH and trainer.is_global_zero:
+                os.killpg(os.getpgrp(), POLITE[self.kill])  # data workers get it as well, as from a terminal
             return score(*args)
 
         def saved(checkpoint, path):
@@ -137,14 +143,17 @@ def train(data: Path, folder: Path, devices: int, kill: str, ckpt_path: str | No
     trainer.fit(module, prompts, ckpt_path=ckpt_path)
 
 
-def forked(*arguments) -> None:
-    """`train` in a process group of its own."""
+def forked(*arguments) -> int:
+    """`train` in a process group of its own; its exit status, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         os.setpgrp()
-        train(*arguments)
+        try:
+            train(*arguments)
+        except SystemExit as left:
+            os._exit(left.code)
         os._exit(0)
-    os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:
@@ -157,10 +166,11 @@ def main() -> None:
         folder = data / name
         folder.mkdir()
         if kill != "never":
-            forked(data, folder, int(devices), kill, None)
+            status = forked(data, folder, int(devices), kill, None)
             assert not list(folder.glob("end-*")), "it was to die"
             left = sorted(path.name for path in (folder / "checkpoints").iterdir())
             (folder / "left.txt").write_text("\n".join(left))
+            (folder / "status.txt").write_text(str(status))
         forked(data, folder, int(devices), "never", None if kill == "never" else "last")
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
+import tempfile
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -201,6 +204,40 @@ def test_full_disk_leaves_the_checkpoints_before_and_the_run(fit, kept, monkeypa
     assert names(kept) == ["last-previous.ckpt", "last.ckpt"]
     assert (iteration(kept / "last.ckpt"), iteration(kept / "last-previous.ckpt")) == (2, 1)
     assert "No space left on device" in caplog.text
+
+
+@contextmanager
+def files_of_at_most(size):
+    """The operating system's own refusal to write more, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_write_that_the_system_ends_leaves_no_trace(fit, kept, tmp_path, monkeypatch, caplog):
+    """Half of the file is written before it fails: nothing of it is left, here or where temporary files are made."""
+    save, scratch = torch_io._atomic_save, tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def cut(checkpoint, path):
+        count = checkpoint["rlhf"]["iteration"]
+        size = (kept / "last.ckpt").stat().st_size if count > 1 else 0
+        with files_of_at_most(size // 2) if count in (3, 4) else nullcontext():
+            save(checkpoint, path)
+
+    monkeypatch.setattr(torch_io, "_atomic_save", cut)
+    assert fit(4).iteration == 4
+    assert names(kept) == ["last-previous.ckpt", "last.ckpt"]
+    assert [defect(kept / name) for name in names(kept)] == [None, None]
+    assert (iteration(kept / "last.ckpt"), iteration(kept / "last-previous.ckpt")) == (2, 1)
+    assert names(scratch) == []
+    said = [record.getMessage() for record in caplog.records if "was not written" in record.getMessage()]
+    assert len(said) == 3  # the end tries once more
+    assert all("File too large" in line and "\n" not in line for line in said)
 
 
 def test_disk_that_fails_at_the_rename_leaves_a_checkpoint(fit, kept, monkeypatch):

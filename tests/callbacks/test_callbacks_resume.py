@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("resume_program.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"] * 2  # 3 rollouts of 8 an epoch
 KILLS = ["rollout", "minibatch", "write", "rename"]
+POLITE = {"1-interrupt": 1, "1-terminate": 143}
+"""Signals to every process of the run, and the status it ends with."""
 NAMES = [*(f"1-{kill}" for kill in KILLS), "2-rollout", "2-minibatch", "2-write"]
 
 
@@ -31,7 +34,7 @@ def ends(tmp_path_factory, make_lm, make_tokenizer) -> Callable[[str, int], dict
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES])],
+        [sys.executable, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES, *POLITE])],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
@@ -43,9 +46,8 @@ def ends(tmp_path_factory, make_lm, make_tokenizer) -> Callable[[str, int], dict
     def end(name: str, rank: int = 0) -> dict[str, Any]:
         found = folder / name / f"end-{rank}.pt"
         assert found.exists(), done.stderr[-4000:]
-        return torch.load(found) | {
-            "left": (folder / name / "left.txt").read_text().split() if "never" not in name else []
-        }
+        notes = [] if "never" in name else ["left", "status"]
+        return torch.load(found) | {note: (folder / name / f"{note}.txt").read_text().split() for note in notes}
 
     return end
 
@@ -67,7 +69,6 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
     devices, kill = name.split("-")
@@ -77,13 +78,24 @@ def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
         tail = whole.pop("seen")[-len(resumed["seen"]) :]
         assert [iteration for iteration, *_ in resumed["seen"]] == [4, 5]  # mid-epoch; the fourth was whole
         assert_same(tail, resumed.pop("seen"), "seen")
-        whole.pop("left")
+        assert int(resumed.pop("status")[0]) != 0
         expected = {"rollout": 0, "minibatch": 0, "write": 1, "rename": 1}[kill]
         assert sum(part.endswith(".part") for part in resumed.pop("left")) == expected
         assert_same(whole, resumed)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", POLITE)
+def test_run_that_was_told_to_leave_ends_as_the_uninterrupted_one(ends, name):
+    """It finished the rollout and saved it, though its data workers heard the signal too."""
+    whole, resumed = ends("1-never"), ends(name)
+    assert int(resumed.pop("status")[0]) == POLITE[name]
+    assert resumed.pop("left") == ["last-previous.ckpt", "last.ckpt"]
+    tail = whole.pop("seen")[-1:]
+    assert [iteration for iteration, *_ in resumed["seen"]] == [5]
+    assert_same(tail, resumed.pop("seen"), "seen")
+    assert_same(whole, resumed)
+
+
 def test_something_moves_in_every_part_of_the_state(ends):
     """Or equality above would say nothing of it."""
     one, two = ends("1-never"), ends("2-never")

@@ -13,6 +13,8 @@ from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule, P
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size` must be at least 1, got 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
+        ({"num_workers": 1025}, "`num_workers` must be at most 1024, got 1025"),
+        ({"batch_size": 2**20 + 1}, "`batch_size` must be at most 1048576, got 1048577"),
         ({"max_prompt_tokens": 0}, "`max_prompt_tokens` must be at least 1"),
         ({"text_tokens": 1}, "`text_tokens` must be at least 2, got 1"),
         ({"pretrain_ratio": 0.0}, "`pretrain_ratio` must be"),

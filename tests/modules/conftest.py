@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-HOST = Path(__file__).with_name("ddp_host.py")
 PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: an odd number to evaluate
 ENDS = list(range(10))
 
@@ -42,11 +41,12 @@ def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> P
 
 @pytest.fixture(scope="module")
 def outcome(request, folder) -> Callable[[str, str], dict]:
-    """What came out of the first process, by name of the run and strategy, of the file's JOBS."""
+    """What came out of the first process, by name of the run and strategy, of the file's JOBS under its HOST."""
+    host = Path(__file__).with_name(getattr(request.module, "HOST", "ddp_host.py"))
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, str(HOST), str(folder), *request.module.JOBS],
+        [sys.executable, str(host), str(folder), *request.module.JOBS],
         env=inherited | quiet,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from pathlib import Path
 import ddp_program
 import standins
 import torch
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
 
 def free_port() -> str:

@@ -5,6 +5,8 @@ A global batch is the same on any number of processes. `ddp_host` starts them.
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -55,7 +57,7 @@ from lightning_rlhf import (
     WinRate,
     WorstOf,
 )
-from lightning_rlhf.callbacks import EMA, Export, RolloutLog, SampleLog
+from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
@@ -65,6 +67,8 @@ STRATEGIES = {
     "one": lambda devices: "auto",
     "one32": lambda devices: "auto",
     "ddp": lambda devices: "ddp",
+    "failing": lambda devices: "ddp",
+    "leaving": lambda devices: "ddp",
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
 }
@@ -84,6 +88,24 @@ class Table(Reward):
         return torch.where(rollout.response, numbers[rollout.tokens[:, rollout.prompt_width :]], 0.0).sum(1)
 
 
+class FailsOnOne(Table):
+    """Fails on the second process, in the second rollout."""
+
+    def __call__(self, rollout, rows):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 2 and torch.distributed.get_rank() == 1:
+            raise KeyError("judge")
+        return super().__call__(rollout, rows)
+
+
+class TerminatedOnOne(Callback):
+    """The second process is told to leave, in the second rollout."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if pl_module.iteration == trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Recorder(Callback):
     def __init__(self):
         self.steps = []
@@ -91,6 +113,22 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, *_):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.steps.append({name: value for name, value in logged.items() if not name.startswith(COSTS)})
+
+
+class Passes(Callback):
+    """How often the policy ran to learn, by process."""
+
+    def __init__(self):
+        self.counts = 0
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.policy.register_forward_pre_hook(self._count)
+
+    def on_train_end(self, trainer, pl_module):
+        self.counts = pl_module.all_gather(torch.tensor(self.counts)).flatten().tolist()
+
+    def _count(self, *_):
+        self.counts += torch.is_grad_enabled()
 
 
 def precision() -> str:
@@ -249,7 +287,8 @@ def lora(folder: Path, devices: int) -> dict:
         text_tokens=8,
     )
     export = Export(str(folder / f"lora-{strategy}"), merge_adapter=True)
-    return run(module, data, devices, max_epochs=1, callbacks=[export])
+    passes = Passes()
+    return run(module, data, devices, max_epochs=1, callbacks=[export, passes]) | {"passes": passes.counts}
 
 
 def resumed(folder: Path, devices: int) -> dict:
@@ -343,3 +382,18 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
         batch_size=4 // devices,
     )
     return run(module, data, devices, max_epochs=1)
+
+
+def failing(folder: Path, devices: int) -> dict:
+    """PPO whose reward fails on one process; the folder of failed rewards is its own."""
+    os.chdir(folder)
+    module = PPOModule(source(folder, "lm"), FailsOnOne(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    return run(module, PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices), devices)
+
+
+def leaving(folder: Path, devices: int) -> dict:
+    """PPO of which one process is told to leave."""
+    module = PPOModule(source(folder, "lm"), Table(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+    saver = RunCheckpoint(str(folder / "leaving"), every_n_batches=99)
+    return run(module, data, devices, callbacks=[TerminatedOnOne(), saver], enable_checkpointing=True)

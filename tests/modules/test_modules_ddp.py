@@ -10,12 +10,15 @@ import torch
 from agreement import assert_same_folder, assert_same_numbers
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 NAMES = "ppo,gae,lora,resumed,sft,reward,scarce,scarce_sft,scarce_ppo,grouped"
 JOBS = [
     f"one:1:{NAMES}:90",
     f"ddp:2:{NAMES}:90",
     f"fsdp2:2:{NAMES}:90",
     "nodes:2:ppo,reward:40",
+    "failing:2:failing:40",
+    "leaving:2:leaving:40",
 ]
 
 
@@ -31,14 +34,12 @@ def strategy(request) -> str:
     return request.param
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
 def test_two_processes_train_the_weights_of_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
 def test_two_processes_log_what_one_logs(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
@@ -51,7 +52,6 @@ def test_two_processes_log_what_one_logs(outcomes, strategy, name):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "lora", "sft", "reward"])
 def test_two_processes_evaluate_as_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
@@ -59,7 +59,6 @@ def test_two_processes_evaluate_as_one(outcomes, strategy, name):
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.slow
 def test_evaluations_were_among_what_two_processes_log(outcomes, strategy):
     (ppo, _), (lora, _) = (outcomes(name, strategy) for name in ("ppo", "lora"))
     names = {
@@ -80,7 +79,6 @@ def test_evaluations_were_among_what_two_processes_log(outcomes, strategy):
 METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     """Two responses to each prompt: the rows, the group statistics and the reductions."""
@@ -96,7 +94,6 @@ def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     assert bool(one["advantage"]) == (method == "running_mean")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lines"), [("rollouts", 24), ("samples", 2 * 11)])
 def test_two_processes_keep_the_log_of_one(outcomes, folder, strategy, name, lines):
     """Line by line in one order; two responses to each prompt, an odd number of held-out prompts."""
@@ -112,7 +109,6 @@ def test_two_processes_keep_the_log_of_one(outcomes, folder, strategy, name, lin
     assert [json.loads(b)[order] for _, b in pairs][-1] == (23 if name == "rollouts" else 10)
 
 
-@pytest.mark.slow
 def test_methods_train_differently(outcomes):
     """Or equal weights above would say nothing of them."""
     found, _ = outcomes("grouped", "ddp")
@@ -121,7 +117,6 @@ def test_methods_train_differently(outcomes):
             assert float((found[first]["weights"] - found[second]["weights"]).abs().max()) > 1e-4
 
 
-@pytest.mark.slow
 def test_two_processes_adapt_as_one(outcomes, strategy):
     one, two = outcomes("ppo", strategy)
     assert (one["n"], one["b"]) == (two["n"], two["b"])
@@ -130,14 +125,12 @@ def test_two_processes_adapt_as_one(outcomes, strategy):
     assert one["b"] != 1.0
 
 
-@pytest.mark.slow
 def test_two_processes_find_one_bias(outcomes, strategy):
     one, two = outcomes("reward", strategy)
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
     assert abs(one["bias"]) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name):
     one, two = outcomes(f"scarce_{name}", strategy)
@@ -145,7 +138,6 @@ def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name)
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.slow
 def test_rank_without_a_row_to_evaluate_does_not_hang(outcomes, strategy):
     """The reward model has collectives of its own: the mean of the demonstrations, the accuracy; FSDP2 its passes."""
     one, two = outcomes("scarce", strategy)
@@ -153,7 +145,6 @@ def test_rank_without_a_row_to_evaluate_does_not_hang(outcomes, strategy):
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward", "lora"])
 def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name):
     outcomes(name, strategy)
@@ -163,7 +154,6 @@ def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name
     assert any(float((first[key] - start[key]).abs().max()) > 1e-3 for key in first)  # not the weights it began with
 
 
-@pytest.mark.slow
 def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
     one, two = outcomes("resumed", strategy)
     for found in (one, two):
@@ -177,7 +167,6 @@ def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
     assert float((one["first"]["weights"] - one["resumed"]["weights"]).abs().max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_two_nodes_train_what_one_process_trains(outcomes):
     """The same command once on each node, which knows its rank and where the first is; here both are one machine."""
     for name in ("ppo", "reward"):
@@ -187,3 +176,29 @@ def test_two_nodes_train_what_one_process_trains(outcomes):
             assert_same_numbers(
                 {k: v for k, v in a.items() if k[:5] != "eval/"}, {k: b[k] for k in a if k[:5] != "eval/"}
             )
+
+
+def test_reward_that_fails_on_one_process_ends_all(folder, outcome):
+    """Neither waits for the other; each says why, and what was asked of the reward is kept."""
+    outcome("ppo", "one")  # the jobs have run
+    assert json.loads((folder / "failing.json").read_text())["statuses"] == [1, 1]
+    first, second = ((folder / f"failing-{rank}.log").read_text().rstrip().splitlines()[-1] for rank in (0, 1))
+    assert "RewardError: rollout 1: the reward failed on another process" in first
+    assert "RewardError: rollout 1: the reward failed with KeyError: 'judge'" in second
+    (kept,) = (folder / "failed-rewards").glob("rollout-1.*.jsonl")
+    assert len(kept.read_text().splitlines()) == 2
+
+
+def test_processes_that_share_a_model_make_the_same_passes(outcome):
+    """Replicas make as many as their own rows need, which differ here: the negative control."""
+    alone, together = outcome("lora", "ddp")["passes"], outcome("lora", "fsdp2")["passes"]
+    assert alone[0] != alone[1]
+    assert together[0] == together[1] >= max(alone)
+
+
+def test_signal_to_one_process_saves_and_ends_all(folder, outcome):
+    """After the rollout in which it came, though nothing was to be saved yet."""
+    outcome("ppo", "one")  # the jobs have run
+    assert json.loads((folder / "leaving.json").read_text())["statuses"] == [143, 143]
+    assert [path.name for path in (folder / "leaving").iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "leaving" / "last.ckpt", weights_only=True)["rlhf"]["iteration"] == 2

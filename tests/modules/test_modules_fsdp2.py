@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from agreement import assert_same_numbers
 from safetensors.torch import load_file
 
 from lightning_rlhf import ModelSource
 
-PROGRAM = Path(__file__).with_name("fsdp2_program.py")
-PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t", "u"]  # 11: no multiple of four
+pytestmark = pytest.mark.slow
+HOST = "fsdp2_program.py"
 JOBS = [
     "one:1:wide,stopped,alone:60",
     "ddp:4:wide:100",
@@ -27,55 +23,9 @@ JOBS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
-    """Models and data."""
-    folder = tmp_path_factory.mktemp("fsdp2")
-    for name, network in {"lm": make_lm(end=list(range(10))), "scorer": make_scorer()}.items():
-        network.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    files = {
-        "prompts": [{"prompt": p} for p in PROMPTS],
-        "texts": [{"text": p + " x y z"} for p in PROMPTS] * 3,
-        "demonstrations": [{"prompt": p, "response": (p[::-1] + " v") * (1 + i % 2)} for i, p in enumerate(PROMPTS)],
-        "comparisons": [
-            {"prompt": p, "responses": ["v", "w x", "y", "z z z"][: 2 + i % 3], "ranks": [0, 1, 1, 2][: 2 + i % 3]}
-            for i, p in enumerate(PROMPTS)
-        ],
-    }
-    for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def outcome(folder) -> Callable[[str, str], dict]:
-    """What came out of the first process, by name of the run and strategy."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
-    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(PROGRAM), str(folder), *JOBS]
-    done = subprocess.run(command, env=inherited | quiet, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-    def of(name: str, strategy: str) -> dict:
-        statuses = json.loads((folder / f"{strategy}.json").read_text())["statuses"]
-        logs = [(folder / f"{strategy}-{rank}.log").read_text()[-4000:] for rank in range(len(statuses))]
-        assert set(statuses) == {0}, "\n".join([str(statuses), *logs])
-        return torch.load(folder / f"{name}-{strategy}.pt")
-
-    return of
-
-
-def assert_same_numbers(one: dict[str, float], other: dict[str, float]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert other[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7, nan_ok=True), name  # logged as float32
-
-
 # Four processes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_four_processes_train_what_one_process_trains(outcome, strategy) -> None:
     """PPO-ptx with a value network, a learned reward and ragged pieces, to the last of 11 prompts."""
@@ -88,7 +38,6 @@ def test_four_processes_train_what_one_process_trains(outcome, strategy) -> None
     assert {"loss/value_avg", "ptx/loss", "ptx/grad_norm_ratio"} <= one["steps"][0].keys()
 
 
-@pytest.mark.slow
 def test_sharded_processes_together_read_each_number_once(outcome, folder) -> None:
     """Whole copies under DDP, which read them all four times."""
     (one,) = outcome("wide", "one")["read"].tolist()
@@ -114,7 +63,6 @@ def start(folder) -> Callable[[str], torch.Tensor]:
     return of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("mixed", torch.float32), ("true", torch.bfloat16)])
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_shards_in_bfloat16_train_as_one_process_does(outcome, start, name, dtype, stage) -> None:
@@ -137,7 +85,6 @@ def test_shards_in_bfloat16_train_as_one_process_does(outcome, start, name, dtyp
 # Validation by itself, checkpoints in one file
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_sharded_networks_validate_by_themselves(outcome, stage) -> None:
     one, two = (outcome("alone", strategy)[stage] for strategy in ("one", "one_file"))
@@ -145,7 +92,6 @@ def test_sharded_networks_validate_by_themselves(outcome, stage) -> None:
     assert_same_numbers(one, two)
 
 
-@pytest.mark.slow
 def test_shards_resume_from_one_file(outcome, folder) -> None:
     one, two = outcome("stopped", "one"), outcome("stopped", "one_file")
     assert (folder / "one_file.ckpt").is_file()

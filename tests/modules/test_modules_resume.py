@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
 from lightning_rlhf.core import AdaptiveKL, Clip, Constant, KLPenalty, Linear
 from lightning_rlhf.core.settings import described, differences
-from lightning_rlhf.data import PromptDataModule
+from lightning_rlhf.data import ComparisonDataModule, PromptDataModule
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import PPOModule, SFTModule
+from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, Updates, WeightedReward
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
@@ -148,19 +149,79 @@ def test_changed_folder_at_the_same_path_is_another_model(fit_folders, network, 
     assert len(str(refused.value).splitlines()) == 3  # and nothing else differs
 
 
-def test_checkpoint_of_another_module_is_refused(make_lm, make_trainer, as_loader, right_padded, fit, tmp_path):
+class Foreign(LightningModule):
+    """Nothing of this library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(torch.ones(1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def stages(make_lm, make_scorer, toy_tokenizer, as_loader, left_padded, right_padded, write_rows):
+    """Each module with two rows to train on."""
+    pair = write_rows("pair.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    short = {"tokenizer": toy_tokenizer, "generation": Generation(max_new_tokens=1)}
+    return {
+        "PPOModule": lambda: (
+            PPOModule(make_lm().double(), letters, **short),
+            as_loader([{"prompts": left_padded([[12], [13]])}]),
+        ),
+        "SFTModule": lambda: (SFTModule(make_lm().double()), as_loader([right_padded(TEXTS)])),
+        "RewardModule": lambda: (
+            RewardModule(make_scorer().double(), tokenizer=toy_tokenizer),
+            ComparisonDataModule(train=pair, val=pair, batch_size=2),
+        ),
+        "Foreign": lambda: (Foreign(), as_loader([1])),
+    }
+
+
+def test_checkpoint_of_another_module_is_refused(stages, make_trainer, tmp_path):
+    """In training and in evaluation, whichever of them wrote it; each takes its own."""
+    for writer, make in stages.items():
+        trainer = make_trainer()
+        trainer.fit(*make())
+        trainer.save_checkpoint(tmp_path / f"{writer}.ckpt")
+    holds = {"PPOModule": "`policy`", "SFTModule": "`model`", "RewardModule": "`model`", "Foreign": "`layer`"}
+    for reader in list(stages)[:3]:
+        for writer in stages:
+            if writer == reader:
+                make_trainer(max_epochs=2).fit(*stages[reader](), ckpt_path=tmp_path / f"{writer}.ckpt")
+                continue
+            for act in (make_trainer().fit, make_trainer().validate):
+                with pytest.raises(ValueError, match="^the checkpoint was") as refused:
+                    act(*stages[reader](), ckpt_path=tmp_path / f"{writer}.ckpt")
+                by = f"written by {writer}, not by" if writer in ("SFTModule", "RewardModule") else "not written by"
+                assert str(refused.value) == (
+                    f"the checkpoint was {by} {reader}, which holds {holds[reader]}: it holds {holds[writer]}; give a "
+                    f"checkpoint of {reader}, or hand a model on as the folder that `save_pretrained` writes"
+                )
+
+
+def test_checkpoint_without_our_own_part_is_refused(fit, tmp_path, monkeypatch):
+    """Though it holds a network of the right name."""
+    monkeypatch.chdir(tmp_path)
+    for kept in ({}, {"rlhf": 3}, {"rlhf": {"iteration": 1}}):
+        torch.save({"state_dict": {"policy.x": torch.ones(1)}, "pytorch-lightning_version": "2.6.0"} | kept, "x.ckpt")
+        with pytest.raises(ValueError, match="not written by PPOModule, .*: it holds `policy`"):
+            fit("x.ckpt")
+
+
+def test_own_subclass_takes_what_the_class_wrote(stages, make_lm, make_trainer, tmp_path):
+    class Mine(SFTModule):
+        pass
+
     trainer = make_trainer()
-    trainer.fit(SFTModule(make_lm().double()), as_loader([right_padded(TEXTS)]))
+    module, data = stages["SFTModule"]()
+    trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "sft.ckpt")
-    said = "not written by PPOModule, which holds `policy`: it holds `model`; give a checkpoint of PPOModule"
-    with pytest.raises(ValueError, match=said):
-        fit(tmp_path / "sft.ckpt")
-    with pytest.raises(ValueError, match=said):
-        trainer.validate(PPOModule(make_lm().double(), letters), as_loader([]), ckpt_path=tmp_path / "sft.ckpt")
-    foreign = {"state_dict": {"policy.x": torch.ones(1)}, "pytorch-lightning_version": "2.6.0"}
-    torch.save(foreign, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="not written by PPOModule, .*: it holds `policy`"):
-        fit(tmp_path / "foreign.ckpt")
+    make_trainer(max_epochs=2).fit(Mine(make_lm().double()), data, ckpt_path=tmp_path / "sft.ckpt")
 
 
 def test_other_stages_refuse_too(make_lm, make_trainer, as_loader, right_padded, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, Constant, LeaveOneOut, TokenLevel
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules.sharding import most_passes
 from lightning_rlhf.rollout import Captured, FromUpdate, Generation, Recomputed, Updates
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -103,6 +105,27 @@ def test_a_budget_of_tokens_changes_no_weight(make_ppo, weights, options):
     pieces, passes = weights(make_ppo(updates=Updates(epochs=2, microbatch_tokens=25), optimizer=SGD, **options))
     assert torch.allclose(pieces, whole, rtol=0, atol=1e-10)
     assert sum(passes) > 4
+
+
+def test_pass_more_is_counted_and_changes_no_weight(make_ppo, weights, monkeypatch):
+    """As where another process of a sharded model needs it: one more in each of two epochs of two rollouts."""
+    options = {"updates": Updates(epochs=2, microbatch_tokens=25), "optimizer": SGD, "level": TokenLevel()}
+    found, passes = weights(make_ppo(**options))
+    monkeypatch.setattr("lightning_rlhf.modules.ppo.most_passes", lambda module, count: count + 1)
+    other, more = weights(make_ppo(**options))
+    assert sum(more) == sum(passes) + 2 * 2
+    assert torch.allclose(found, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("sharded", "most"), [(False, 3), (True, 7)])
+def test_passes_are_agreed_on_only_where_a_pass_needs_all(sharded, most):
+    def reduce(count, reduce_op):
+        assert (int(count), reduce_op) == (3, "max")
+        return torch.tensor(7)  # of another process
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    module = SimpleNamespace(device_mesh=object() if sharded else None, device="cpu", trainer=trainer)
+    assert most_passes(module, 3) == most
 
 
 def test_choice_is_logged_once(make_ppo, weights, caplog):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import assert_same_folder, assert_same_numbers
 
+pytestmark = pytest.mark.slow
 LAYERS = 1  # ZeRO-3 takes a millisecond for each module of each pass
 TRAINED = ["sft", "reward", "ppo", "lora"]
 ZERO = ["zero2", "zero3"]
@@ -39,7 +40,6 @@ def assert_trained_alike(one: dict, two: dict) -> None:
         assert_same_numbers(a, b, rel=1e-5, near_0=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward"])
 def test_fsdp1_trains_as_one_process(outcomes, name):
     one, two = outcomes(name, "fsdp1")
@@ -47,7 +47,6 @@ def test_fsdp1_trains_as_one_process(outcomes, name):
     assert_trained_alike(one, two)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_trains_as_one_process(outcomes, strategy, name):
@@ -57,7 +56,6 @@ def test_deepspeed_trains_as_one_process(outcomes, strategy, name):
     assert_trained_alike(one, two)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_trains_a_value_network_as_one_process(outcomes, strategy):
     """One backward a step; the losses of both networks, and the norm over them."""
@@ -67,14 +65,12 @@ def test_deepspeed_trains_a_value_network_as_one_process(outcomes, strategy):
     assert_trained_alike(one, two)
 
 
-@pytest.mark.slow
 def test_fsdp1_finds_the_bias_of_one_process(outcomes):
     one, two = outcomes("reward", "fsdp1")
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-5)
     assert abs(one["bias"]) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_clips(outcomes, strategy):
     """Or equal weights above would say nothing of the norm that the engine is handed."""
@@ -82,7 +78,6 @@ def test_deepspeed_clips(outcomes, strategy):
     assert max(step["policy/grad_norm"] for step in one["steps"]) > 1.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_adapts_and_finds_the_bias_as_one_process(outcomes, strategy):
     one, two = outcomes("ppo", strategy)
@@ -92,7 +87,6 @@ def test_deepspeed_adapts_and_finds_the_bias_as_one_process(outcomes, strategy):
     assert abs(one["bias"]) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward", "lora"])
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_exports_the_folder_of_one_process(outcomes, folder, strategy, name):
@@ -100,7 +94,6 @@ def test_deepspeed_exports_the_folder_of_one_process(outcomes, folder, strategy,
     assert_same_folder(folder / f"{name}-one32", folder / f"{name}-{strategy}", atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_resumes_as_if_it_had_not_stopped(outcomes, strategy):
     one, two = outcomes("resumed", strategy)
@@ -110,7 +103,6 @@ def test_deepspeed_resumes_as_if_it_had_not_stopped(outcomes, strategy):
     assert float((two["first"]["weights"] - two["resumed"]["weights"]).abs().max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_average_under_zero2_is_that_of_one_process(outcomes):
     one, two = outcomes("resumed", "zero2")
     averages = [found[name]["average"] for found in (one, two) for name in ("whole", "resumed")]
@@ -120,7 +112,6 @@ def test_average_under_zero2_is_that_of_one_process(outcomes):
         assert all(torch.allclose(average[key], averages[0][key], rtol=0, atol=1e-5) for key in average)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_deepspeed_validates_by_itself(outcomes, strategy):
     one, two = outcomes("validated", strategy)
@@ -129,7 +120,6 @@ def test_deepspeed_validates_by_itself(outcomes, strategy):
     assert_same_numbers(one, two, rel=1e-5, near_0=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scarce", "scarce_ppo"])
 @pytest.mark.parametrize("strategy", ZERO)
 def test_process_without_a_row_to_evaluate_counts_nowhere_under_deepspeed(outcomes, strategy, name):
@@ -141,7 +131,6 @@ def test_process_without_a_row_to_evaluate_counts_nowhere_under_deepspeed(outcom
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_guard_counts_the_steps_that_deepspeed_leaves_out(outcomes, folder, strategy):
     """Which shows nobody its gradients. Three NaNs are one too many; what was kept is of all processes."""
@@ -152,7 +141,6 @@ def test_guard_counts_the_steps_that_deepspeed_leaves_out(outcomes, folder, stra
     assert kept == [[".rank0"] * 3, [".rank0"] * 3 + [".rank1"] * 3]
 
 
-@pytest.mark.slow
 def test_zero3_leaves_each_process_half_of_every_network(outcomes):
     """Policy, value network, reward model and reference; ZeRO-2 leaves them whole."""
     for name in ("sft", "lora"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,12 @@ CASES = [
     *(resumed(name, *what) for name, what in FILES.items()),
     *(rewarded(name, *what) for name, what in FILES.items()),
     resumed("missing", lambda bench: str(bench.place / "no.ckpt"), "no.ckpt"),
+    resumed("pipe", lambda bench: os.mkfifo(bench.place / "x.ckpt") or f"{bench.place}/x.ckpt", "no regular file"),
+    resumed("device", lambda bench: "/dev/null", "is no regular file"),
+    resumed("empty-folder", lambda bench: (bench.place / "x").mkdir() or f"{bench.place}/x", "is an empty folder"),
+    resumed("folder", lambda bench: str(bench.folder()), "is a folder, as strategies that shard", "trainer.strategy"),
+    resumed("address", lambda bench: "nosuch://x/y.ckpt", "nothing here can read nosuch://x/y.ckpt"),
+    resumed("no-name", lambda bench: "", "no path"),
     resumed(
         "other-module", written({"state_dict": {}, "hyper_parameters": SFT}), "written by SFTModule", kind="reward"
     ),

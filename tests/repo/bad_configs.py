@@ -18,7 +18,8 @@ def yaml(name: str, text: str | bytes, *says: str, kind: str = "sft") -> Case:
     return case(f"yaml-{name}", arguments, *says, code=2)
 
 
-NEGATIVE_RATE = ("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1")
+ADAM = ("--model.optimizer=torch.optim.AdamW",)
+GAE = ("--model.advantage=GAE", "--model.level=TokenLevel")
 COMMANDS = [
     case("command-none", lambda b: [], "subcommand|required", code=2),
     case("command-unknown", lambda b: ["train"], "train", code=2),
@@ -56,6 +57,12 @@ FLAGS = [
     flag("no-samples", "--model.generation.samples_per_prompt=0", says=("samples_per_prompt",), kind="ppo"),
     flag("no-texts", "--data.pretrain_ratio=0", says=("`pretrain_ratio`",), kind="ppo"),
     flag("group-of-one", "--model.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
+    flag("huge-batch", "--data.batch_size=1" + "0" * 30, says=("`batch_size` must be at most 1048576",)),
+    flag("huge-response", "--model.generation.max_new_tokens=9999999", says=("`max_new_tokens` must be",), kind="ppo"),
+    flag("huge-group", "--model.generation.samples_per_prompt=9999999", says=("at most 1048576",), kind="ppo"),
+    flag("army-of-workers", "--data.num_workers=2000", says=("`num_workers` must be at most 1024, got 2000",)),
+    flag("rate-infinite", *ADAM, "--model.optimizer.lr=1e400", says=("`lr` must be .* got inf",)),
+    flag("rate-of-value-nan", *GAE, "--model.value_lr=.nan", says=("`value_lr` must be .* got nan",), kind="ppo"),
     flag("evaluation", "--model.evaluations=[Winrate]", says=("`model.evaluations`", "no Winrate"), kind="ppo"),
     flag("evaluated-twice", "--model.evaluations=[WinRate, WinRate]", says=("`name`",), kind="ppo"),
     flag("no-judge", f"--model.evaluations=[{JUDGE}]", says=("evaluations", "nothing"), kind="ppo"),
@@ -73,10 +80,18 @@ FLAGS = [
     flag("pickles", "--weights_only=false", says=("`weights_only`", "without pickle")),
     flag("config-missing", "--config=no.yaml", says=("no.yaml", "not exist")),
     flag("config-folder", "--config=.", says=("config",)),
-    case("flag-learning-rate", lambda b: b.sft(*NEGATIVE_RATE), "-1", code=2),
+    case("flag-learning-rate", lambda b: b.sft(*ADAM, "--model.optimizer.lr=-1"), "-1", code=2),
+    case(
+        "flag-gamma-nan",
+        lambda b: b.ppo("--model.ptx_coef=.nan", f"--data.pretrain={b.tiny.file('texts')}"),
+        "`ptx_coef` must be a number of at least 0: got nan",
+    ),
 ]
 TRUSTED = "trust_remote_code: true"
 TRUST = f"model: {{init_args: {{model: {{{TRUSTED}}}}}}}"
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 8)}]\n" for n in range(30)
+)
 LOADER = f"{{class_path: transformers.AutoModelForCausalLM.from_pretrained, dict_kwargs: {{{TRUSTED}}}}}"
 FILES = [
     yaml("unknown-key", "modell: 3", "modell"),
@@ -86,6 +101,16 @@ FILES = [
     yaml("broken", "data: {init_args: [", "bad.yaml|config"),
     yaml("tab", "data:\n\tinit_args: 3", "bad.yaml|config"),
     yaml("key-twice-nested", "data: {init_args: {batch_size: x}}", "batch_size"),
+    yaml("key-twice", "data: {}\nseed_everything: 3\ndata: {}", "the key `data` stands twice, again in line 3"),
+    yaml("key-twice-inside", "data: {init_args: {batch_size: 2, batch_size: 4}}", "the key `batch_size` stands twice"),
+    yaml("contains-itself", "data: &d\n  init_args: *d", "an alias contains itself"),
+    yaml("explodes", LAUGHS, "an alias contains itself, or repeats too often"),
+    yaml("deep", "data: " + "[" * 9000 + "]" * 9000, "nesting depth|nested too deeply"),
+    yaml("utf16", "data: {}".encode("utf-16"), "no UTF-8 text"),
+    yaml("marked", b"\xef\xbb\xbfdata: {init_args: {batch_size: x}}", "`data.batch_size`"),
+    yaml("two-documents", "seed_everything: 1\n---\nseed_everything: 2", "single document"),
+    yaml("number-for-key", "3: 4", "must be a string, got: 3"),
+    yaml("infinity-for-number", "data: {init_args: {batch_size: .inf}}", "`data.batch_size`", "expected int; got inf"),
     yaml("binary", b"\x00\x01\xff\xfe", "bad.yaml|config"),
     yaml("python-object", "data: !!python/object/apply:os.system ['true']", "bad.yaml|config|tag"),
     yaml("text-for-object", "trainer: fast", "trainer"),

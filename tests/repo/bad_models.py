@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,32 @@ def adapter(name: str, *says: str, weights: bool = True, **changes: Any) -> Case
     return folder(f"adapter-{name}", make, *says)
 
 
+def circle(bench: Bench, size: int) -> Path:
+    """Adapters in a circle, each the base of the one before."""
+    folders = [bench.place / f"adapter{n}" for n in range(size)]
+    for n, folder in enumerate(folders):
+        shutil.copytree(bench.tiny.policy, folder, ignore=shutil.ignore_patterns("config.json", WEIGHTS))
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(folders[(n + 1) % size])}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_model.safetensors").write_bytes(b"junk")
+    return folders[0]
+
+
+def placed(name: str, put: Callable[[Path], object], *says: str, file: str = WEIGHTS) -> Case:
+    """A good folder in which something else than a file stands in a file's place."""
+
+    def make(bench: Bench) -> Path:
+        copy = bench.folder(without=(file,))
+        put(copy / file)
+        return copy
+
+    return folder(name, make, *says)
+
+
+def sharded(name: str, index: str, *says: str) -> Case:
+    return changed(f"shards-{name}", "model.safetensors.index.json", index, *says)
+
+
 MESSAGES = {"prompt": [{"role": "user", "content": "a"}], "response": "b"}
 WIDE = {"prompt": "a " * 20, "response": "b"}
 FOLDERS = [
@@ -127,6 +155,15 @@ FOLDERS = [
     folder("pickled", pickled, "pytorch_model.bin, and a pickle can run code", "safetensors"),
     folder("torn", torn, "can't load a model"),
     folder("shard-missing", shards, "lacks model-00002-of-00002.safetensors"),
+    sharded("all-missing", '{"weight_map": {"a": "model-1.safetensors"}}', "lacks model-1.safetensors"),
+    sharded("outside", '{"weight_map": {"a": "../x.safetensors"}}', "lacks ../x.safetensors"),
+    sharded("list", '{"weight_map": ["model.safetensors"]}', "lacks a `weight_map`"),
+    sharded("torn", '{"weight_map": {"a"', "index.json is no JSON"),
+    placed("weights-loop", lambda path: path.symlink_to(path), "can't load a model"),
+    placed("weights-folder", Path.mkdir, "can't load a model"),
+    placed("weights-pipe", os.mkfifo, "can't load a model"),
+    placed("config-loop", lambda path: path.symlink_to(path), "has no config.json", file="config.json"),
+    folder("loop", lambda b: (b.place / "x").symlink_to(b.place / "x") or b.place / "x", "there is no folder"),
     changed("weights-empty", WEIGHTS, b"", "can't load a model"),
     changed("weights-junk", WEIGHTS, b"\xff" * 64, "can't load a model"),
     changed("weights-pointer", WEIGHTS, "version https://git-lfs.github.com/spec/v1\n", "can't load a model"),
@@ -147,6 +184,7 @@ FOLDERS = [
 ]
 TOKENIZERS = [
     changed("tokenizer-torn", "tokenizer.json", '{"version": "1.0", "mod', "tokenizer.json is no JSON"),
+    changed("tokenizer-utf16", "tokenizer.json", "{}".encode("utf-16"), "tokenizer.json is no JSON"),
     changed("tokenizer-list", "tokenizer.json", "[1]", "tokenizer.json holds a JSON list"),
     changed("tokenizer-object", "tokenizer.json", "{}", "can't load a tokenizer"),
     changed("tokenizer-config-torn", "tokenizer_config.json", "{", "tokenizer_config.json is no JSON"),
@@ -200,6 +238,8 @@ ADAPTERS = [
     adapter("junk", "can't load an adapter"),
     adapter("pickled", "adapter_model.bin, and a pickle can run code", weights=False),
     adapter("no-base", "does not say which model", base_model_name_or_path=None),
+    folder("adapter-of-itself", lambda b: circle(b, 1), "leads round to itself: name the model's folder"),
+    folder("adapters-of-each-other", lambda b: circle(b, 2), "leads round to itself"),
     adapter("base-missing", "there is no folder runs/base/model", base_model_name_or_path="runs/base/model"),
     adapter("megatron", "import the module", megatron_config={"a": 1}, megatron_core="canary_of_the_adapter"),
     adapter("unknown-type", "can't load an adapter", peft_type="NONE_SUCH"),

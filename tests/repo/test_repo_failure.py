@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_rlhf import Clip, ModelSource
+from lightning_rlhf import Clip, ModelSource, Stop
 from lightning_rlhf.cli import console
 from lightning_rlhf.failure import TRACEBACK, one_line, sentence, status
 
@@ -20,6 +20,10 @@ def caught(act: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as found:  # noqa: PT011
         act()
     return found.value
+
+
+def broken() -> None:
+    raise RuntimeError("of somebody else")
 
 
 def mine() -> None:
@@ -32,10 +36,18 @@ def test_what_the_library_refuses_is_a_sentence() -> None:
     assert "there is no folder /none" in sentence(caught(ModelSource(path="/none").causal_lm))
 
 
+def test_run_that_a_guard_stops_ends_in_a_sentence() -> None:
+    error = caught(lambda: Stop().act(None, None, "rollout 3: objective/kl is 9.0, over its budget of 5.0"))
+    assert type(error) is RuntimeError
+    assert sentence(error).startswith("rollout 3: objective/kl is 9.0, over its budget of 5.0: the run was stopped")
+    assert status(error) == 1
+
+
 @pytest.mark.parametrize(
     "act",
     [
         mine,
+        broken,
         lambda: torch.ones(2) @ torch.ones(3),
         lambda: torch.nn.functional.cross_entropy(torch.ones(2, 2), torch.ones(3).long()),
         lambda: ModelSource(path=3).causal_lm(),  # a TypeError of pathlib: nobody raised it for a user

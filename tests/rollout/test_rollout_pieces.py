@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_rlhf.rollout import Updates
-from lightning_rlhf.rollout.pieces import pieces_of
+from lightning_rlhf.rollout.pieces import at_least, pieces_of
 from lightning_rlhf.types import Experience, Rollout
 
 
@@ -108,3 +108,34 @@ def test_pieces_of_the_first_epoch_are_its_microbatches():
 def test_two_limits_are_refused():
     with pytest.raises(ValueError, match="microbatch=2 and microbatch_tokens=9; leave one out"):
         Updates(microbatch=2, microbatch_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        ([3, 2], 1, [[0, 1, 2], [3, 4]]),  # never fewer
+        ([3, 2], 2, [[0, 1, 2], [3, 4]]),
+        ([3, 2], 3, [[0, 1], [2], [3, 4]]),
+        ([3, 2], 4, [[0], [1], [2], [3, 4]]),
+        ([3, 2], 5, [[0], [1], [2], [3], [4]]),
+        ([1, 1], 4, [[0], [0], [0], [1]]),
+    ],
+)
+def test_more_pieces_are_as_many_as_asked_for(sizes, count, expected):
+    pieces = list(torch.arange(sum(sizes)).split(sizes))
+    assert [piece.tolist() for piece in at_least(pieces, count)] == expected
+
+
+def test_minibatch_comes_in_as_many_pieces_as_agreed_on():
+    rollout = rollout_of([1] * 6, [2, 3, 4, 5, 6, 7])
+    asked = []
+
+    def agree(count):
+        asked.append(count)
+        return count + 1
+
+    pieces = Updates(microbatch=3).split(rollout, agree)
+    assert asked == [2]
+    assert sorted(len(piece) for piece in pieces) == [1, 2, 3]
+    assert sorted(int(row) for piece in pieces for row in piece) == [0, 1, 2, 3, 4, 5]
+    assert len(Updates(microbatch=3).split(rollout)) == 2

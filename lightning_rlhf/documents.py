@@ -1,0 +1,50 @@
+"""Reading YAML: a key that stands twice, or a value without end, is refused; other readers guess, or never return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+LARGEST = 10_000
+"""Values of a document, aliases written out: far more than any config has."""
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_load = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """The value that a YAML text describes, as jsonargparse reads it.
+
+    Raises:
+        YAMLError: it is no YAML; a key stands twice in one mapping; it has too many values, as where an alias stands
+            inside what it names.
+    """
+    try:
+        _check(yaml.compose(text, Loader=_Loader))
+        return _load(text)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+def _check(root: Node | None) -> None:
+    nodes, seen = [root], 0
+    while nodes:
+        node, seen = nodes.pop(), seen + 1
+        if seen > LARGEST:
+            raise yaml.YAMLError(f"it has more than {LARGEST} values: an alias contains itself, or repeats too often")
+        if isinstance(node, SequenceNode):
+            nodes += node.value
+        elif isinstance(node, MappingNode):
+            _check_keys(node)
+            nodes += [part for pair in node.value for part in pair]
+
+
+def _check_keys(node: MappingNode) -> None:
+    keys: set[str] = set()
+    for key in (key for key, _ in node.value if isinstance(key, ScalarNode) and key.value != "<<"):
+        if key.value in keys:
+            line = key.start_mark.line + 1
+            raise yaml.YAMLError(f"the key `{key.value}` stands twice, again in line {line}: keep one of them")
+        keys.add(key.value)
