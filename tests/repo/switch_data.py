@@ -10,7 +10,8 @@ from switch_bench import Bench
 from switch_harness import Table, case, to
 
 from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
-from lightning_rlhf.data.formats import demonstration_of, prompt_of, ranking_of, text_of
+from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
+from lightning_rlhf.data.rankings import ranking_of
 
 ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
 PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
