@@ -95,7 +95,7 @@ _ROOMS = {
         "Whitened",
         "WorstOf",
     ),
-    "data": ("Columns", "ComparisonDataModule", "DemonstrationDataModule", "PromptDataModule"),
+    "data": ("Columns", "ComparisonDataModule", "DemonstrationDataModule", "HubData", "PromptDataModule"),
     "models": ("ModelSource", "PolicyModel", "ScalarModel"),
     "modules": (
         "AlignmentTax",

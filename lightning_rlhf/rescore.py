@@ -15,7 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.comparison import Comparison
 from lightning_rlhf.consent import objection
-from lightning_rlhf.data.records import Record, stream_records
+from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sources import stream_records
 from lightning_rlhf.parser import Parser
 from lightning_rlhf.rollout import Reward, as_reward
 from lightning_rlhf.rollout.reward import checked_scores
@@ -74,7 +75,7 @@ class Rescorer:
             network.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, records: Sequence[Record]) -> list[float]:
+    def __call__(self, records: Sequence[Located]) -> list[float]:
         """The scores.
 
         Raises:
@@ -171,7 +172,7 @@ def _with_folder(args: Sequence[str]) -> list[str]:
     return found
 
 
-def _check(record: Record, needed: dict[str, Any]) -> None:
+def _check(record: Located, needed: dict[str, Any]) -> None:
     """Raises ValueError where a column is missing or of another type."""
     for name, kinds in needed.items():
         value = record.row.get(name)

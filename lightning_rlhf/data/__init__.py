@@ -1,8 +1,9 @@
-"""Files of text to batches of tokens."""
+"""Rows of text to batches of tokens."""
 
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.comparisons import ComparisonDataModule
 from lightning_rlhf.data.demonstrations import DemonstrationDataModule
+from lightning_rlhf.data.hub import HubData
 from lightning_rlhf.data.loader import ResumableLoader
 from lightning_rlhf.data.prompts import PromptDataModule
 from lightning_rlhf.data.schedule import BatchSchedule
@@ -12,6 +13,7 @@ __all__ = [
     "Columns",
     "ComparisonDataModule",
     "DemonstrationDataModule",
+    "HubData",
     "PromptDataModule",
     "ResumableLoader",
 ]

@@ -12,13 +12,14 @@ from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples
 from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.sources import Source
 
 
 class ComparisonDataModule(TextDataModule):
     """Batches of prompts with K ranked responses each, `ComparisonBatch`; all K of a prompt are in one batch.
 
-    Files are JSONL with `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses",
-    "scores" | "ranks"}` or NeMo-RL's `{"context", "completions"}`. Paths may be several, patterns, or end in `.gz`.
+    Rows are `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses", "scores" |
+    "ranks"}` or NeMo-RL's `{"context", "completions"}`, from paths, the hub or objects, as in `PromptDataModule`.
     Scores, or the `"margin"` a pair may have, are also the labeler's ratings, for a loss with a margin.
     Evaluation serves a list of loaders: comparisons, then `TextBatch`es where `demonstrations` is given.
 
@@ -42,10 +43,10 @@ class ComparisonDataModule(TextDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        demonstrations: str | list[str] | None = None,
+        train: Source,
+        val: Source = None,
+        test: Source = None,
+        demonstrations: Source = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         max_tokens: int = 1024,

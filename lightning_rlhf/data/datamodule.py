@@ -15,18 +15,18 @@ from lightning_rlhf.core.settings import refuse_differences
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.order import FileOrder, ShuffledOrder
-from lightning_rlhf.data.records import Record, read_records
+from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sources import Source, read_records
 from lightning_rlhf.data.stream import JointStream, Stream
 from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder, load_tokenizer
 
-Paths = str | list[str] | None
-Reader = Callable[[Sequence[Record], Encoder, Columns, Tally], Sequence[Any]]
+Reader = Callable[[Sequence[Located], Encoder, Columns, Tally], Sequence[Any]]
 Collate = Callable[..., Any]
 
 
 class TextDataModule(LightningDataModule):
-    """Files named by arguments, read and tokenised when a stage first needs them, served by step number.
+    """Rows from where the arguments say, read and tokenised when a stage first needs them, served by step number.
 
     Args:
         tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
@@ -88,10 +88,10 @@ class TextDataModule(LightningDataModule):
         return self._encoder
 
     def load(self, name: str, read: Reader, *, limit: str, required: bool = False) -> None:
-        """Reads and tokenises the files of argument `name`, once.
+        """Reads and tokenises the rows of argument `name`, once.
 
         Args:
-            name: the argument that holds the paths.
+            name: the argument that says where they are.
             read: records to examples.
             limit: the argument that holds the longest length that is kept.
             required: whether the argument must be given.
@@ -99,13 +99,13 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: it must be and is not, or the files cannot be read.
         """
-        paths: Paths = getattr(self, name)
-        if paths is None and required:
+        source: Source = getattr(self, name)
+        if source is None and required:
             raise ValueError(f"{type(self).__name__} needs `{name}` for this: pass {name}=<path of a JSONL file>")
-        if paths is None or name in self._examples:
+        if source is None or name in self._examples:
             return
         tally = Tally(name=name, limit_name=limit, limit=getattr(self, limit))
-        self._examples[name] = read(read_records(paths), self.encoder, self.columns, tally)
+        self._examples[name] = read(read_records(source), self.encoder, self.columns, tally)
         self.tallies[name] = tally
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
 from lightning_rlhf.data.examples import demonstration_examples
 from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.sources import Source
 
 
 class DemonstrationDataModule(TextDataModule):
     """Batches of prompt + response + end token, `TextBatch`, whose targets are the response and the end token.
 
-    Files are JSONL with `{"prompt", "response"}`. Paths may be several, patterns, or end in `.gz`. Evaluation serves a
-    list of one loader.
+    Rows are `{"prompt", "response"}`, dialogues under `"messages"`, or documents under `"text"`, which are predicted
+    whole, from paths, the hub or objects, as in `PromptDataModule`. Evaluation serves a list of one loader.
 
     Args:
         train: demonstrations to train on.
@@ -41,9 +42,9 @@ class DemonstrationDataModule(TextDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: Source,
+        val: Source = None,
+        test: Source = None,
         loss_on_prompt: bool = False,
         batch_size: int = 64,
         eval_batch_size: int | None = None,

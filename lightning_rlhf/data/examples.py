@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_rlhf.data.columns import Columns
-from lightning_rlhf.data.formats import Ranking, demonstration_of, prompt_of, ranking_of, text_of
-from lightning_rlhf.data.records import Record
+from lightning_rlhf.data.dialogues import Answer
+from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
+from lightning_rlhf.data.rankings import Ranking, ranking_of
+from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.tally import Tally
-from lightning_rlhf.text import Encoder, Tokens
+from lightning_rlhf.text import Encoder, Prompt, Tokens, as_dialogue
 from lightning_rlhf.types import Row
 
 
@@ -20,11 +22,19 @@ class PromptExample:
 
     Attributes:
         tokens: at least one.
-        row: the raw record, its prompt under `prompt` whatever the file calls it.
+        record: where its row is.
+        columns: names of the row's keys.
     """
 
     tokens: Tokens
-    row: Row
+    record: Located
+    columns: Columns = Columns()
+
+    @property
+    def row(self) -> Row:
+        """The raw row, its prompt under `prompt` whatever the file calls it; that of a table is read now."""
+        row = self.record.row
+        return {**row, "prompt": prompt_of(row, self.columns)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,9 @@ class ComparisonExample:
     strength: list[float] | None = None
 
 
-def prompt_examples(records: Sequence[Record], encoder: Encoder, columns: Columns, tally: Tally) -> list[PromptExample]:
+def prompt_examples(
+    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
+) -> list[PromptExample]:
     """The prompts of the records that fit `tally.limit` tokens.
 
     Raises:
@@ -67,7 +79,7 @@ def prompt_examples(records: Sequence[Record], encoder: Encoder, columns: Column
             tokens = encoder.prompt(prompt_of(record.row, columns))
         tally.rows += 1
         if tally.fits(len(tokens)):
-            examples.append(PromptExample(tokens, {**record.row, "prompt": record.row[columns.prompt]}))
+            examples.append(PromptExample(tokens, record, columns))
         else:
             tally.long_rows += 1
     tally.report()
@@ -75,9 +87,9 @@ def prompt_examples(records: Sequence[Record], encoder: Encoder, columns: Column
 
 
 def demonstration_examples(
-    records: Sequence[Record], encoder: Encoder, columns: Columns, tally: Tally, *, loss_on_prompt: bool = False
+    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally, *, loss_on_prompt: bool = False
 ) -> list[TextExample]:
-    """Prompt + response + end token of the records that fit `tally.limit` tokens.
+    """Prompt + response + end token, or a document to be predicted whole, of the records that fit `tally.limit` tokens.
 
     Args:
         records: what was read.
@@ -95,12 +107,10 @@ def demonstration_examples(
     examples = []
     for record in records:
         with record.located():
-            demonstration = demonstration_of(record.row, columns)
-            prompt = encoder.prompt(demonstration.prompt)
-            tokens = prompt + encoder.response(demonstration.response)
+            example = _demonstration(record.row, encoder, columns)
         tally.rows += 1
-        if tally.fits(len(tokens)):
-            examples.append(TextExample(tokens, context=1 if loss_on_prompt else len(prompt)))
+        if tally.fits(len(example.tokens)):
+            examples.append(TextExample(example.tokens, context=1) if loss_on_prompt else example)
         else:
             tally.long_rows += 1
     tally.report()
@@ -108,7 +118,7 @@ def demonstration_examples(
 
 
 def comparison_examples(
-    records: Sequence[Record], encoder: Encoder, columns: Columns, tally: Tally
+    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
 ) -> list[ComparisonExample]:
     """The rankings of the records, without responses over `tally.limit` tokens (prompt and end token included).
 
@@ -131,7 +141,7 @@ def comparison_examples(
 
 
 def pretraining_blocks(
-    records: Sequence[Record], encoder: Encoder, columns: Columns, *, block: int
+    records: Sequence[Located], encoder: Encoder, columns: Columns, *, block: int
 ) -> list[TextExample]:
     """Documents end to end, cut every `block` tokens; a shorter last block is kept if it has a token to predict.
 
@@ -148,9 +158,30 @@ def pretraining_blocks(
     return [TextExample(tokens, context=1) for tokens in blocks if len(tokens) >= 2]
 
 
+def _demonstration(row: Row, encoder: Encoder, columns: Columns) -> TextExample:
+    if is_document(row, columns):
+        tokens = encoder.document(text_of(row, columns))
+        if len(tokens) < 2:
+            raise ValueError(f"`{columns.text}` has no token to predict: remove the row")
+        return TextExample(tokens, context=1)
+    demonstration = demonstration_of(row, columns)
+    prompt = encoder.prompt(demonstration.prompt)
+    return TextExample(prompt + encoder.response(demonstration.response), context=len(prompt))
+
+
+def _exchanges(prompt: Prompt, answers: Sequence[Answer], encoder: Encoder) -> Iterator[Tokens]:
+    """Prompt and answer of each; of an answer of several turns all but the last are written as the prompt's are."""
+    opened = encoder.prompt(prompt)
+    for answer in answers:
+        if isinstance(answer, str):
+            yield opened + encoder.response(answer)
+        else:
+            *turns, last = answer
+            yield encoder.prompt([*as_dialogue(prompt), *turns]) + encoder.response(str(last["content"]))
+
+
 def _comparison(ranking: Ranking, encoder: Encoder, tally: Tally) -> ComparisonExample:
-    prompt = encoder.prompt(ranking.prompt)
-    texts = [prompt + encoder.response(response) for response in ranking.responses]
+    texts = list(_exchanges(ranking.prompt, ranking.responses, encoder))
     kept = [index for index, text in enumerate(texts) if tally.fits(len(text))]
     tally.responses += len(texts)
     tally.long_responses += len(texts) - len(kept)

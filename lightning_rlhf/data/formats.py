@@ -1,15 +1,23 @@
-"""What a record says: a prompt, a demonstration, a ranking or a document."""
+"""What a record says: a prompt, a demonstration or a document, under our keys or those of TRL, OpenRLHF and NeMo-RL.
+
+A key named with `Columns` is read and no other. Under the default names our key comes first, then those of the others;
+two of theirs in one row are an error, never a guess.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from lightning_rlhf.data.columns import Columns
-from lightning_rlhf.text import Prompt, answer, checked_messages, checked_prompt
+from lightning_rlhf.data.dialogues import answered, shared_messages, shared_text
+from lightning_rlhf.text import Prompt, as_dialogue, checked_answer, checked_messages, checked_prompt
 from lightning_rlhf.types import Row
+
+PROMPT_KEYS = ("input", "context_messages")
+"""OpenRLHF's names of the prompt."""
+ANSWER_KEYS = ("completion", "output", "messages")
+"""TRL's and OpenRLHF's names of the answer; `messages` is the whole dialogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,30 +28,41 @@ class Demonstration:
     response: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """K responses to one prompt.
-
-    Attributes:
-        prompt: what they answer.
-        responses: K texts.
-        places: K numbers, lower is better, equal are ties.
-        strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
-    """
-
-    prompt: Prompt
-    responses: list[str]
-    places: list[float]
-    strength: list[float] | None = None
-
-
 def prompt_of(row: Row, columns: Columns) -> Prompt:
-    """The prompt of `{"prompt"}`.
+    """The prompt to respond to, of any row that has one.
+
+    That of `prompt_key`, or what comes before the answers of a dialogue (`messages`), of a pair (`chosen`, `rejected`)
+    or of ranked `completions` (`context`).
 
     Raises:
-        ValueError: the key is missing or is neither a text nor messages.
+        ValueError: there is none, there are several, or it is neither a text nor messages.
     """
-    return checked_prompt(_value(row, columns.prompt, "prompt"), columns.prompt)
+    key = prompt_key(row, columns)
+    if key is not None:
+        return checked_prompt(value_of(row, key, "prompt"), key)
+    dialogue, pair, ranked = "messages" in row, columns.chosen in row and columns.rejected in row, "completions" in row
+    one_of({"messages": dialogue, columns.chosen: pair, "completions": ranked}, "the prompt", "prompt")
+    if dialogue:
+        messages = checked_messages(row["messages"], "messages")
+        return _before_answer(messages, "messages") if messages[-1]["role"] == "assistant" else messages
+    if pair:
+        return split_pair(row, columns)[0]
+    if ranked and "context" in row:
+        return checked_prompt(row["context"], "context")
+    return checked_prompt(value_of(row, columns.prompt, "prompt"), columns.prompt)  # which it is not: say so
+
+
+def prompt_key(row: Row, columns: Columns) -> str | None:
+    """The key that holds the row's prompt; None where it has to be found in a dialogue.
+
+    Raises:
+        ValueError: several might.
+    """
+    if columns.prompt in row or columns.prompt != Columns.prompt:  # a key that was named on purpose must be there
+        return columns.prompt
+    found = {key: key in row for key in PROMPT_KEYS}
+    beside = {"instruction": "instruction" in row and any(found.values())}  # Alpaca's: `input` is half of its prompt
+    return one_of(found | beside, "the prompt", "prompt")
 
 
 def text_of(row: Row, columns: Columns) -> str:
@@ -52,81 +71,50 @@ def text_of(row: Row, columns: Columns) -> str:
     Raises:
         ValueError: the key is missing or is no text.
     """
-    text = _value(row, columns.text, "text")
+    text = value_of(row, columns.text, "text")
     if not isinstance(text, str):
         raise ValueError(f"`{columns.text}` must be a text, found {type(text).__name__}: {str(text)[:80]}")
     return text
 
 
+def is_document(row: Row, columns: Columns) -> bool:
+    """Whether a row of demonstrations has a text and no prompt or answer (TRL's language modelling)."""
+    named = {columns.prompt, columns.response, *PROMPT_KEYS, *ANSWER_KEYS}
+    return columns.text in row and not named & row.keys()
+
+
 def demonstration_of(row: Row, columns: Columns) -> Demonstration:
-    """The demonstration of `{"prompt", "response"}`.
+    """The demonstration of a prompt and its answer, or of a dialogue that ends with one.
+
+    Of an answer of several turns the last is the response, and what was said before it belongs to the prompt.
 
     Raises:
-        ValueError: a key is missing or has another type.
+        ValueError: a key is missing or has another type, several might be meant, or `label` calls the answer bad.
     """
-    prompt = prompt_of(row, columns)
-    return Demonstration(prompt, answer(_value(row, columns.response, "response"), columns.response, prompt))
-
-
-def ranking_of(row: Row, columns: Columns) -> Ranking:
-    """The ranking of a pair, of K responses with scores or ranks, or of NeMo-RL's completions, in this precedence.
-
-    `{"prompt", "chosen", "rejected", "margin"}`, the prompt and the margin optional; `{"prompt", "responses", "scores"
-    | "ranks"}`; `{"context", "completions": [{"rank", "completion"}]}`. Ratings are the scores, or the margin and 0.
-
-    Raises:
-        ValueError: none of these, or one with a missing key, another type or lists of different lengths.
-    """
-    if columns.chosen in row or columns.rejected in row:
-        return _pair(row, columns)
-    if columns.responses in row:
-        return _listed(row, columns)
-    if "completions" in row:
-        return _completions(row)
-    raise ValueError(
-        f"no ranking found among the keys {sorted(row)}: needed are `{columns.chosen}` and `{columns.rejected}`, or "
-        f"`{columns.responses}` with `{columns.scores}` or `{columns.ranks}`, or `context` with `completions`; "
-        "keys can be renamed with `columns`"
-    )
-
-
-def _value(row: Row, key: str, column: str) -> Any:
-    if key not in row:
-        raise ValueError(
-            f"no key `{key}`; found {sorted(row)}: add it, or name the key to read instead with `columns.{column}`"
-        )
-    return row[key]
-
-
-def _pair(row: Row, columns: Columns) -> Ranking:
-    chosen, rejected = (_value(row, getattr(columns, side), side) for side in ("chosen", "rejected"))
-    if columns.prompt in row or columns.prompt != Columns.prompt:  # a key that was named on purpose must be there
-        prompt = prompt_of(row, columns)
+    prompted, key = prompt_key(row, columns), _answer_key(row, columns)
+    if prompted is None and key == "messages":
+        messages = checked_answer(value_of(row, key, "response"), key)
+        prompt = _before_answer(messages, key) if isinstance(messages, list) else ""
     else:
-        prompt, chosen, rejected = _split_pair(chosen, rejected, columns)
-    responses = [answer(chosen, columns.chosen, prompt), answer(rejected, columns.rejected, prompt)]
-    strength = [_margin(row, columns), 0.0] if columns.margin in row else None
-    return Ranking(prompt, responses, [0.0, 0.0 if responses[0] == responses[1] else 1.0], strength)
+        prompt = checked_prompt(value_of(row, prompted or columns.prompt, "prompt"), prompted or columns.prompt)
+        messages = value_of(row, key, "response")
+    if key == "completion" and row.get("label") is False:
+        raise ValueError("`label` is false: the `completion` is a bad one, not to be imitated; leave out such rows")
+    prompt, (answer,) = answered(prompt, [messages], [key])
+    if isinstance(answer, str):
+        return Demonstration(prompt, answer)
+    return Demonstration([*as_dialogue(prompt), *answer[:-1]], str(answer[-1]["content"]))
 
 
-def _margin(row: Row, columns: Columns) -> float:
-    margin = _number(row[columns.margin], columns.margin)
-    if margin < 0:
-        raise ValueError(
-            f"`{columns.margin}` must be at least 0, found {margin}: it says by how much `{columns.chosen}` is better "
-            f"than `{columns.rejected}`; swap the two, or name another key with `columns.margin`"
-        )
-    return margin
+def split_pair(row: Row, columns: Columns) -> tuple[Prompt, Any, Any]:
+    """The implicit prompt of two dialogues, and what follows it in each.
 
-
-def _split_pair(chosen: Any, rejected: Any, columns: Columns) -> tuple[Prompt, Any, Any]:
-    """The implicit prompt of two dialogues and what follows it in each.
-
-    Messages: all but the last. Texts: the longest common beginning, its last space left to the responses (TRL's
-    `extract_prompt`).
+    Raises:
+        ValueError: they have nothing in common that could be a prompt.
     """
+    chosen, rejected = (value_of(row, getattr(columns, side), side) for side in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt = commonprefix([chosen, rejected]).removesuffix(" ")
+        prompt = shared_text(chosen, rejected)
         if not prompt:
             raise ValueError(
                 f"no key `{columns.prompt}`, and `{columns.chosen}` and `{columns.rejected}` have no common beginning "
@@ -134,66 +122,53 @@ def _split_pair(chosen: Any, rejected: Any, columns: Columns) -> tuple[Prompt, A
                 "with `columns.prompt`"
             )
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    chosen, rejected = checked_messages(chosen, columns.chosen), checked_messages(rejected, columns.rejected)
-    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+    dialogues = [checked_messages(chosen, columns.chosen), checked_messages(rejected, columns.rejected)]
+    shared = shared_messages(dialogues)
+    if not shared:
         raise ValueError(
             f"no key `{columns.prompt}`, and `{columns.chosen}` and `{columns.rejected}` are not one dialogue with two "
-            "last messages: all but the last must be equal and at least one; add the prompt"
+            "endings: their first messages must be equal, and an assistant's turn follow in both; add the prompt"
         )
-    return checked_prompt(chosen[:-1], columns.chosen), chosen[-1:], rejected[-1:]
+    first, second = (dialogue[len(shared) :] for dialogue in dialogues)
+    return checked_prompt(shared, columns.chosen), first, second
 
 
-def _listed(row: Row, columns: Columns) -> Ranking:
-    prompt, responses = prompt_of(row, columns), row[columns.responses]
-    if columns.scores in row and columns.ranks in row:
-        raise ValueError(
-            f"both `{columns.scores}` and `{columns.ranks}` are there: point `columns.scores` or `columns.ranks` at a "
-            "key that is not, to say which to leave out"
-        )
-    if columns.scores not in row and columns.ranks not in row:
-        raise ValueError(
-            f"no key `{columns.scores}` (higher is better) or `{columns.ranks}` (lower is better); found "
-            f"{sorted(row)}: add one, or name its key with `columns.scores` or `columns.ranks`"
-        )
-    key, sign = (columns.scores, -1.0) if columns.scores in row else (columns.ranks, 1.0)
-    numbers = row[key]
-    if not isinstance(responses, list) or not isinstance(numbers, list) or len(responses) != len(numbers):
-        raise ValueError(
-            f"`{columns.responses}` and `{key}` must be lists of equal length, found {_size(responses)} "
-            f"and {_size(numbers)}"
-        )
-    numbers = [_number(number, key) for number in numbers]
-    strength = numbers if columns.scores in row else None
-    return _ranking(prompt, responses, [sign * number for number in numbers], columns.responses, strength)
+def value_of(row: Row, key: str, column: str) -> Any:
+    """The value of a key.
 
-
-def _completions(row: Row) -> Ranking:
-    prompt, entries = checked_prompt(_plain(row, "context"), "context"), row["completions"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"`completions` must be a list of {{'rank', 'completion'}}, found {str(entries)[:80]}")
-    places = [_number(_plain(entry, "rank"), "completions.rank") for entry in entries]
-    return _ranking(prompt, [_plain(entry, "completion") for entry in entries], places, "completions")
-
-
-def _ranking(
-    prompt: Prompt, responses: list[Any], places: list[float], key: str, strength: list[float] | None = None
-) -> Ranking:
-    if len(responses) < 2:
-        raise ValueError(f"`{key}` needs at least 2 responses to compare, found {len(responses)}: remove the row")
-    return Ranking(prompt, [answer(response, key, prompt) for response in responses], places, strength)
-
-
-def _plain(row: Row, key: str) -> Any:
+    Raises:
+        ValueError: the row does not have it.
+    """
     if key not in row:
-        raise ValueError(f"no key `{key}` beside {sorted(row)}: the format with `completions` needs it")
+        raise ValueError(
+            f"no key `{key}`; found {sorted(row)}: add it, or name the key to read instead with `columns.{column}`"
+        )
     return row[key]
 
 
-def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"`{key}` must hold finite numbers, found {value!r}")
-    return float(value)
+def one_of(found: dict[str, bool], what: str, column: str) -> str | None:
+    """The one key that was found, or None.
+
+    Raises:
+        ValueError: there are several.
+    """
+    keys = [key for key, there in found.items() if there]
+    if len(keys) > 1:
+        raise ValueError(
+            f"{what} could be in {' or '.join(f'`{key}`' for key in keys)}: say which is meant with "
+            f"`columns.{column}`, or remove the others"
+        )
+    return keys[0] if keys else None
 
 
-def _size(value: Any) -> str:
-    return f"{len(value)} entries" if isinstance(value, list) else f"a {type(value).__name__}"
+def _answer_key(row: Row, columns: Columns) -> str:
+    if columns.response in row or columns.response != Columns.response:
+        return columns.response
+    return one_of({key: key in row for key in ANSWER_KEYS}, "the answer", "response") or columns.response
+
+
+def _before_answer(messages: list[Any], key: str) -> Prompt:
+    shared = shared_messages([messages])
+    if not shared:
+        raise ValueError(f"`{key}` holds nothing before the assistant's message: there is no prompt to answer")
+    return checked_prompt(shared, key)

@@ -11,7 +11,7 @@ _KINDS = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"PAR1": "a Parquet file: write its rows as JSONL",
+    b"PAR1": "a Parquet file: end its name in .parquet",
 }
 """Beginnings of files that are no JSONL."""
 _BOM = b"\xef\xbb\xbf"

@@ -14,7 +14,8 @@ from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
 from lightning_rlhf.data.loader import ResumableLoader
-from lightning_rlhf.data.records import Record
+from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sources import Source
 from lightning_rlhf.data.stream import JointStream
 from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
@@ -23,8 +24,9 @@ from lightning_rlhf.text import Encoder
 class PromptDataModule(TextDataModule):
     """Batches of prompts for PPO, `{"prompts": PromptBatch}`, and `"pretrain": TextBatch` where `pretrain` is given.
 
-    Prompt files are JSONL with `{"prompt"}`, other keys kept for the reward; pretraining files have `{"text"}`. Paths
-    may be several, patterns, or end in `.gz`. Evaluation serves bare batches from a list of loaders: prompts, then
+    Prompts are rows with `{"prompt"}`, other keys kept for the reward; pretraining rows have `{"text"}`. Each may come
+    from paths (JSONL, Parquet, CSV, patterns, saved datasets), from the hub (OWNER/NAME:SPLIT, `HubData`) or, in
+    Python, be a `datasets.Dataset` or a list. Evaluation serves bare batches from a list of loaders: prompts, then
     texts where `val_pretrain` is given.
 
     Args:
@@ -51,12 +53,12 @@ class PromptDataModule(TextDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        predict: str | list[str] | None = None,
-        pretrain: str | list[str] | None = None,
-        val_pretrain: str | list[str] | None = None,
+        train: Source = None,
+        val: Source = None,
+        test: Source = None,
+        predict: Source = None,
+        pretrain: Source = None,
+        val_pretrain: Source = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         pretrain_ratio: float = 8.0,
@@ -147,5 +149,7 @@ class PromptDataModule(TextDataModule):
     def _load_texts(self, name: str) -> None:
         self.load(name, self._blocks, limit="text_tokens")
 
-    def _blocks(self, records: Sequence[Record], encoder: Encoder, columns: Columns, tally: Tally) -> list[TextExample]:
+    def _blocks(
+        self, records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
+    ) -> list[TextExample]:
         return pretraining_blocks(records, encoder, columns, block=tally.limit)

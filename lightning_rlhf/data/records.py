@@ -1,14 +1,13 @@
-"""Records of JSONL files, each with the place it was read from."""
+"""Rows with the place each was read from, and those of JSONL files."""
 
 from __future__ import annotations
 
-import glob
 import gzip
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightning_rlhf.data.parsing import parse_line
 from lightning_rlhf.types import Row
@@ -17,8 +16,41 @@ LONGEST_LINE = 2**26
 """Bytes. A file without line breaks, or one that unpacks without end, must not fill the memory."""
 
 
+class Located(ABC):
+    """A row and where it stood.
+
+    Attributes:
+        row: the row as it stood there.
+        file: the file, or the name of the table.
+    """
+
+    __slots__ = ()
+    row: Row
+    file: str
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """How every error names this row."""
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors raised inside, with the place of this row in front.
+
+        Raises:
+            ValueError: the one raised inside, now naming the place; other errors carry the place as a note.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while reading {self.where}")
+            raise
+
+
 @dataclass(frozen=True, slots=True)
-class Record:
+class Record(Located):
     """One JSON object and where it stood.
 
     Attributes:
@@ -33,73 +65,29 @@ class Record:
 
     @property
     def where(self) -> str:
-        """`file, line n`: how every error names this record."""
+        """`file, line n`."""
         return f"{self.file}, line {self.line}"
 
-    @contextmanager
-    def located(self) -> Iterator[None]:
-        """Errors raised inside, with the place of this record in front.
 
-        Raises:
-            ValueError: the one raised inside, now naming file and line; other errors carry the place as a note.
-        """
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(f"{self.where}: {error}") from error
-        except Exception as error:
-            error.add_note(f"while reading {self.where}")
-            raise
-
-
-def read_records(paths: str | list[str]) -> list[Record]:
-    """The records of JSONL files (UTF-8, `.gz` or plain), in the order of the paths and lines; blank lines are skipped.
-
-    Args:
-        paths: one path or several; a path with `*`, `?` or `[…]` that names no file is a pattern, read in sorted order.
-
-    Returns:
-        records, at least one.
+def stream_lines(file: str) -> Iterator[Record]:
+    """The records of a JSONL file (UTF-8, `.gz` or plain) one at a time, in its order; blank lines are none.
 
     Raises:
-        ValueError: a missing or empty file, a line that is not UTF-8, not JSON or not an object; names file and line.
+        ValueError: a line is not UTF-8, not JSON or not an object; names file and line.
     """
-    if not paths:
-        raise ValueError("no path was given: name at least one JSONL file")
-    files = [file for path in ([paths] if isinstance(paths, str) else paths) for file in _expand(path)]
-    return [record for file in files for record in _read_file(file)]
+    for number, line in _lines(file):
+        record = _parse(line, file, number)
+        if record is not None:
+            yield record
 
 
-def _expand(path: str) -> list[str]:
-    if Path(path).is_file():
-        return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
-    if not found:
-        kind = (
-            "is a folder" if Path(path).is_dir() else "is no regular file" if Path(path).exists() else "does not exist"
-        )
-        raise ValueError(
-            f"{path or repr(path)} {kind} (working directory {Path.cwd()}): give the path of a JSONL file, plain or "
-            ".gz, or a pattern such as 'data/*.jsonl'"
-        )
-    return found
-
-
-def stream_records(file: str) -> Iterator[Record]:
-    """The records of one file, one at a time: for what is too long for memory.
+def read_lines(file: str) -> list[Record]:
+    """The records of a JSONL file, as `stream_lines` gives them.
 
     Raises:
-        ValueError: as `read_records`; a file without records is none.
+        ValueError: it is empty, or a line is not UTF-8, not JSON or not an object; names file and line.
     """
-    for path in _expand(file):
-        for number, line in _lines(path):
-            record = _parse(line, path, number)
-            if record is not None:
-                yield record
-
-
-def _read_file(file: str) -> list[Record]:
-    records = list(stream_records(file))
+    records = list(stream_lines(file))
     if not records:
         raise ValueError(f'{file} holds no record: it needs one JSON object per line, for example {{"prompt": "Hi"}}')
     return records

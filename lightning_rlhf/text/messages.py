@@ -62,28 +62,15 @@ def checked_prompt(value: Any, key: str) -> Prompt:
     return messages
 
 
-def answer(value: Any, key: str, prompt: Prompt) -> str:
-    """The text of a response.
-
-    Args:
-        value: a text, or messages whose last is the assistant's; earlier ones may only repeat the prompt.
-        key: the key it came from, for the error.
-        prompt: what it answers.
-
-    Returns:
-        text.
+def checked_answer(value: Any, key: str) -> str | list[Message]:
+    """`value` if it is a text, or messages whose last is the assistant's.
 
     Raises:
-        ValueError: another type, another role, or earlier messages that are not the prompt and would be lost.
+        ValueError: it is neither.
     """
     if isinstance(value, str):
         return value
-    *before, last = checked_messages(value, key)
-    if last["role"] != "assistant":
-        raise ValueError(f"`{key}` must end with a message of role 'assistant', found role {last['role']!r}")
-    if before and before != as_dialogue(prompt):
-        raise ValueError(
-            f"`{key}` has {len(before)} messages before its last that are not the prompt and would be lost: "
-            "move them into the prompt"
-        )
-    return str(last["content"])
+    messages = checked_messages(value, key)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"`{key}` must end with a message of role 'assistant', found role {messages[-1]['role']!r}")
+    return messages

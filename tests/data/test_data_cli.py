@@ -25,7 +25,7 @@ CONFIGS: list[tuple[type, dict[str, Any]]] = [
         PromptDataModule,
         {
             "train": "t.jsonl",
-            "val": ["v.jsonl", "w.jsonl"],
+            "val": ["v.jsonl", {"path": "owner/name", "split": "held_out", "name": "small"}],
             "test": "u.jsonl",
             "predict": "p.jsonl",
             "pretrain": "x.jsonl",
@@ -35,7 +35,15 @@ CONFIGS: list[tuple[type, dict[str, Any]]] = [
             "text_tokens": 13,
         },
     ),
-    (ComparisonDataModule, {"train": ["t.jsonl"], "val": "v.jsonl", "demonstrations": "d.jsonl", "max_tokens": 14}),
+    (
+        ComparisonDataModule,
+        {
+            "train": ["t.jsonl"],
+            "val": "v.jsonl",
+            "demonstrations": {"path": "owner/name", "split": "train"},
+            "max_tokens": 14,
+        },
+    ),
     (DemonstrationDataModule, {"train": "t.jsonl", "test": "u.jsonl", "loss_on_prompt": True, "max_tokens": 15}),
 ]
 

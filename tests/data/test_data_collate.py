@@ -7,6 +7,7 @@ import torch
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_prompts, collate_texts
 from lightning_rlhf.data.examples import ComparisonExample, PromptExample, TextExample
+from lightning_rlhf.data.records import Record
 
 
 def ids(*tokens: int) -> array[int]:
@@ -15,7 +16,8 @@ def ids(*tokens: int) -> array[int]:
 
 @pytest.mark.parametrize("pad", [0, 9])
 def test_prompts_are_padded_on_the_left(pad: int) -> None:
-    examples = [PromptExample(ids(5, 0, 6), {"prompt": "x", "id": 1}), PromptExample(ids(7), {"prompt": "y"})]
+    rows = [Record({"prompt": "x", "id": 1}, "f", 1), Record({"prompt": "y"}, "f", 2)]
+    examples = [PromptExample(ids(5, 0, 6), rows[0]), PromptExample(ids(7), rows[1])]
     batch = collate_prompts(examples, [True, False], pad=pad)
     assert batch.tokens.tolist() == [[5, 0, 6], [pad, pad, 7]]
     assert batch.mask.tolist() == [[True, True, True], [False, False, True]]  # a real 0 counts though 0 may be the pad

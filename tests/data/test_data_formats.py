@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data.columns import Columns
-from lightning_rlhf.data.formats import Demonstration, Ranking, demonstration_of, prompt_of, ranking_of, text_of
+from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of, text_of
+from lightning_rlhf.data.rankings import Ranking, ranking_of
 
 DEFAULT = Columns()
 
@@ -27,7 +28,9 @@ def test_demonstration_takes_text_or_the_last_message() -> None:
     assert demonstration_of({"prompt": "a", "response": "b"}, DEFAULT) == Demonstration("a", "b")
     assert demonstration_of({"prompt": "a", "response": [assistant("b")]}, DEFAULT) == Demonstration("a", "b")
     repeated = {"prompt": "a", "response": [user("a"), assistant("b")]}
-    assert demonstration_of(repeated, DEFAULT) == Demonstration("a", "b")
+    assert demonstration_of(repeated, DEFAULT) == Demonstration(
+        [user("a")], "b"
+    )  # a dialogue, so the template writes it
 
 
 RANKINGS = [
@@ -138,9 +141,9 @@ RANKING_ERRORS = [
     ({"chosen": "b", "rejected": [assistant("c")]}, "`chosen` must be a text or a list of messages"),
     (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("c")]},
-        "all but the last must be equal",
+        "not one dialogue with two endings: their first messages must be equal",
     ),
-    ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "all but the last must be equal and at least one"),
+    ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "an assistant's turn follow in both"),
     ({"prompt": "a", "responses": ["b", "c"]}, r"no key `scores` \(higher is better\) or `ranks` \(lower is better\)"),
     (
         {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2], "ranks": [1, 2]},

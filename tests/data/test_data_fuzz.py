@@ -25,7 +25,8 @@ from lightning_rlhf.data.examples import (
     pretraining_blocks,
     prompt_examples,
 )
-from lightning_rlhf.data.records import Record, read_records
+from lightning_rlhf.data.records import Record
+from lightning_rlhf.data.sources import read_records
 from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
@@ -106,7 +107,8 @@ def test_good_rows_lose_no_token(rows: list[dict[str, Any]], block: int, toy_tok
 
 @given(st.lists(TOKENS, min_size=1, max_size=4), st.integers(0, 35))
 def test_prompts_end_where_the_row_ends(rows: list[Any], pad: int) -> None:
-    batch = collate_prompts([PromptExample(row, {}) for row in rows], [True] * len(rows), pad=pad)
+    record = Record({"prompt": "a"}, "x", 1)
+    batch = collate_prompts([PromptExample(row, record) for row in rows], [True] * len(rows), pad=pad)
     for tokens, mask, row in zip(batch.tokens, batch.mask, rows, strict=True):
         width = len(tokens) - len(row)
         assert mask.tolist() == [False] * width + [True] * len(row)

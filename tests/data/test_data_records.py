@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_rlhf.data.records import read_records
+from lightning_rlhf.data.sources import read_records
 
 
 def test_records_keep_order_place_and_every_key(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_empty_file_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.jsonl does not exist .*give the path of a JSONL file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist .*give the path of a JSONL .*OWNER/NAME:SPLIT"):
         read_records(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="is a folder"):
         read_records(str(tmp_path))

@@ -60,7 +60,7 @@ def trainer(tmp_path: Path, **arguments: Any) -> Trainer:
     return Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet, **saves, **arguments)
 
 
-def ptx(prompts: str, texts: str, plain: Any, **arguments: Any) -> PromptDataModule:
+def ptx(prompts: Any, texts: str, plain: Any, **arguments: Any) -> PromptDataModule:
     return PromptDataModule(
         prompts, pretrain=texts, batch_size=BATCH, pretrain_ratio=1.5, text_tokens=4, tokenizer=plain, **arguments
     )
@@ -99,6 +99,16 @@ def test_run_resumed_from_the_end_of_an_epoch(tmp_path: Path, prompts: str, text
         checkpoint = tmp_path / f"epoch={epoch}.ckpt"
         resumed = fit(tmp_path, ptx(prompts, texts, plain), ckpt_path=checkpoint, max_epochs=3)
         assert resumed.seen == whole[4 * (epoch + 1) :]
+
+
+def test_table_resumes_from_workers_and_another_is_refused(tmp_path: Path, texts: str, plain: Any) -> None:
+    table = pytest.importorskip("datasets").Dataset.from_list([{"prompt": letter} for letter in "abcdefghij"[:SIZE]])
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(tmp_path, ptx(table, texts, plain), max_epochs=2, callbacks=[saves]).seen
+    again = {"ckpt_path": tmp_path / "step=3.ckpt", "max_epochs": 2}
+    assert fit(tmp_path, ptx(table, texts, plain, num_workers=2), **again).seen == whole[3:]
+    with pytest.raises(ValueError, match=rf"rows.train: {SIZE} before, {SIZE - 1} now"):
+        fit(tmp_path, ptx(table.select(range(SIZE - 1)), texts, plain), **again)
 
 
 def test_resuming_with_short_epochs(tmp_path: Path, prompts: str, texts: str, plain: Any) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 from lightning import LightningDataModule
 from switch_bench import Bench
 from switch_harness import Table, case, to
 
-from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
-from lightning_rlhf.data.formats import demonstration_of, prompt_of, ranking_of, text_of
+from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
+from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
+from lightning_rlhf.data.rankings import ranking_of
+from lightning_rlhf.data.sources import read_records
 
 ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
 PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
 SCORED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "scores": [1, 0], "ratings": [0, 1]}
 PLACED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "ranks": [1, 0], "places": [0, 1]}
+CARD = """---
+configs:
+- config_name: small
+  data_files: [{split: train, path: prompts.jsonl}, {split: held_out, path: other_prompts.jsonl}]
+- config_name: other
+  data_files: [{split: train, path: demonstrations.jsonl}]
+---
+"""
 
 
 def table(bench: Bench) -> Table:
@@ -63,6 +76,13 @@ def table(bench: Bench) -> Table:
             max_tokens=to(6),
             **switched,
         ),
+        HubData: case(
+            hub_rows(str(bench.empty())),
+            {"path": copied(bench, "prompts"), "split": "train", "name": "small"},
+            path=to(copied(bench, "other_prompts")),
+            split=to("held_out"),
+            name=to("other"),
+        ),
         PromptDataModule: case(
             batches,
             common | files("prompts", "train", "val", "test", "predict"),
@@ -75,6 +95,25 @@ def table(bench: Bench) -> Table:
             **switched,
         ),
     }
+
+
+def copied(bench: Bench, first: str) -> str:
+    """A folder as a download from the hub leaves it; the rows of `first` are the training split of `small`."""
+    folder = bench.empty()
+    (folder / "README.md").write_text(CARD.replace("path: prompts", f"path: {first}"), encoding="utf-8")
+    for name in ("prompts", "other_prompts", "demonstrations"):
+        shutil.copy(bench.file(name), folder)
+    return str(folder)
+
+
+def hub_rows(cache: str) -> Callable[[HubData], list[Any]]:
+    """What is read of hub data, by way of a cache of the test's own."""
+
+    def observe(data: HubData) -> list[Any]:
+        with patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+            return [record.row for record in read_records(data)]
+
+    return observe
 
 
 def batches(data: LightningDataModule) -> dict[str, list[Any]]:

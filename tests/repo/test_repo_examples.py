@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module(name)
 
 
-@pytest.mark.parametrize("folder", [*OWN, "existing_project", "human_rankings", "lora", "multi_node"])
+@pytest.mark.parametrize("folder", [*OWN, "existing_project", "human_rankings", "lora", "multi_node", "sweep"])
 def test_example_is_one_yaml_and_at_most_one_short_file(folder: str) -> None:
     kept = [path for path in (EXAMPLES / folder).iterdir() if path.name != "__pycache__"]
     code = [path for path in kept if path.suffix in (".py", ".yaml")]
@@ -56,7 +57,7 @@ def test_example_is_one_yaml_and_at_most_one_short_file(folder: str) -> None:
 def test_every_folder_is_an_example_or_has_a_page() -> None:
     """Those above have a header; the larger ones a page or, the quickstart, a script that says it all."""
     larger = {path.name for path in EXAMPLES.iterdir() if (path / "README.md").is_file() or (path / "run.py").is_file()}
-    short = {*OWN, "existing_project", "human_rankings", "lora", "multi_node"}
+    short = {*OWN, "existing_project", "human_rankings", "lora", "multi_node", "sweep"}
     assert larger | short == {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
 
 
@@ -94,6 +95,50 @@ def test_soft_clip_starts_as_the_plain_ratio_and_ends_flat(monkeypatch: pytest.M
     assert abs(log_ratio.grad[0, 1]) < 1e-9
     assert loss[0, 2].item() == pytest.approx(2 * 0.8, abs=1e-3)  # tanh(−4.75) is −0.99985
     assert loss[0, 3].item() == pytest.approx(2 * torch.tensor(3.0).exp().item())  # pessimistic: nothing is bounded
+
+
+class Chosen:
+    """A trial of Optuna's, whose values are given; it knows the ranges it was asked for."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values, self.ranges = values, {}
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.ranges[name] = (low, high, log)
+        return self.values[name]
+
+    def suggest_categorical(self, name: str, choices: list[str]) -> str:
+        assert self.values[name] in choices
+        return self.values[name]
+
+
+def test_trial_of_a_sweep_is_a_run_with_its_values(
+    ppo: Arguments, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials in one process; the best is read off the files of the run that its number names."""
+    sweep, arguments = load("sweep", monkeypatch), ppo()
+    given = [*arguments[:2], "--config", str(EXAMPLES / "sweep" / "sweep.yaml"), *arguments[2:]]
+    trials = [Chosen(lr=1e-6, coef=0.05, surrogate="KLPenalty"), Chosen(lr=0.1, coef=0.01, surrogate="Clip")]
+    values = [sweep.objective(trial, given) for trial in trials]
+    assert trials[0].ranges == {"lr": (1e-7, 1e-5, True), "coef": (0.003, 0.1, True)}
+    assert values[0] != values[1]
+    for number, (trial, value) in enumerate(zip(trials, values, strict=True)):
+        run = Path(f"runs/sweep/version_{number}")
+        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+        assert model["optimizer"]["init_args"]["lr"] == trial.values["lr"]
+        assert model["kl"]["init_args"]["coef"] == trial.values["coef"]
+        assert model["surrogate"]["class_path"].endswith(trial.values["surrogate"])
+        last = [row for row in csv.DictReader((run / "metrics.csv").open(encoding="utf-8")) if row["eval/reward"]][-1]
+        assert value == pytest.approx(float(last["eval/reward"]) - 0.02 * float(last["eval/kl"]), abs=1e-6)
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_random_search_draws_within_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = [load("sweep", monkeypatch).Draw(seed) for seed in range(200)]
+    rates = [draw.suggest_float("lr", 1e-7, 1e-5, log=True) for draw in draws]
+    assert all(1e-7 <= rate <= 1e-5 for rate in rates)
+    assert 60 < sum(rate < 1e-6 for rate in rates) < 140  # half of the decades; a hundredth of the range without `log`
+    assert {draw.suggest_categorical("surrogate", ["a", "b"]) for draw in draws} == {"a", "b"}
 
 
 def test_win_rate_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""Where rows come from: files, saved datasets, the hub, or objects in Python."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_rlhf.data.hub import HubData, hub_data
+from lightning_rlhf.data.records import Located, read_lines, stream_lines
+from lightning_rlhf.data.tables import READERS, Table, is_saved, read_file, read_hub, read_saved, table_records
+
+if TYPE_CHECKING:
+    Source = str | HubData | list[str | HubData] | Table | None
+else:  # what a config can hold; where it may also be a class, jsonargparse opens the data's path as another config
+    Source = str | dict[str, str] | list[str | dict[str, str]] | None
+"""An argument `train`, `val`, …: paths, hub data, several of either, or rows; None for nothing."""
+FORMS = (
+    "give the path of a JSONL (plain or .gz), Parquet or CSV file, a pattern such as 'data/*.jsonl', a folder that "
+    "`save_to_disk` wrote, or a hub name with its split, OWNER/NAME:SPLIT"
+)
+
+
+def read_records(source: Any) -> Sequence[Located]:
+    """The rows of a source, in the order of its parts and lines; those of tables are read when they are asked for.
+
+    Args:
+        source: a path, a hub name or `HubData` (in a config a mapping of its arguments), or several of these; or a
+            `datasets.Dataset` or other sequence of mappings. A path with `*`, `?` or `[…]` that names no file is a
+            pattern, read in sorted order.
+
+    Returns:
+        records, at least one.
+
+    Raises:
+        ValueError: something is missing, empty or broken; names the place.
+        ImportError: `datasets` is needed and not installed.
+        TypeError: it is none of these.
+    """
+    parts = [source] if _is_part(source) else source
+    if isinstance(parts, list | tuple) and all(map(_is_part, parts)):
+        if not parts or parts[0] == "" and len(parts) == 1:
+            raise ValueError("no path was given: name at least one JSONL file")
+        return [record for part in parts for record in _read_part(part)]
+    return table_records(source)
+
+
+def stream_records(path: str) -> Iterator[Located]:
+    """The rows of one path or pattern; those of JSONL one at a time, for files that are too long for memory.
+
+    Raises:
+        ValueError: as `read_records`; a JSONL file without records is none.
+    """
+    for place in _expand(path):
+        yield from stream_lines(place) if _has_lines(place) else _read_place(place)
+
+
+def _is_part(part: Any) -> bool:
+    """A path, hub data, or the arguments of hub data; a row has other keys."""
+    written = isinstance(part, Mapping) and {"path", "split"} <= part.keys() <= {"path", "split", "name"}
+    return written or isinstance(part, str | HubData)
+
+
+def _read_part(part: Any) -> Sequence[Located]:
+    part = HubData(**part) if isinstance(part, Mapping) else part
+    data = part if isinstance(part, HubData) else hub_data(part)
+    if data is not None:
+        return read_hub(data)
+    return [record for place in _expand(str(part)) for record in _read_place(place)]
+
+
+def _expand(path: str) -> list[str]:
+    """The files, or the saved dataset, that a path or pattern names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if Path(path).is_file() or is_saved(Path(path)):
+        return [path]
+    found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    if not found:
+        kind = (
+            "is a folder" if Path(path).is_dir() else "is no regular file" if Path(path).exists() else "does not exist"
+        )
+        raise ValueError(f"{path or repr(path)} {kind} (working directory {Path.cwd()}): {FORMS}")
+    return found
+
+
+def _read_place(place: str) -> Sequence[Located]:
+    if Path(place).is_dir():
+        return read_saved(place)
+    return read_lines(place) if _has_lines(place) else read_file(place)
+
+
+def _has_lines(place: str) -> bool:
+    return not Path(place).is_dir() and Path(place).suffix not in READERS

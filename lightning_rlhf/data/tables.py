@@ -1,0 +1,159 @@
+"""Rows of tables: Arrow datasets, which stay on disk and are read row by row, and sequences of mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.data.hub import HubData
+from lightning_rlhf.data.records import Located
+from lightning_rlhf.types import Row
+
+Table = Sequence[Mapping[str, Any]]
+READERS = {".parquet": "Parquet", ".csv": "CSV"}
+"""Endings of files that are tables, and what they hold."""
+GIVEN = "the given rows"
+
+
+@dataclass(frozen=True, slots=True)
+class TableRecord(Located):
+    """A row that is fetched each time it is asked for: a table larger than the memory stays where it is.
+
+    Attributes:
+        table: rows by number.
+        file: path of the table, or its name.
+        index: row number, from 0, as `datasets` counts.
+    """
+
+    table: Table
+    file: str
+    index: int
+
+    @property
+    def row(self) -> Row:  # type: ignore[override]
+        """The row, without its empty cells: in a table every row has every column.
+
+        Raises:
+            ValueError: it is no mapping with text keys.
+        """
+        row = self.table[self.index]
+        if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+            raise ValueError(f"each row must be a mapping with named keys, found {type(row).__name__}: {str(row)[:80]}")
+        return {key: _filled(value) for key, value in row.items() if value is not None}
+
+    @property
+    def where(self) -> str:
+        """`file, row n`."""
+        return f"{self.file}, row {self.index}"
+
+
+def table_records(table: Any, name: str = GIVEN) -> list[TableRecord]:
+    """A record for each row of a table; the rows stay in it.
+
+    Args:
+        table: a `datasets.Dataset`, or another sequence of mappings.
+        name: what errors call it.
+
+    Raises:
+        TypeError: it is no sequence of rows.
+        ValueError: it is empty.
+    """
+    kind = type(table).__name__
+    if isinstance(table, Mapping):
+        parts = sorted(map(str, table))
+        raise TypeError(f"{name} are a {kind} with the parts {parts}: give one of them, as in data[{parts[0]!r}]")
+    if not (hasattr(table, "__len__") and hasattr(table, "__getitem__")) or hasattr(table, "iloc"):
+        raise TypeError(
+            f"{name} are a {kind}, which has no rows by number: give a datasets.Dataset or a list of dictionaries; "
+            "of a stream, list(stream.take(n)); of a data frame, datasets.Dataset.from_pandas(frame)"
+        )
+    if len(table) == 0:
+        raise ValueError(f"{name} hold no row: give at least one")
+    if hasattr(table, "with_format"):  # Dataset.set_format would turn cells into tensors
+        table = table.with_format(None)
+    return [TableRecord(table, name, index) for index in range(len(table))]
+
+
+def read_file(file: str) -> list[TableRecord]:
+    """The rows of a Parquet or CSV file, by way of the memory-mapped copy that `datasets` caches.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: the file is not of the kind its ending says, or has no row.
+    """
+    library = _library(file)
+    kind = READERS[Path(file).suffix]
+    with _loading(file, kind):
+        if kind == "CSV":  # only an empty cell is empty: a response may well be "None"
+            table = library.Dataset.from_csv(file, keep_default_na=False, na_values=[""])
+        else:
+            table = library.Dataset.from_parquet(file)
+    return table_records(table, file)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def read_saved(folder: str) -> list[TableRecord]:
+    """The rows of a folder that `save_to_disk` wrote, memory-mapped.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: it holds several splits, none of which was named, or can't be read.
+    """
+    library = _library(folder)
+    with _loading(folder, "a saved dataset"):
+        table = library.load_from_disk(folder)
+    if isinstance(table, Mapping):
+        splits = ", ".join(str(Path(folder) / split) for split in table)
+        raise ValueError(f"{folder} holds several splits: give one of {splits}")
+    return table_records(table, folder)
+
+
+def read_hub(data: HubData) -> list[TableRecord]:
+    """The rows of a split, from the hub or from the cache of an earlier run.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: there is no such dataset, configuration or split, or it can't be reached.
+    """
+    library = _library(str(data))
+    with _loading(str(data), "a dataset"):
+        table = library.load_dataset(data.path, data.name, split=data.split)
+    return table_records(table, str(data))
+
+
+def _library(wanted: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"reading {wanted} needs `datasets`: pip install 'lightning-rlhf[datasets]', or write the rows as JSONL"
+        ) from error
+    return datasets
+
+
+@contextmanager
+def _loading(name: str, kind: str) -> Any:
+    """Errors of `datasets` and pyarrow as one sentence.
+
+    Raises:
+        ValueError: the block raised.
+    """
+    try:
+        yield
+    except Exception as error:  # its own kinds, pyarrow's, pandas', the operating system's, the network's
+        cause = error.__cause__ or error
+        raise ValueError(f"{name} can't be read as {kind}: {' '.join(str(cause).split())[:300]}") from error
+
+
+def _filled(value: Any) -> Any:
+    """The value without the keys that Arrow adds, with None, where structs of one column differ in their keys."""
+    if isinstance(value, Mapping):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list | tuple) else value
