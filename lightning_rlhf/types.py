@@ -7,7 +7,7 @@ inside one step is a frozen dataclass. A stage never edits its input, it wraps i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -57,12 +57,14 @@ class ComparisonBatch(NamedTuple):
         rank: (B, K), int64, 0 is best, equal ranks are ties, -1 marks an absent response (ragged K). A row
             whose ranks are all equal has no pair and counts nowhere.
         strength: the labeler's rating, (B, K), float32, higher is better, NaN where the data has none.
+        systems: who wrote each response, for each prompt K names, or none where its row has none.
     """
 
     tokens: Tensor
     mask: Tensor
     rank: Tensor
     strength: Tensor
+    systems: Sequence[Sequence[str]] = ()
 
 
 class PPOBatch(TypedDict):

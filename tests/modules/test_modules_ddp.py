@@ -32,6 +32,7 @@ def folder(tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> Path:
         "demonstrations": [{"prompt": p, "response": (p[::-1] + " v") * (1 + i % 2)} for i, p in enumerate(PROMPTS)],
         "comparisons": [
             {"prompt": p, "responses": ["v", "w x", "y", "z z z"][: 2 + i % 3], "ranks": [0, 1, 1, 2][: 2 + i % 3]}
+            | {"systems": [f"{p[0]} even" if i % 2 == 0 else "odd", "all", "all", "last"][: 2 + i % 3]}
             for i, p in enumerate(PROMPTS)
         ],
     }
@@ -185,6 +186,14 @@ def test_two_processes_find_one_bias(outcomes, strategy):
     one, two = outcomes("reward", strategy)
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
     assert abs(one["bias"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_know_the_systems_of_both(outcomes, strategy):
+    """One of them alone holds the prompts of even number, each with a system of its own; the numbers are compared."""
+    _, two = outcomes("reward", strategy)
+    named = {key.rpartition("/")[2] for key in two["eval"] if key.startswith("eval/pairs/")}
+    assert named == {"odd", "all", "last", *(f"{p[0]} even" for p in PROMPTS[::2])}
 
 
 @pytest.mark.slow
