@@ -58,12 +58,14 @@ class ComparisonBatch(NamedTuple):
         rank: (B, K), int64, 0 is best, equal ranks are ties, -1 marks an absent response (ragged K). A row
             whose ranks are all equal has no pair and counts nowhere.
         strength: the labeler's rating, (B, K), float32, higher is better, NaN where the data has none.
+        systems: who wrote each response, for each prompt K names, or none where its row has none.
     """
 
     tokens: Tensor
     mask: Tensor
     rank: Tensor
     strength: Tensor
+    systems: Sequence[Sequence[str]] = ()
 
 
 class PPOBatch(TypedDict):

@@ -50,7 +50,8 @@ def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[
         if example.strength is not None:
             rating[: len(example.strength)] = torch.tensor(example.strength)
     shape = (len(examples), k, tokens.shape[1])
-    return ComparisonBatch(tokens=tokens.view(shape), mask=mask.view(shape), rank=rank, strength=strength)
+    systems = [example.systems or [] for example in examples]
+    return ComparisonBatch(tokens.view(shape), mask.view(shape), rank, strength, systems)
 
 
 def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ class Columns:
         responses: K responses to one prompt.
         scores: one number per response, higher is better.
         ranks: one number per response, lower is better.
+        systems: one name per response, of who wrote it; optional. Held-out accuracy is also given by name.
         text: a pretraining document.
     """
 
@@ -29,4 +30,5 @@ class Columns:
     responses: str = "responses"
     scores: str = "scores"
     ranks: str = "ranks"
+    systems: str = "systems"
     text: str = "text"

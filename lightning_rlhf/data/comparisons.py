@@ -20,7 +20,8 @@ class ComparisonDataModule(TextDataModule):
 
     Rows are `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses", "scores" |
     "ranks"}` or NeMo-RL's `{"context", "completions"}`, from paths, the hub or objects, as in `PromptDataModule`.
-    Scores, or the `"margin"` a pair may have, are also the labeler's ratings, for a loss with a margin.
+    Scores, or the `"margin"` a pair may have, are also the labeler's ratings, for a loss with a margin. Beside K
+    responses `"systems"` may name who wrote each, by which an evaluation then gives the accuracy.
     Evaluation serves a list of loaders: comparisons, then `TextBatch`es where `demonstrations` is given.
 
     Args:

@@ -58,11 +58,13 @@ class ComparisonExample:
         texts: prompt + response + end token, K of them, at least two.
         ranks: 0 is best, equal ranks are ties, no gaps, K of them.
         strength: ratings, K of them, or None.
+        systems: names of who wrote them, K of them, or None.
     """
 
     texts: list[Tokens]
     ranks: list[int]
     strength: list[float] | None = None
+    systems: list[str] | None = None
 
 
 def prompt_examples(
@@ -188,4 +190,5 @@ def _comparison(ranking: Ranking, encoder: Encoder, tally: Tally) -> ComparisonE
     order = sorted({ranking.places[index] for index in kept})
     ranks = [order.index(ranking.places[index]) for index in kept]
     strength = None if ranking.strength is None else [ranking.strength[index] for index in kept]
-    return ComparisonExample([texts[index] for index in kept], ranks, strength)
+    systems = None if ranking.systems is None else [ranking.systems[index] for index in kept]
+    return ComparisonExample([texts[index] for index in kept], ranks, strength, systems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_rlhf.data.columns import Columns
@@ -25,20 +25,22 @@ class Ranking:
         responses: K texts; or, where a dialogue goes on for more than one turn, its messages.
         places: K numbers, lower is better, equal are ties.
         strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
+        systems: who wrote each, K names; None where the row has none.
     """
 
     prompt: Prompt
     responses: list[Answer]
     places: list[float]
     strength: list[float] | None = None
+    systems: list[str] | None = None
 
 
 def ranking_of(row: Row, columns: Columns) -> Ranking:
     """The ranking of a pair, of K responses with scores or ranks, or of NeMo-RL's completions.
 
     `{"prompt", "chosen", "rejected", "margin"}`, the prompt and the margin optional, or `score_chosen` and
-    `score_rejected` for the margin; `{"prompt", "responses", "scores" | "ranks"}`; `{"context", "completions":
-    [{"rank", "completion"}]}`. Ratings are the scores, or the margin and 0.
+    `score_rejected` for the margin; `{"prompt", "responses", "scores" | "ranks", "systems"}`, the last optional;
+    `{"context", "completions": [{"rank", "completion"}]}`. Ratings are the scores, or the margin and 0.
 
     Raises:
         ValueError: none of these or several, or one with a missing key, another type or lists of different lengths.
@@ -110,7 +112,20 @@ def _listed(row: Row, columns: Columns) -> Ranking:
         )
     numbers = [_number(number, key) for number in numbers]
     strength = numbers if columns.scores in row else None
-    return _ranking(prompt, responses, [sign * number for number in numbers], columns.responses, strength)
+    ranking = _ranking(prompt, responses, [sign * number for number in numbers], columns.responses, strength)
+    return replace(ranking, systems=_systems(row, columns, len(responses)))
+
+
+def _systems(row: Row, columns: Columns, count: int) -> list[str] | None:
+    if columns.systems not in row:
+        return None
+    names = row[columns.systems]
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"`{columns.systems}` must be a list of {count} names, one per response, found {str(names)[:80]}; where it "
+            "holds something else, point `columns.systems` at another key"
+        )
+    return names
 
 
 def _completions(row: Row) -> Ranking:

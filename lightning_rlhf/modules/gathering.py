@@ -1,4 +1,4 @@
-"""Rows that the processes hold, brought together in one order whatever their number."""
+"""What the processes hold, brought together: rows in one order whatever their number, and texts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def gathered(module: LightningModule, batches: list[tuple[Tensor, dict[str, Tens
     order = _of_all(module, torch.cat(places)).argsort(stable=True)
     whole = {name: _of_all(module, torch.cat([batch[name] for batch in columns])) for name in columns[0]}
     return {name: column[order] for name, column in whole.items()} if len(order) else None
+
+
+def gathered_text(module: LightningModule, text: str) -> str:
+    """The texts of all processes end to end, that of the first process first.
+
+    Every process must call this; its text may be empty.
+    """
+    written = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8)  # never empty, which not every backend sends
+    return bytes(_of_all(module, written).tolist()).decode().replace("\0", "")
 
 
 def _of_all(module: LightningModule, rows: Tensor) -> Tensor:

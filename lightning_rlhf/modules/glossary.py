@@ -137,6 +137,10 @@ PREFERENCES = (
     Entry("eval/pairs_longer", "such pairs", "1"),
     Entry("eval/pairs_similar", "such pairs", "1"),
     Entry("eval/pairs_shorter", "such pairs", "1"),
+    Entry("eval/longer_wins", "accuracy of preferring the longer response, equal lengths ½: what to beat", "1"),
+    Entry("eval/accuracy/NAME", "accuracy over the pairs with a response of a system that the rows name", "1"),
+    Entry("eval/longer_wins/NAME", "`eval/longer_wins` over these pairs", "1"),
+    Entry("eval/pairs/NAME", "such pairs", "1"),
     Entry("eval/score_length_correlation", "Pearson's, of score and length over responses", "1"),
     Entry("eval/score_length_correlation_within_prompt", "the same of deviations from the prompt's means", "1"),
 )

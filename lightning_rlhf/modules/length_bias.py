@@ -12,14 +12,24 @@ SIMILAR = 10
 NAMES = ("shorter", "similar", "longer")
 
 
+def longer_wins(longer: Tensor) -> Tensor:
+    """How often the longer response is the preferred one: 1, 0, or ½ for equal lengths.
+
+    Args:
+        longer: length of the preferred response less that of the other, any shape.
+    """
+    return (longer.sign().double() + 1) / 2
+
+
 class LengthAccuracy(Sums):
     """Accuracy by how the preferred response's length compares: a model that likes length fails on the shorter.
 
-    longer and shorter by more than `SIMILAR` tokens, similar otherwise; the prompt cancels in the difference.
+    longer and shorter by more than `SIMILAR` tokens, similar otherwise; the prompt cancels in the difference. A model
+    has learned something beside length where its accuracy is above `longer_wins`, that of preferring the longer one.
     """
 
     def __init__(self) -> None:
-        super().__init__(len(NAMES), 2)
+        super().__init__(len(NAMES), 3)
 
     def update(self, margins: Tensor, longer: Tensor) -> None:
         """Take in N pairs.
@@ -29,12 +39,13 @@ class LengthAccuracy(Sums):
             longer: length of the preferred response less that of the other, (N,), int64, tokens.
         """
         bins = torch.bucketize(longer, longer.new_tensor([-SIMILAR, SIMILAR + 1]), right=True)
-        self.sums += binned(bins, len(NAMES), margins > 0)
+        self.sums += binned(bins, len(NAMES), margins > 0, longer_wins(longer))
 
     def compute(self) -> dict[str, Tensor]:
-        """Per bin with a pair its accuracy and number of pairs."""
-        found = {}
-        for name, (n, right) in zip(NAMES, self.sums, strict=True):
+        """`longer_wins`, and per bin with a pair its accuracy and number of pairs."""
+        pairs, _, wins = self.sums.sum(0)
+        found = {"longer_wins": wins / pairs}
+        for name, (n, right, _) in zip(NAMES, self.sums, strict=True):
             if n:
                 found |= {f"accuracy_{name}": right / n, f"pairs_{name}": n}
         return found

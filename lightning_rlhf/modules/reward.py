@@ -29,6 +29,7 @@ from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, tr
 from lightning_rlhf.modules.resume import check_resumable, settings
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
+from lightning_rlhf.modules.system_accuracy import SystemAccuracy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 
@@ -39,8 +40,9 @@ class RewardModule(CheckedRevival, LightningModule):
     −(their mean raw score), over all processes. Doing it again changes nothing. The loss is given raw scores, because
     one that does see a constant (`Centred`) would chase the bias.
 
-    An evaluation logs accuracy, margin and loss, the accuracy by confidence (`Calibration`) and by length difference
-    (`LengthAccuracy`), and the correlation of score and length (`LengthCorrelation`), all of them over all processes.
+    An evaluation logs accuracy, margin and loss, the accuracy by confidence (`Calibration`), by length difference
+    (`LengthAccuracy`) and by who wrote the responses (`SystemAccuracy`), and the correlation of score and length
+    (`LengthCorrelation`), all of them over all processes.
 
     Args:
         model: a sequence-classification folder, or a language model whose head is replaced by a scalar one; or a
@@ -67,6 +69,7 @@ class RewardModule(CheckedRevival, LightningModule):
         self.accuracy, self.margin, self.eval_loss, self.demonstrations = Mean(), Mean(), Mean(), Mean()
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
+        self.system_accuracy = SystemAccuracy()
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
@@ -113,11 +116,11 @@ class RewardModule(CheckedRevival, LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin new means."""
-        begin(*self._metrics())
+        self._begin()
 
     def on_test_epoch_start(self) -> None:
         """Begin new means."""
-        begin(*self._metrics())
+        self._begin()
 
     def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Comparisons add to accuracy, margin, loss, calibration and length bias; demonstrations to the bias's mean."""
@@ -135,8 +138,9 @@ class RewardModule(CheckedRevival, LightningModule):
         """Log."""
         self._conclude("test")
 
-    def _metrics(self) -> list[Metric]:
-        return [metric for metric in self.children() if isinstance(metric, Metric)]
+    def _begin(self) -> None:
+        begin(*(metric for metric in self.children() if isinstance(metric, Metric)))
+        self.system_accuracy.begin()
 
     def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
         if isinstance(batch, TextBatch):
@@ -155,6 +159,7 @@ class RewardModule(CheckedRevival, LightningModule):
             self.calibration.update(margins)
             self.length_accuracy.update(margins, longer)
             self.length_correlation.update(scores, lengths, pairs.any(1) | pairs.any(2))
+            self.system_accuracy.update(margins, longer, pairs, batch.systems)
 
     def _conclude(self, stage: str) -> None:
         if self._seen(self.accuracy):
@@ -162,6 +167,7 @@ class RewardModule(CheckedRevival, LightningModule):
             found = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
             for metric in (self.calibration, self.length_accuracy, self.length_correlation):
                 found |= metric.compute()  # its names follow from sums over all processes, so that all log the same
+            found |= self.system_accuracy.compute(self)
             self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
         if self._seen(self.demonstrations):
             raw = float(self.demonstrations.compute())

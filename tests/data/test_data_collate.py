@@ -66,6 +66,13 @@ def test_ratings_are_nan_where_there_is_none() -> None:
     assert batch.strength.dtype == torch.float32
 
 
+def test_names_of_systems_are_the_rows_own() -> None:
+    texts = [ids(5, 0), ids(6, 0), ids(7, 0)]
+    named = ComparisonExample(texts, [0, 1, 2], systems=["x", "y", "x"])
+    batch = collate_comparisons([named, ComparisonExample(texts[:2], [0, 1])], [True, True], pad=0)
+    assert batch.systems == [["x", "y", "x"], []]
+
+
 def test_filler_comparison_is_all_tied() -> None:
     examples = [ComparisonExample([ids(5), ids(6), ids(7)], [0, 1, 2]), ComparisonExample([ids(5), ids(6)], [1, 0])]
     batch = collate_comparisons(examples, [True, False], pad=0)

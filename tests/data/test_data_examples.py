@@ -84,14 +84,15 @@ def test_scores_rank_downwards_and_ties_share_a_rank(plain: Any) -> None:
 def test_long_responses_are_dropped_before_rows(plain: Any, caplog: pytest.LogCaptureFixture) -> None:
     count = tally(limit=3)
     rows = records(
-        {"prompt": "a", "responses": ["b b", "c", "d"], "scores": [9, 5, 7]},  # the best goes: the others close up
+        # the best goes: the others close up
+        {"prompt": "a", "responses": ["b b", "c", "d"], "scores": [9, 5, 7], "systems": ["x", "y", "z"]},
         {"prompt": "a", "responses": ["b b", "c c", "d"], "scores": [9, 5, 7]},  # one is left: nothing to compare
         {"prompt": "a", "responses": ["b b", "c", "d"], "scores": [9, 5, 5]},  # the two left are tied
     )
     with caplog.at_level(logging.WARNING):
         (example,) = comparison_examples(rows, Encoder(plain), Columns(), count)
     assert [text.tolist() for text in example.texts] == [[10, 12, 0], [10, 13, 0]]
-    assert (example.ranks, example.strength) == ([1, 0], [5, 7])
+    assert (example.ranks, example.strength, example.systems) == ([1, 0], [5, 7], ["y", "z"])
     assert (count.rows, count.long_rows, count.tied_rows, count.dropped) == (3, 1, 1, 2)
     assert (count.responses, count.long_responses, count.longest) == (9, 4, 4)
     message = caplog.records[0].getMessage()

@@ -53,6 +53,10 @@ RANKINGS = [
     ),
     ({"prompt": "a", "responses": ["b", "c"], "ranks": [3, 1]}, Ranking("a", ["b", "c"], [3, 1])),
     (
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [3, 1], "systems": ["x", "x"]},
+        Ranking("a", ["b", "c"], [3, 1], systems=["x", "x"]),
+    ),
+    (
         {
             "context": [user("a")],
             "completions": [
@@ -81,6 +85,7 @@ def test_every_key_can_be_renamed() -> None:
         responses="rs",
         scores="s",
         ranks="k",
+        systems="w",
         text="t",
     )
     assert prompt_of({"q": "a", "prompt": "no"}, columns) == "a"
@@ -90,6 +95,8 @@ def test_every_key_can_be_renamed() -> None:
     assert ranking_of(pair, columns) == Ranking("a", ["b", "c"], [0, 1], [3, 0])
     assert ranking_of({"q": "a", "rs": ["b", "c"], "s": [1, 2]}, columns) == Ranking("a", ["b", "c"], [-1, -2], [1, 2])
     assert ranking_of({"q": "a", "rs": ["b", "c"], "k": [1, 2]}, columns) == Ranking("a", ["b", "c"], [1, 2])
+    named = {"q": "a", "rs": ["b", "c"], "k": [1, 2], "w": ["x", "y"], "systems": "no"}
+    assert ranking_of(named, columns).systems == ["x", "y"]
     assert text_of({"t": "a"}, columns) == "a"
 
 
@@ -155,6 +162,12 @@ RANKING_ERRORS = [
     ({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]}, "finite numbers, found nan"),
     ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, True]}, "`ranks` must hold finite numbers, found True"),
     ({"prompt": "a", "responses": ["b"], "scores": [1]}, "needs at least 2 responses to compare, found 1"),
+    (
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "systems": ["x"]},
+        r"`systems` must be a list of 2 names, one per response, found \['x'\]; .*`columns.systems`",
+    ),
+    ({"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "systems": [1, 2]}, r"2 names, .* found \[1, 2\]"),
+    ({"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "systems": "xy"}, "2 names, .* found xy"),
     ({"prompt": "a", "responses": ["b", 5], "scores": [1, 2]}, "`responses` must be a text .*found int: 5"),
     ({"completions": []}, "no key `context`"),
     ({"context": "a", "completions": [{"rank": 0}, {"rank": 1}]}, "no key `completion`"),

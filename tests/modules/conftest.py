@@ -30,6 +30,7 @@ def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> P
         "demonstrations": [{"prompt": p, "response": (p[::-1] + " v") * (1 + i % 2)} for i, p in enumerate(PROMPTS)],
         "comparisons": [
             {"prompt": p, "responses": ["v", "w x", "y", "z z z"][: 2 + i % 3], "ranks": [0, 1, 1, 2][: 2 + i % 3]}
+            | {"systems": [f"{p[0]} even" if i % 2 == 0 else "odd", "all", "all", "last"][: 2 + i % 3]}
             for i, p in enumerate(PROMPTS)
         ],
     }

@@ -131,6 +131,13 @@ def test_two_processes_find_one_bias(outcomes, strategy):
     assert abs(one["bias"]) > 1e-3
 
 
+def test_two_processes_know_the_systems_of_both(outcomes, strategy):
+    """One of them alone holds the prompts of even number, each with a system of its own; the numbers are compared."""
+    _, two = outcomes("reward", strategy)
+    named = {key.rpartition("/")[2] for key in two["eval"] if key.startswith("eval/pairs/")}
+    assert named == {"odd", "all", "last", *(f"{prompt} even" for prompt in "adhnqu")}
+
+
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_rank_without_a_row_to_evaluate_counts_nowhere(outcomes, strategy, name):
     one, two = outcomes(f"scarce_{name}", strategy)

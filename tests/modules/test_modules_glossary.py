@@ -80,7 +80,9 @@ def data(as_loader, left_padded, right_padded):
     tokens = torch.randint(10, 36, (3, 2, 24), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([[24, 8], [8, 24], [10, 9]])
     mask = torch.arange(24) < lengths.unsqueeze(2)
-    ranked = ComparisonBatch(tokens * mask, mask, torch.tensor([[0, 1]] * 3), torch.full((3, 2), torch.nan))
+    ranked = ComparisonBatch(
+        tokens * mask, mask, torch.tensor([[0, 1]] * 3), torch.full((3, 2), torch.nan), [["a", "b"]] * 3
+    )
     found = {name: ([{"prompts": prompts, "pretrain": texts}], held_out) for name in ("ppo", "gae", "klpen", "grpo")}
     found |= {"sft": ([texts], as_loader([texts])), "reward": ([ranked], [as_loader([ranked]), as_loader([texts])])}
     return {name: (as_loader(train), val) for name, (train, val) in found.items()}

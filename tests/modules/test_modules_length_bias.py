@@ -34,13 +34,14 @@ def test_accuracy_by_length_equals_hand_values():
     metric.update(torch.tensor([3.0, 0.5, -2.0]), torch.tensor([0, -10, -11]))
     found = {name: float(value) for name, value in metric.compute().items()}
     expected = {"accuracy_longer": 0.5, "pairs_longer": 2, "accuracy_similar": 0.75, "pairs_similar": 4}
+    expected |= {"longer_wins": 4 / 7}  # 30, 11 and 10 longer, and half of two of equal length
     assert found == pytest.approx(expected | {"accuracy_shorter": 0.0, "pairs_shorter": 1}, abs=1e-12)
 
 
 def test_length_without_a_pair_is_not_named():
     metric = LengthAccuracy()
     metric.update(torch.tensor([1.0]), torch.tensor([500]))
-    assert metric.compute().keys() == {"accuracy_longer", "pairs_longer"}
+    assert metric.compute().keys() == {"longer_wins", "accuracy_longer", "pairs_longer"}
 
 
 def test_score_that_is_the_length_is_right_where_longer_is_better_and_wrong_elsewhere():

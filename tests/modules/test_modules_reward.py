@@ -269,6 +269,7 @@ def test_evaluation_measures_calibration_and_length_by_hand(
             expected[f"pairs_confidence_{low}_{low + 10}"] = len(here)
             error += len(here) / len(pairs) * abs(accuracy - confidence)
     kinds = {"longer": lambda n: n > 10, "similar": lambda n: -10 <= n <= 10, "shorter": lambda n: n < -10}
+    expected["longer_wins"] = sum((n > 0) + (n == 0) / 2 for _, n in pairs) / len(pairs)
     for name, chosen in kinds.items():
         here = [m > 0 for m, n in pairs if chosen(n)]
         expected |= {f"accuracy_{name}": sum(here) / len(here), f"pairs_{name}": len(here)}

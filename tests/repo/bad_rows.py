@@ -81,6 +81,8 @@ RANKINGS = [
     ranking("text-score", {"responses": ["b", "c"], "scores": ["1", "2"]}, "must hold finite numbers"),
     ranking("truth-score", {"responses": ["b", "c"], "scores": [True, False]}, "must hold finite numbers"),
     ranking("nested-score", {"responses": ["b", "c"], "scores": [[1], [2]]}, "must hold finite numbers"),
+    ranking("too-few-systems", {"responses": ["b", "c"], "scores": [1, 2], "systems": ["x"]}, "a list of 2 names"),
+    ranking("null-system", {"responses": ["b", "c"], "scores": [1, 2], "systems": ["x", None]}, "a list of 2 names"),
     ranking("null-response", {"responses": ["b", None], "scores": [1, 2]}, "`responses` must be"),
     row("reward", "completions-number", {"context": "a", "completions": 1}, "`completions` must be a list"),
     row("reward", "completions-texts", {"context": "a", "completions": ["b", "c"]}, "`completions` must be a list"),

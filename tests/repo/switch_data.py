@@ -20,6 +20,7 @@ from lightning_rlhf.data.sources import read_records
 ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
 PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
 SCORED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "scores": [1, 0], "ratings": [0, 1]}
+SCORED |= {"systems": ["x", "y"], "authors": ["v", "w"]}
 PLACED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "ranks": [1, 0], "places": [0, 1]}
 CARD = """---
 configs:
@@ -58,6 +59,7 @@ def table(bench: Bench) -> Table:
             responses=to("answers"),
             scores=to("ratings"),
             ranks=to("places"),
+            systems=to("authors"),
             text=to("document"),
         ),
         ComparisonDataModule: case(

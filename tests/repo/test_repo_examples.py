@@ -13,13 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from lightning_rlhf import RankingLoss
+from lightning_rlhf import LearnedReward, RankingLoss
 from lightning_rlhf.callbacks.preflight_memory import memory_estimate
 from lightning_rlhf.cli import main
 
@@ -40,7 +41,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module(name)
 
 
-@pytest.mark.parametrize("folder", [*OWN, "existing_project", "human_rankings", "lora", "multi_node", "sweep"])
+@pytest.mark.parametrize(
+    "folder", [*OWN, "existing_project", "human_rankings", "lora", "multi_node", "rankings", "sweep"]
+)
 def test_example_is_one_yaml_and_at_most_one_short_file(folder: str) -> None:
     kept = [path for path in (EXAMPLES / folder).iterdir() if path.name != "__pycache__"]
     code = [path for path in kept if path.suffix in (".py", ".yaml")]
@@ -57,7 +60,7 @@ def test_example_is_one_yaml_and_at_most_one_short_file(folder: str) -> None:
 def test_every_folder_is_an_example_or_has_a_page() -> None:
     """Those above have a header; the larger ones a page or, the quickstart, a script that says it all."""
     larger = {path.name for path in EXAMPLES.iterdir() if (path / "README.md").is_file() or (path / "run.py").is_file()}
-    short = {*OWN, "existing_project", "human_rankings", "lora", "multi_node", "sweep"}
+    short = {*OWN, "existing_project", "human_rankings", "lora", "multi_node", "rankings", "sweep"}
     assert larger | short == {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
 
 
@@ -326,3 +329,53 @@ def test_existing_project_trains(
     frozen = [name for name, weight in cli.model.policy.named_parameters() if not weight.requires_grad]
     assert frozen
     assert all(".layers.0." in name for name in frozen)
+
+
+REAL = {
+    "demonstrations": [{"prompt": f"{x} b", "response": "c d e"} for x in "abcd"],
+    "prompts": [{"prompt": f"{x} y"} for x in "abcdefgh"],
+    "rankings": [
+        {"prompt": f"{x} b", "responses": ["c d", "e", "f g h"], "scores": [0.5, 0.0, 1e-6], "systems": ["A", "B", "C"]}
+        for x in "abcdefgh"
+    ],
+}
+
+
+def test_rankings_run_all_stages_and_report(tiny: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in the header, on a handful of rows in its format: the report is of what the stages left behind."""
+    for name, rows in REAL.items():
+        for split in ("train", "val"):
+            Path(f"{name}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    small = {"limit_train_batches": 1, "precision": "32-true", "accelerator": "cpu", "enable_progress_bar": False}
+    flags = [f"--trainer.{name}={str(value).lower()}" for name, value in small.items()]
+    monkeypatch.setattr("sys.argv", ["rankings.py", ".", tiny.policy, *flags, "--model.optimizer.lr=0.05"])
+    runpy.run_path(str(EXAMPLES / "rankings" / "rankings.py"), run_name="__main__")
+    assert all(list(Path(f"runs/rankings/logs/{stage}").rglob("metrics.csv")) for stage in ("sft", "reward", "ppo"))
+    header, *lines = Path("runs/rankings/report.csv").read_text("utf-8").splitlines()
+    assert header == "measure,model or PPO,longer wins or SFT"
+    found = {name: [float(x) for x in numbers] for name, *numbers in (line.split(",") for line in lines)}
+    reward = LearnedReward("runs/rankings/reward", prompt_role="user")
+    reward.prepare(None)
+    right: dict[str, list[bool]] = {name: [] for name in ("", "/A", "/B", "/C")}
+    for row in REAL["rankings"]:
+        a, b, c = reward.score([row["prompt"]] * 3, row["responses"]).tolist()
+        for names, correct in (("AC", a > c), ("AB", a > b), ("CB", c > b)):  # A over C over B
+            for name in ("", *(f"/{one}" for one in names)):
+                right[name].append(correct)
+    for name, longer_wins in {"": 2 / 3, "/A": 1 / 2, "/B": 1, "/C": 1 / 2}.items():  # C's answers are the longest
+        expected = [sum(right[name]) / len(right[name]), longer_wins]
+        assert found[f"eval/accuracy{name}"] == pytest.approx(expected, abs=6e-4)  # of three digits
+    sft, ppo = (read_rows(f"runs/rankings/{name}.jsonl") for name in ("sft", "ppo"))
+    for name in ("score", "kl", "length", "ended"):
+        expected = [np.mean([row[name] for row in rows]) for rows in (ppo, sft)]
+        assert found[name] == pytest.approx(expected, abs=6e-4)
+    gain, longer = (np.subtract([row[key] for row in ppo], [row[key] for row in sft]) for key in ("score", "length"))
+    expected = [gain.mean(), gain.std(ddof=1) / np.sqrt(len(gain))]
+    assert found["gain and its standard error"] == pytest.approx(expected, abs=6e-4)
+    slope, _ = np.polyfit(longer, gain, 1)
+    assert found["gain that goes with length"] == pytest.approx([slope * longer.mean()], abs=6e-4)
+    assert abs(slope * longer.mean()) > 2e-3  # the policies differ
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
