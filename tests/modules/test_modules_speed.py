@@ -124,7 +124,8 @@ def test_passes_are_agreed_on_only_where_a_pass_needs_all(sharded, most):
         return torch.tensor(7)  # of another process
 
     trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
-    module = SimpleNamespace(device_mesh=object() if sharded else None, device="cpu", trainer=trainer)
+    mesh = object() if sharded else None
+    module = SimpleNamespace(device_mesh=mesh, device="cpu", trainer=trainer, _trainer=trainer)
     assert most_passes(module, 3) == most
 
 
