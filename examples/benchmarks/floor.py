@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 
 import torch
-from models import prompts_of, tokenizer_of, vader
+from models import held, prompts_of, tokenizer_of, vader, waiter
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -29,9 +29,9 @@ def drawn(logits: Tensor) -> Tensor:
     """Tokens of softmax(logits) by inverse CDF: first the block of the vocabulary, then the token. (B,)."""
     blocks = pad(logits.float().softmax(-1), (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    target = torch.rand(len(logits), 1, dtype=torch.float64) * mass[:, -1:]
+    target = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * mass[:, -1:]
     which = torch.searchsorted(mass, target, right=True)
-    inside = blocks[torch.arange(len(logits)), which[:, 0]].cumsum(-1, dtype=torch.float64)
+    inside = blocks[torch.arange(len(logits), device=logits.device), which[:, 0]].cumsum(-1, dtype=torch.float64)
     left = target - pad(mass, (1, 0)).gather(1, which)
     token = torch.searchsorted(inside, left, right=True).clamp(max=BLOCK - 1)
     return (which * BLOCK + token)[:, 0].clamp(max=logits.shape[1] - 1)
@@ -66,7 +66,8 @@ class Floor:
     def __init__(self, work: Work) -> None:
         self.work, self.mixed, self.seconds = work, work.precision == "bf16-mixed", {}
         load = {"dtype": torch.float32, "attn_implementation": work.attention}
-        self.policy = AutoModelForCausalLM.from_pretrained(work.folder, **load)
+        self.wait = waiter(work.device)
+        self.policy = AutoModelForCausalLM.from_pretrained(work.folder, **load).to(work.device)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.actor = self.policy
         if self.mixed:
@@ -76,8 +77,10 @@ class Floor:
 
     @contextmanager
     def phase(self, name: str):
+        self.wait()
         start = time.perf_counter()
         yield
+        self.wait()
         self.seconds[name] = time.perf_counter() - start
 
     @torch.no_grad()
@@ -93,11 +96,11 @@ class Floor:
             tokens = self.generate(prompts)
         whole = torch.cat([prompts.repeat_interleave(work.samples, 0), tokens], 1)
         with self.phase("reward"):
-            scores = torch.tensor(score(tokens))
+            scores = torch.tensor(score(tokens), device=tokens.device)
         with self.phase("reference"), torch.no_grad():
             reference = logprobs(self.reference, whole, length).sum(1)
         with self.phase("update"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+            with torch.autocast(work.device, torch.bfloat16, enabled=self.mixed):
                 current = logprobs(self.policy, whole, length).sum(1)
             rewards = (scores - work.beta * (current.detach() - reference)).view(-1, work.samples)
             advantages = (rewards - rewards.mean(1, keepdim=True)) * work.samples / (work.samples - 1)
@@ -105,12 +108,12 @@ class Floor:
             nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return self.seconds | {"score": float(scores.mean()), "tokens": tokens.numel()}
+        return self.seconds | held(work.device) | {"score": float(scores.mean()), "tokens": tokens.numel()}
 
 
 def main(work: Work) -> None:
     torch.manual_seed(work.seed)
-    turns, floor, tokenizer = Turns(), Floor(work), tokenizer_of(work)
+    turns, floor, tokenizer = Turns(waiter(work.device)), Floor(work), tokenizer_of(work)
     texts, found = prompts_of(work), None
 
     def score(tokens: Tensor) -> list[float]:
@@ -118,7 +121,7 @@ def main(work: Work) -> None:
 
     for step in range(work.steps):
         chosen = [texts[(step * work.prompts + i) % len(texts)] for i in range(work.prompts)]
-        prompts = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="left").input_ids
+        prompts = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="left").input_ids.to(work.device)
         turns.next(found)
         found = floor.step(prompts, score)
     turns.next(found)

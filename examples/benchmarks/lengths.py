@@ -47,7 +47,7 @@ def network_of(work: Work, dtype: str) -> nn.Module:
     options = {"dtype": getattr(torch, dtype), "attn_implementation": work.attention}
     network = AutoModelForCausalLM.from_pretrained(work.folder, **options)
     Ending.put_on(network, work.end)
-    return network.eval()
+    return network.to(work.device).eval()
 
 
 def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
@@ -55,7 +55,8 @@ def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     network = network_of(work, "float32")
     options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **work.options("generation")}
     sampler = Sampler(PolicyModel(network, tokenizer_of(work)), Generation(**options))
-    batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), torch.ones(chosen.rows).bool(), [])
+    real = torch.ones(chosen.rows, dtype=torch.bool, device=work.device)
+    batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), real, [])
 
     def rollout(repeat: int) -> Tensor:
         names = {"seed": 0, "stream": "lengths", "iteration": repeat}
@@ -79,7 +80,7 @@ def hugging_face(work: Work, prompts: Any, network: nn.Module, repeat: int, *, b
 
 def sides(work: Work, chosen: Any) -> dict[str, Rollout]:
     texts = (prompts_of(work) * chosen.rows)[: chosen.rows]
-    prompts = tokenizer_of(work)(texts, return_tensors="pt", padding=True, padding_side="left")
+    prompts = tokenizer_of(work)(texts, return_tensors="pt", padding=True, padding_side="left").to(work.device)
     generate = partial(hugging_face, work, prompts, network_of(work, DTYPES[work.precision]))
     named = {"ours": ours(work, chosen, prompts), "generate, all rows": partial(generate, batch=chosen.rows)}
     return named | {f"generate, {chosen.batch} rows": partial(generate, batch=chosen.batch)}

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def llama(*, layers: int, width: int, vocabulary: int, words: int) -> Built:
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=max(width // 64, 4),
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
@@ -66,6 +67,7 @@ def llama(*, layers: int, width: int, vocabulary: int, words: int) -> Built:
 
 BUILDERS = {
     "smollm2": smollm2,
+    "medium": lambda: llama(layers=24, width=1024, vocabulary=49152, words=36),
     "tiny": lambda: llama(layers=4, width=256, vocabulary=8192, words=36),
     "toy": lambda: llama(layers=2, width=32, vocabulary=256, words=6),
 }
@@ -103,6 +105,16 @@ class Ending:
             network.get_output_embeddings().register_forward_hook(
                 cls([ends] if isinstance(ends, int) else ends, probability)
             )
+
+
+def waiter(device: str) -> Callable[[], None]:
+    """Waits until the device has done what it was asked: clocks are read then."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def held(device: str) -> dict[str, float]:
+    """`gpu`: the most memory of the device so far, MB; nothing on a CPU."""
+    return {"gpu": torch.cuda.max_memory_allocated() / 1e6} if device == "cuda" else {}
 
 
 def build(name: str, folder: Path) -> None:

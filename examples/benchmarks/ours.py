@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from models import Ending, vader
+from models import Ending, held, vader, waiter
 from torch import nn
 from turns import Turns
 from work import Work
@@ -45,7 +45,7 @@ class Baton(Callback):
 
     def __init__(self, work: Work) -> None:
         self.work, self.found = work, {}
-        self.turns = Turns()
+        self.turns = Turns(waiter(work.device))
 
     def on_fit_start(self, trainer: Trainer, module: PPOModule) -> None:
         sampler = module.collector.sampler
@@ -58,7 +58,7 @@ class Baton(Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         phases = {name.removeprefix("time/"): value for name, value in logged.items() if name.startswith("time/")}
         produced = logged["objective/response_length"] * self.work.responses
-        self.found = phases | {"score": logged["objective/scores"], "tokens": produced}
+        self.found = phases | held(self.work.device) | {"score": logged["objective/scores"], "tokens": produced}
 
     def on_train_end(self, *_: object) -> None:
         self.turns.next(self.found)
@@ -88,7 +88,8 @@ def main(work: Work) -> None:
     prompts = str(Path(work.folder) / "prompts.jsonl")
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     limits = {"max_steps": work.steps, "max_epochs": -1}
-    trainer = Trainer(accelerator="cpu", devices=1, precision=work.precision, callbacks=[Baton(work)], **limits, **off)
+    options = {"accelerator": work.device, "devices": 1, "precision": work.precision, **limits, **off}
+    trainer = Trainer(callbacks=[Baton(work)], **options)
     trainer.fit(module_of(work), PromptDataModule(train=prompts, batch_size=work.prompts, seed=work.seed))
 
 

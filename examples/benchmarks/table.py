@@ -39,7 +39,9 @@ def summary(rows: Sequence[Row], side: str) -> dict[str, Any]:
     found = {"side": side, "turns": len(own), "wall_s": column(own, "wall"), "cpu_s": column(own, "cpu")}
     found["tokens_per_s"] = median(row["tokens"] / row["wall"] for row in own)
     found |= {f"{name}_s": column(own, name) for name in (*PHASES, "rest")}
-    return found | {"peak_rss_mb": max(row["rss"] for row in own)}
+    found["peak_rss_mb"] = max(row["rss"] for row in own)
+    held = [row["gpu"] for row in own if "gpu" in row]
+    return found | ({"peak_gpu_mb": max(held)} if held else {})
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

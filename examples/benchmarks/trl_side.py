@@ -7,13 +7,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
-from models import Ending, prompts_of, tokenizer_of, vader
+from models import Ending, held, prompts_of, tokenizer_of, vader, waiter
 from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from turns import Turns
@@ -27,14 +27,17 @@ def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 class TimedTrainer(RLOOTrainer):
     """Times the phases that are methods of the trainer; the rest of a step is its update."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, wait: Callable[[], None], **kwargs: Any) -> None:
+        self.wait = wait
         self.seconds: defaultdict[str, float] = defaultdict(float)
         super().__init__(*args, **kwargs)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.wait()
         start = time.perf_counter()
         yield
+        self.wait()
         self.seconds[name] += time.perf_counter() - start
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +59,7 @@ class Baton(TrainerCallback):
     """A turn is what lies between the starts of two steps."""
 
     def __init__(self, work: Work) -> None:
-        self.work, self.turns, self.logged, self.trainer = work, Turns(), {}, None
+        self.work, self.turns, self.logged, self.trainer = work, Turns(waiter(work.device)), {}, None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._next()
@@ -69,7 +72,7 @@ class Baton(TrainerCallback):
         self._next()
 
     def _next(self) -> None:
-        found = dict(self.trainer.seconds)
+        found = dict(self.trainer.seconds) | held(self.work.device)
         if self.logged:
             produced = self.logged["completions/mean_length"] * self.work.responses
             found |= {"score": self.logged["reward"], "tokens": produced}
@@ -81,7 +84,7 @@ def main(work: Work) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = RLOOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=work.device == "cpu",
             bf16=work.precision == "bf16-mixed",
             gradient_checkpointing=False,
             per_device_train_batch_size=work.responses,
@@ -106,6 +109,7 @@ def main(work: Work) -> None:
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(work)]),
             processing_class=tokenizer_of(work),
             callbacks=[baton],
+            wait=waiter(work.device),
         )
         baton.trainer = trainer
         Ending.put_on(trainer.model, work.end)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,14 @@ Row = dict[str, Any]
 
 
 class Turns:
-    """The worker's end: measures what lies between two calls of `next`."""
+    """The worker's end: measures what lies between two calls of `next`.
 
-    def __init__(self) -> None:
+    Args:
+        wait: for what the device still has to do.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
+        self._wait = wait
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # libraries print; only turns go to the pipe
         self._start: tuple[float, float] | None = None
@@ -36,6 +41,7 @@ class Turns:
     def next(self, found: Mapping[str, float] | None = None) -> None:
         """End the turn, hand in its measures and what was `found`, wait for the next."""
         row: Row = {}
+        self._wait()
         if self._start is not None:
             wall, cpu = (now - before for now, before in zip(self._now(), self._start, strict=True))
             row = {"wall": wall, "cpu": cpu, "rss": peak_rss(), **(found or {})}

@@ -19,7 +19,10 @@ class Work:
     """A step: prompts in, one rollout, one optimizer step on all of it (RLOO, one inner epoch, one minibatch)."""
 
     model: str = "smollm2"
-    """`smollm2` (135M), `tiny` (random Llama, 4 layers x 256, V = 8192) or `toy` (2 x 32, for tests)."""
+    """`smollm2` (135M), or a random Llama: `medium` (24 layers x 1024, V = 49152), `tiny` (4 x 256, V = 8192) or `toy`
+    (2 x 32, for tests)."""
+    device: str = "cpu"
+    """Of all sides: `cpu` or `cuda`."""
     precision: str = "bf16-mixed"
     """Lightning's flag; TRL's `bf16` follows it."""
     prompts: int = 8
@@ -58,8 +61,13 @@ class Work:
         return replace(self, **changes)
 
 
-SIZES = {"smollm2": {"prompts": 8}, "tiny": {"prompts": 32}, "toy": {"prompts": 2, "tokens": 4}}
-"""16 responses of SmolLM2, 64 of the tiny model, as in the issue's targets."""
+SIZES = {
+    "smollm2": {"prompts": 8},
+    "medium": {"prompts": 64, "tokens": 128},
+    "tiny": {"prompts": 32},
+    "toy": {"prompts": 2, "tokens": 4},
+}
+"""16 responses of SmolLM2, 64 of the tiny model, as in the issue's targets; 128 of the one for a GPU."""
 
 
 def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -67,6 +75,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     found.add_argument("--models", nargs="+", default=["smollm2"], choices=tuple(SIZES), help="what is trained")
     found.add_argument("--precisions", nargs="+", default=["bf16-mixed"], choices=PRECISIONS)
+    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="on which all sides run")
     found.add_argument("--threads", type=int, default=1, help="of torch, in every process")
     found.add_argument("--attention", default="eager", help="attention kernel of our side and of the floor")
     found.add_argument(
@@ -95,7 +104,7 @@ def parsed(options: argparse.ArgumentParser, args: Sequence[str] | None, **quick
 
 def works(chosen: argparse.Namespace) -> list[Work]:
     """One for each model and precision that was asked for."""
-    common = {"ours": chosen.set, "attention": chosen.attention}
+    common = {"ours": chosen.set, "attention": chosen.attention, "device": chosen.device}
     return [
         Work(model=model, precision=precision, **SIZES[model], **common)
         for model in chosen.models

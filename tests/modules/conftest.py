@@ -42,19 +42,22 @@ def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> P
 
 @pytest.fixture(scope="module")
 def outcome(request, folder) -> Callable[[str, str], dict]:
-    """What came out of the first process, by name of the run and strategy, of the file's JOBS under its HOST."""
-    host = Path(__file__).with_name(getattr(request.module, "HOST", "ddp_host.py"))
+    """What came out of the first process, by name of the run and strategy, of the file's JOBS under its HOST.
+
+    A file that is to see the machine's GPUs says so by VISIBLE, and how many hosts share its jobs by ABREAST.
+    """
+    module = request.module
+    host = Path(__file__).with_name(getattr(module, "HOST", "ddp_host.py"))
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
-    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, str(host), str(folder), *request.module.JOBS],
-        env=inherited | quiet,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet |= {} if getattr(module, "VISIBLE", False) else {"CUDA_VISIBLE_DEVICES": ""}
+    options = {"env": inherited | quiet, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    abreast = getattr(module, "ABREAST", 1)
+    shares = [module.JOBS[i::abreast] for i in range(abreast)]
+    hosts = [subprocess.Popen([sys.executable, str(host), str(folder), *share], **options) for share in shares]
+    for done in hosts:
+        _, errors = done.communicate(timeout=400)
+        assert done.returncode == 0, errors[-4000:]
 
     def of(name: str, strategy: str) -> dict:
         statuses = json.loads((folder / f"{strategy}.json").read_text())["statuses"]
@@ -62,6 +65,6 @@ def outcome(request, folder) -> Callable[[str, str], dict]:
             log = (folder / f"{strategy}-{rank}.log").read_text()[-4000:]
             assert status is not None, f"hangs: {log}"
             assert status == 0, log
-        return torch.load(folder / f"{name}-{strategy}.pt")
+        return torch.load(folder / f"{name}-{strategy}.pt", map_location="cpu")
 
     return of

@@ -34,7 +34,7 @@ def environment(strategy: str, devices: int, rank: int, port: str) -> dict[str, 
     """What tells a process its place: of a node its rank, or else of a process on the only node."""
     if devices == 1:
         return {}
-    place = {"NODE_RANK": str(rank)} if strategy == "nodes" else {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    place = {"NODE_RANK": str(rank)} if strategy.endswith("nodes") else {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     return place | {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 

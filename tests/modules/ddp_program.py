@@ -72,7 +72,7 @@ STRATEGIES = {
     "nodes": lambda devices: "ddp",
     "fsdp2": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
 }
-WITHOUT_EMA = ("zero3",)
+WITHOUT_EMA = ("zero3", "gpu_zero3")
 IN_FLOAT32 = ("one32", "fsdp1", "zero2", "zero3")
 strategy = "one"  # chosen by `ddp_host`
 
@@ -84,8 +84,9 @@ class Table(Reward):
         self.roll = roll
 
     def __call__(self, rollout, rows):
-        numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll)
-        return torch.where(rollout.response, numbers[rollout.tokens[:, rollout.prompt_width :]], 0.0).sum(1)
+        tokens = rollout.tokens[:, rollout.prompt_width :]
+        numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll).to(tokens.device)
+        return torch.where(rollout.response, numbers[tokens], 0.0).sum(1)
 
 
 class FailsOnOne(Table):
@@ -145,9 +146,9 @@ def trainer(devices: int, **options) -> Trainer:
     """A quiet one, with the strategy."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "nodes" else devices,
-        num_nodes=devices if strategy == "nodes" else 1,
+        accelerator="cuda" if strategy.startswith("gpu") else "cpu",
+        devices=1 if strategy.endswith("nodes") else devices,
+        num_nodes=devices if strategy.endswith("nodes") else 1,
         strategy=STRATEGIES[strategy](devices),
         plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
         **(quiet | {"enable_checkpointing": False, "max_epochs": 2} | options),
@@ -162,9 +163,9 @@ def run(module, data, devices: int, *, ckpt_path=None, checkpoint=None, **option
     if checkpoint is not None:
         fitter.save_checkpoint(checkpoint)
     evaluated = {name: float(value) for name, value in fitter.callback_metrics.items() if name.startswith("eval/")}
-    gather = FullyShardedDataParallel.summon_full_params if strategy == "fsdp1" else nullcontext
+    gather = FullyShardedDataParallel.summon_full_params if strategy.endswith("fsdp1") else nullcontext
     with gather(fitter.model):
-        weights = torch.cat([whole_tensor(p).flatten() for p in module.parameters() if p.requires_grad])
+        weights = torch.cat([whole_tensor(p).flatten().cpu() for p in module.parameters() if p.requires_grad])
     return {"weights": weights, "steps": recorder.steps, "eval": evaluated, "held": held(module)}
 
 
@@ -319,7 +320,7 @@ def resumed(folder: Path, devices: int) -> dict:
 
 def exporting(folder: Path, name: str) -> list[Callback]:
     """What writes the folder, where it can."""
-    return [] if strategy == "fsdp1" else [Export(str(folder / f"{name}-{strategy}"))]
+    return [] if strategy.endswith("fsdp1") else [Export(str(folder / f"{name}-{strategy}"))]
 
 
 def sft(folder: Path, devices: int) -> dict:

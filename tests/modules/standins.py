@@ -62,16 +62,19 @@ def _initialize(initialize, args=None, **given):
     return initialize(args=argparse.Namespace(device_rank=int(os.environ["LOCAL_RANK"])), **given)
 
 
-def zero(stage: int) -> CPUDeepSpeed:
+def zero_config(stage: int) -> dict:
     """No weight is too small to be sharded or stays for its next use, no bucket holds all gradients."""
     sizes = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
     sizes |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-    config = {
+    return {
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": False, **sizes},
         "train_micro_batch_size_per_gpu": 4,
     }
-    return CPUDeepSpeed(config=config, **GLOO)
+
+
+def zero(stage: int) -> CPUDeepSpeed:
+    return CPUDeepSpeed(config=zero_config(stage), **GLOO)
 
 
 STRATEGIES |= {
