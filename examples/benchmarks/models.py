@@ -85,12 +85,13 @@ class Ending:
     """
 
     def __init__(self, tokens: list[int], probability: float) -> None:
-        self.tokens, self.probability = tokens, probability
+        self.tokens, self.probability = torch.tensor(tokens), probability
 
     def __call__(self, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return logits
-        logits[..., self.tokens] = -1e4
+        self.tokens = self.tokens.to(logits.device)  # once: a pass that is recorded may copy nothing from the CPU
+        logits.index_fill_(-1, self.tokens, -1e4)
         if self.probability > 0:
             logits = logits.float()  # bfloat16 would round the end's logit by several percent of its probability
             odds = math.log(self.probability / (1 - self.probability) / len(self.tokens))

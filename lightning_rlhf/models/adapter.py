@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_rlhf.folders.inspection import check_adapter, loading
@@ -32,7 +33,8 @@ def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Mod
         raise ValueError(f"`peft` must be a peft.PeftConfig such as peft.LoraConfig: got {type(config).__name__}")
     config = copy.deepcopy(config)
     config.task_type = task
-    return peft.get_peft_model(network, config)
+    with torch.device("cpu"):  # whose random numbers are the same wherever the network is; PEFT moves the adapter to it
+        return peft.get_peft_model(network, config)
 
 
 def is_adapted(network: nn.Module) -> bool:

@@ -47,9 +47,50 @@ class GrowingLayer(DynamicLayer):
         return self._buffers[0].data_ptr() == self.keys.data_ptr() and len(self._buffers[0]) == len(self.keys)
 
 
-def _widened(states: Tensor, columns: int) -> Tensor:
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers that stay where and as wide as they are: a pass does the same every time.
+
+    It says that the newest token stands in the last column, so that the mask alone hides what lies after it.
+
+    Args:
+        layer: whose keys and values it goes on from.
+        column: to be written next, (1,), int64; shared by all layers and moved by whoever holds them.
+        width: columns of the buffers.
+    """
+
+    def __init__(self, layer: DynamicLayer, column: Tensor, width: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = (_widened(x, width, zero=True) for x in (layer.keys, layer.values))
+        self.column = column
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one column; all keys and values, (B, heads, width, d) each."""
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Columns before the token that is read."""
+        return self.keys.shape[2] - 1
+
+
+def fixed_cache(cache: Cache, column: Tensor, width: int) -> Cache:
+    """The same keys and values in `FixedLayer`s."""
+    return Cache(layers=[FixedLayer(layer, column, width) for layer in cache.layers])
+
+
+def grown_cache(cache: Cache, used: int) -> Cache:
+    """The first columns of a fixed cache, in one that grows again."""
+    grown = growing_cache()
+    for number, layer in enumerate(cache.layers):
+        grown.update(layer.keys[:, :, :used], layer.values[:, :, :used], number)
+    return grown
+
+
+def _widened(states: Tensor, columns: int, *, zero: bool = False) -> Tensor:
     rows, heads, used, size = states.shape
-    buffer = states.new_empty(rows, heads, columns, size)
+    buffer = (states.new_zeros if zero else states.new_empty)(rows, heads, columns, size)
     buffer[:, :, :used] = states
     return buffer
 
@@ -80,6 +121,12 @@ def why_no_cache(network: nn.Module) -> str | None:
         return f"transformers makes no dynamic cache for it ({error})"
     other = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
     return f"its cache is made of {', '.join(sorted(other))}" if other else None
+
+
+def slides(network: nn.Module) -> bool:
+    """Whether a layer looks back only so many columns, which then must be counted from the token that is read."""
+    layers = DynamicCache(config=bare(network).config).layers
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def growing_cache() -> Cache:

@@ -144,7 +144,8 @@ class ModelSource:
             if not new_head:
                 raise ValueError(_NO_HEAD.format(self.path))
             logger.info("%s has no scalar head: drawing one from N(0, 1/(d+1))", self.path)
-            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+            drawn = torch.empty(head.weight.shape, dtype=head.weight.dtype, device="cpu")  # the same for every device
+            head.weight.data.copy_(nn.init.normal_(drawn, std=(head.in_features + 1) ** -0.5))
         return network
 
     def _bias(self) -> float:

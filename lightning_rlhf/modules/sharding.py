@@ -49,8 +49,10 @@ def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]
     """
     zero, mesh = stage_3_of(module), module.device_mesh
     sharded = [network for network in networks if isinstance(network, PolicyModel | ScalarModel)]
-    for network in sharded if zero is not None else ():
-        network.keep_shards(partition(network, zero.config))
+    if zero is not None:
+        for network in sharded:
+            network.keep_shards(partition(network, zero.config))
+        module.to(zero.root_device)  # the engine moves nothing of a module whose weights are shards
     if mesh is None:
         return
     if (size := mesh["tensor_parallel"].size()) > 1:

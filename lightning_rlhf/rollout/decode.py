@@ -16,6 +16,8 @@ from lightning_rlhf.rollout.watch import Watch
 
 CROWDED = 0.75
 """Ended rows leave once the open ones are at most this share: to leave, the cache of the others is copied."""
+SPARSE = 0.5
+"""The same where a pass is recorded, and must be recorded again."""
 
 
 @torch.no_grad()
@@ -60,21 +62,22 @@ def decode(
         prompts * samples, length=length, pad_token=pad_token, end_tokens=end_tokens, device=device, watch=watch
     )
     uniforms = None if uniforms is None else uniforms.to(device)
-    room, live, read = slots or prompts * samples, Slots(network), 0
+    room, live, read, passes = slots or prompts * samples, Slots(network), 0, length
     while True:
         if new := min((room - len(live)) // samples, prompts - read):
             rows = torch.arange(read * samples, (read + new) * samples, device=device)
             live.admit(rows, tokens[read : read + new], mask[read : read + new], samples=samples)
-            read += new
+            read, passes = read + new, length
         choice = _draw(live, record, uniforms, temperature)
         still = int(live.open.sum())
         if not still and read == prompts:
             return record.sampled()
-        if still <= CROWDED * len(live):
+        if still <= (CROWDED if live.recorded is None else SPARSE) * len(live):
             choice = choice[live.open]
             live.drop_closed()
+        passes -= 1
         if still:
-            live.advance(choice)
+            live.advance(choice, passes=passes if read == prompts else 0)
 
 
 def _draw(live: Slots, record: Record, uniforms: Tensor | None, temperature: float) -> Tensor:

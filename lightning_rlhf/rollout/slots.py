@@ -11,12 +11,14 @@ from transformers.cache_utils import Cache
 
 from lightning_rlhf.models.cache import cache_name, growing_cache
 from lightning_rlhf.models.states import Backbone, positions
+from lightning_rlhf.rollout.recorded import WORTH_RECORDING, RecordedPass, recordable, unplanned_attention
 
 
 class Slots:
     """Rows that are being decoded.
 
-    Every row's newest token stands in the last column; what a row lacks on the left is masked.
+    Every row's newest token stands in the last column; what a row lacks on the left is masked. On a GPU a pass is
+    recorded once the rows are settled, and rows and columns then stay until they change again.
 
     Args:
         network: a causal language model whose cache can be cut (`why_no_cache`).
@@ -37,6 +39,7 @@ class Slots:
         self.mask = torch.empty(0, 0, dtype=torch.bool, device=device)
         self.logits: Tensor | None = None
         self.cache: Cache | None = None
+        self.recorded: RecordedPass | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,6 +53,7 @@ class Slots:
             mask: (m, P), bool.
             samples: responses to each prompt.
         """
+        self._let_go()
         first = int(mask.any(0).int().argmax())
         tokens, mask, cache = tokens[:, first:], mask[:, first:], growing_cache()
         logits = self._forward(tokens, mask, positions(mask), cache)
@@ -65,14 +69,27 @@ class Slots:
         self.rows, self.ages = torch.cat([self.rows, rows]), torch.cat([self.ages, torch.zeros_like(rows)])
         self.open = torch.cat([self.open, torch.ones_like(rows, dtype=torch.bool)])
 
-    def advance(self, tokens: Tensor) -> None:
-        """Append a token to every row, (n,), int64."""
-        self.mask = pad(self.mask, (0, 1), value=True)
+    def advance(self, tokens: Tensor, *, passes: int = 0) -> None:
+        """Append a token to every row, (n,), int64.
+
+        Args:
+            tokens: of closed rows, any.
+            passes: to come over these rows, at most; 0 where rows may still be admitted.
+        """
         self.ages = self.ages + 1
+        if self.recorded is not None and self.recorded.full:
+            self._let_go()
+        if self.recorded is None and passes >= WORTH_RECORDING and recordable(self.network):
+            self.recorded = RecordedPass(self.network, self._forward, self.cache, self.mask, passes=passes)
+        if self.recorded is not None:
+            self.logits = self.recorded(tokens)
+            return
+        self.mask = pad(self.mask, (0, 1), value=True)
         self.logits = self._forward(tokens.unsqueeze(1), self.mask, self.mask.sum(1, keepdim=True) - 1, self.cache)
 
     def drop_closed(self) -> None:
         """Drop the closed rows, and the columns that only they used."""
+        self._let_go()
         index = self.open.nonzero().squeeze(1)
         self.rows, self.ages, self.open, self.mask = (x[index] for x in (self.rows, self.ages, self.open, self.mask))
         if not len(index):
@@ -82,6 +99,12 @@ class Slots:
         self.mask = self.mask[:, first:]
         for layer in self.cache.layers:
             layer.keys, layer.values = (x[index, :, first:] for x in (layer.keys, layer.values))
+
+    def _let_go(self) -> None:
+        """Rows are about to change: what was recorded is of no use any more."""
+        if self.recorded is not None:
+            self.cache, self.mask = self.recorded.grown()
+            self.logits, self.recorded = self.logits.clone(), None  # they lay in what was recorded
 
     def _join(self, cache: Cache, mask: Tensor) -> None:
         """Put other rows under these, all aligned on the right."""
@@ -100,4 +123,5 @@ class Slots:
             known["position_ids"] = place
         if self.backbone.accepts("logits_to_keep"):
             known["logits_to_keep"] = 1
-        return self.network(input_ids=tokens, attention_mask=mask.long(), **known).logits[:, -1]
+        with unplanned_attention():
+            return self.network(input_ids=tokens, attention_mask=mask.long(), **known).logits[:, -1]

@@ -145,13 +145,14 @@ def source(folder: Path, name: str, **options) -> ModelSource:
 def trainer(devices: int, **options) -> Trainer:
     """A quiet one, with the strategy."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    quiet |= {"enable_checkpointing": False, "max_epochs": 2}
+    quiet["plugins"] = None if strategy in IN_FLOAT32 else [DoublePrecision()]  # a plugin: FSDP2 refuses the flag
     return Trainer(
         accelerator="cuda" if strategy.startswith("gpu") else "cpu",
         devices=1 if strategy.endswith("nodes") else devices,
         num_nodes=devices if strategy.endswith("nodes") else 1,
         strategy=STRATEGIES[strategy](devices),
-        plugins=None if strategy in IN_FLOAT32 else [DoublePrecision()],  # a plugin: FSDP2 refuses the flag
-        **(quiet | {"enable_checkpointing": False, "max_epochs": 2} | options),
+        **(quiet | options),
     )
 
 

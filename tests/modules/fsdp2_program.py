@@ -75,10 +75,10 @@ def wide(folder: Path, devices: int) -> dict:
     return found | {"read": module.all_gather(torch.tensor(read["numbers"])).flatten(), "n": module.episodes}
 
 
-def stages(folder: Path, devices: int, precision: str) -> dict:
+def stages(folder: Path, devices: int, **precision) -> dict:
     """Every stage in a precision, by name; of PPO one rollout, since a second would follow the first's rounding."""
     ranked, told = str(folder / "comparisons.jsonl"), str(folder / "demonstrations.jsonl")
-    options = {"precision": precision, "max_epochs": 1}
+    options = precision | {"max_epochs": 1}
     found = {}
     sft = SFTModule(low(folder, "lm"), optimizer=ADAM)
     data = DemonstrationDataModule(train=told, val=told, batch_size=4 // devices)
@@ -108,15 +108,15 @@ def low(folder: Path, name: str) -> ModelSource:
 
 
 def single(folder: Path, devices: int) -> dict:
-    return stages(folder, devices, "32-true")
+    return stages(folder, devices, precision="32-true")
 
 
 def mixed(folder: Path, devices: int) -> dict:
-    return stages(folder, devices, "bf16-mixed")
+    return stages(folder, devices, precision="bf16-mixed")
 
 
 def true(folder: Path, devices: int) -> dict:
-    return stages(folder, devices, "bf16-true")
+    return stages(folder, devices, precision="bf16-true")
 
 
 def stopped(folder: Path, devices: int) -> dict:

@@ -1,7 +1,7 @@
 """More jobs of `ddp_host`, whose strategies begin with `gpu`: `python gpu_program.py FOLDER JOB...`.
 
-One process has the GPU to itself, over NCCL where the strategy has collectives; two share it over gloo, since NCCL
-wants a GPU for each.
+One process has the GPU to itself, over NCCL where the strategy has collectives; two replicas share it over gloo, since
+NCCL wants a GPU for each. (FSDP2 cannot: torch makes no mesh of CUDA devices over gloo.)
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import ddp_program as program
 import torch
 from ddp_program import ADAM, GLOO, Table, run, source
 from fsdp2_program import low, prompts, stages
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from standins import zero_config
 
-from lightning_rlhf import Constant, Generation, PPOModule, Updates
+from lightning_rlhf import Constant, DemonstrationDataModule, Generation, PPOModule, SFTModule, Updates
 
 STRATEGIES = {
     "gpu": lambda devices: "auto",
@@ -26,7 +27,6 @@ STRATEGIES = {
     "gpu_zero2": lambda devices: DeepSpeedStrategy(config=zero_config(2)),
     "gpu_zero3": lambda devices: DeepSpeedStrategy(config=zero_config(3)),
     "gpu_ddp_nodes": lambda devices: DDPStrategy(**GLOO),
-    "gpu_fsdp2_nodes": lambda devices: ModelParallelStrategy(devices, 1, **GLOO),
     "gpu_low": lambda devices: "auto",
     "gpu_low_fsdp2": lambda devices: ModelParallelStrategy(devices, 1),
 }
@@ -40,7 +40,17 @@ def start(folder: Path, devices: int) -> dict:
 
 
 def half(folder: Path, devices: int) -> dict:
-    return stages(folder, devices, "16-mixed")
+    """With a scale that overflows nothing: the usual one, of 2^16, leaves out the first steps, as it is meant to."""
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    return stages(folder, devices, plugins=[MixedPrecision("16-mixed", "cuda", scaler)])
+
+
+def scaled(folder: Path, devices: int) -> dict:
+    """SFT with the usual scale: after as many steps as with another."""
+    path = str(folder / "demonstrations.jsonl")
+    module = SFTModule(low(folder, "lm"), optimizer=ADAM)
+    data = DemonstrationDataModule(train=path, val=path, batch_size=4)
+    return run(module, data, devices, precision="16-mixed")
 
 
 def compiled(folder: Path, devices: int) -> dict:
@@ -63,7 +73,7 @@ def compiled(folder: Path, devices: int) -> dict:
 
 program.STRATEGIES.update(STRATEGIES)
 program.IN_FLOAT32 += ("gpu_fsdp1", "gpu_zero2", "gpu_zero3", "gpu_low", "gpu_low_fsdp2")
-vars(program).update({job.__name__: job for job in (start, half, compiled)})
+vars(program).update({job.__name__: job for job in (start, half, scaled, compiled)})
 
 if __name__ == "__main__":
     ddp_host.main()

@@ -12,7 +12,7 @@ from agreement import assert_same_folder, assert_same_numbers
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HOST, VISIBLE, ABREAST = "gpu_program.py", True, 6
 STAGES = ["sft", "reward", "ppo", "gae", "lora"]
-EXACT = ["gpu", "gpu_ddp", "gpu_fsdp2", "gpu_ddp_nodes", "gpu_fsdp2_nodes"]
+EXACT = ["gpu", "gpu_ddp", "gpu_fsdp2", "gpu_ddp_nodes"]
 ROUNDED = ["gpu_fsdp1", "gpu_zero2", "gpu_zero3"]
 NAMES = ",".join([*STAGES, "resumed", "grouped"])
 SHORT = "sft,reward,ppo,lora,resumed"
@@ -22,9 +22,8 @@ JOBS = [
     f"gpu_ddp:1:{NAMES}:300",
     f"gpu_fsdp2:1:{NAMES}:300",
     f"gpu_ddp_nodes:2:{NAMES}:300",
-    f"gpu_fsdp2_nodes:2:{NAMES}:300",
     f"one32:1:{SHORT}:300",
-    "gpu_low:1:start,single,mixed,true,half:300",
+    "gpu_low:1:start,single,mixed,true,half,scaled:300",
     "gpu_low_fsdp2:1:mixed,true:300",
     "gpu_fsdp1:1:sft,reward:300",
     *(f"{strategy}:1:{SHORT}:300" for strategy in ROUNDED[1:] if find_spec("deepspeed")),
@@ -93,7 +92,7 @@ def test_gpu_resumes_an_engine(rounded, strategy) -> None:
     assert furthest(gpu["first"], gpu["resumed"]) > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["gpu", "gpu_fsdp2", "gpu_fsdp2_nodes"])
+@pytest.mark.parametrize("strategy", ["gpu", "gpu_fsdp2"])
 @pytest.mark.parametrize("name", ["sft", "reward", "lora"])
 def test_gpu_exports_the_folder_of_a_cpu(outcome, folder, strategy, name) -> None:
     outcome(name, "one"), outcome(name, strategy)
@@ -126,3 +125,10 @@ def test_gpu_in_low_precision_stays_near_float32(outcome, folder, name, strategy
 def test_gpu_compiles_networks(outcome) -> None:
     plain, compiled = (outcome("compiled", "gpu")[name] for name in ("plain", "compiled"))
     assert furthest(plain, compiled) < 1e-9
+
+
+def test_gpu_in_half_precision_leaves_out_what_overflows(outcome) -> None:
+    """And goes on: the norm of a step that is left out is not finite, those of later ones are."""
+    steps = outcome("scaled", "gpu_low")["steps"]
+    losses = [step["train/loss"] for step in steps]
+    assert losses[-1] < losses[0]
