@@ -94,6 +94,21 @@ def test_scaling_writes_a_row_for_a_point(tmp_path):
     assert (row["moved"], row["value"], row["responses"], row["tokens"], row["k"]) == ("responses", "8", "8", "4", "2")
 
 
+@needs_vader
+def test_recording_is_timed_on_a_gpu_alone(bench, tmp_path):
+    import recorded
+
+    args = ["--quick", "--out", str(tmp_path)]
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="there is none here"):
+            recorded.main(args)
+        return
+    recorded.main(args)
+    found = rows(tmp_path / "recorded.csv")
+    assert [row["way"] for row in found[:2]] == ["recorded", "pass by pass"]
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
 def test_scaling_moves_one_size_at_a_time(bench):
     from argparse import Namespace
 
