@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lightning_rlhf.models.folder import write_folder
 
@@ -21,6 +24,21 @@ def test_folder_appears_when_the_block_ends(tmp_path):
         assert not folder.exists()
     assert contents(folder) == {"deep/x": "1"}
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_files_can_be_read_by_whom_the_folder_lets_in(tmp_path):
+    """safetensors writes for its owner alone, and a server is often somebody else."""
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with write_folder(tmp_path / "out") as target:
+                save_file({"weight": torch.zeros(2)}, target / "model.safetensors")
+                (target / "sub").mkdir()
+                (target / "sub" / "config.json").write_text("{}")
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+        assert modes == {"model.safetensors": mode, "config.json": mode, "sub": 0o777 & ~umask}
 
 
 def test_older_folder_is_replaced_as_a_whole(tmp_path):
