@@ -5,8 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
+import shlex
+import socket
 import string
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +239,27 @@ def write_rows(tmp_path: Path) -> Callable[[str, Sequence[dict]], str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def forking_python() -> Iterator[str]:
+    """An executable that stands for `python`: its programs are forks of one process, which imports once.
+
+    `sys.executable` of the programs is the same. Not for those that ask a GPU or measure what importing costs.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        executable, address = Path(folder, "python"), str(Path(folder, "socket"))  # short: 108 bytes at most
+        listener.bind(address)
+        listener.listen(64)
+        here = Path(__file__).parent
+        client = [sys.executable, "-ISB", str(here / "fork_client.py"), str(executable), address]
+        executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n', encoding="utf-8")
+        executable.chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, str(here / "fork_server.py"), str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        yield str(executable)
+        server.communicate()
