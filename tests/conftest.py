@@ -62,12 +62,11 @@ def _config(kind: str, vocab: int, end: int | list[int], width: int, **extra: An
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
         attention_dropout=0.1,
-        **ids,
+        **({"num_hidden_layers": 2} | ids),
     )
 
 
