@@ -49,7 +49,9 @@ class RLHFCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None) -> None:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        self._given = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        asked = any(word == "-h" or "help" in word or "comments" in word for word in self._given)
+        set_parsing_settings(docstring_parse_attribute_docstrings=asked)  # from source files: slow, and for help alone
         set_loader("yaml", load, exceptions=(YAMLError,))
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
@@ -68,6 +70,11 @@ class RLHFCLI(LightningCLI):
             args=args,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # of this command line
+        """What there is to run; the one that stands first alone, where one does: each takes as long to build."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if name in self._given[:1]} or every
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what only a flag may say (`consent`)."""
         try:
@@ -75,7 +82,7 @@ class RLHFCLI(LightningCLI):
         except UnicodeDecodeError as error:
             parser.error(f"a config is no UTF-8 text: {error}")
         chosen = self.config[self.config.subcommand]
-        refusal = objection(chosen.as_dict(), list(sys.argv[1:] if args is None else args))
+        refusal = objection(chosen.as_dict(), self._given)
         if refusal is not None:
             parser.error(refusal)
         chosen.weights_only = True

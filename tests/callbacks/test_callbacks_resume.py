@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ NAMES = [*(f"1-{kill}" for kill in KILLS), "2-rollout", "2-minibatch", "2-write"
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, make_lm, make_tokenizer) -> Callable[[str, int], dict[str, Any]]:
+def ends(tmp_path_factory, forking_python, make_lm, make_tokenizer) -> Callable[[str, int], dict[str, Any]]:
     """What a run ended with, by its name and rank."""
     folder = tmp_path_factory.mktemp("resume")
     make_lm(end=list(range(10))).save_pretrained(folder / "lm")
@@ -34,7 +33,7 @@ def ends(tmp_path_factory, make_lm, make_tokenizer) -> Callable[[str, int], dict
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES, *POLITE])],
+        [forking_python, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES, *POLITE])],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,

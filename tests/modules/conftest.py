@@ -47,6 +47,7 @@ def outcome(request, folder) -> Callable[[str, str], dict]:
     A file that is to see the machine's GPUs says so by VISIBLE, and how many hosts share its jobs by ABREAST.
     """
     module = request.module
+    python = sys.executable if getattr(module, "VISIBLE", False) else request.getfixturevalue("forking_python")
     host = Path(__file__).with_name(getattr(module, "HOST", "ddp_host.py"))
     inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK")}
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,7 +55,7 @@ def outcome(request, folder) -> Callable[[str, str], dict]:
     options = {"env": inherited | quiet, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     abreast = getattr(module, "ABREAST", 1)
     shares = [module.JOBS[i::abreast] for i in range(abreast)]
-    hosts = [subprocess.Popen([sys.executable, str(host), str(folder), *share], **options) for share in shares]
+    hosts = [subprocess.Popen([python, str(host), str(folder), *share], **options) for share in shares]
     for done in hosts:
         _, errors = done.communicate(timeout=400)
         assert done.returncode == 0, errors[-4000:]

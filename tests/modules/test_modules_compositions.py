@@ -74,7 +74,7 @@ def trained(make_lm, token_reward, make_trainer, as_loader, left_padded, recorde
     """Two rollouts of two responses to each prompt; the module, what it logged, how far its weights moved."""
 
     def run(**options):
-        network = make_lm("gpt2", end=ENDS).double()
+        network = make_lm("gpt2", end=ENDS, n_layer=1).double()
         module = PPOModule(
             policy=network,
             reward=token_reward(),

@@ -11,6 +11,7 @@ from agreement import assert_same_folder, assert_same_numbers
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
+LAYERS = 1  # test_modules_fsdp2.py has networks of two
 NAMES = "ppo,gae,lora,resumed,sft,reward,scarce,scarce_sft,scarce_ppo,grouped"
 JOBS = [
     f"one:1:{NAMES}:90",

@@ -419,8 +419,8 @@ def test_training_on_flipped_scores_moves_away(gap_closed, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surrogate", ["unclipped", "cispo"])
-def test_many_steps_on_a_rollout_run_off_where_nothing_bounds_them(gap_closed, surrogate):
+def test_many_steps_on_a_rollout_run_off_where_nothing_bounds_them(gap_closed):
     """E_old[ρÂ] = J + β·KL(π_θ‖π_old): the surrogate praises leaving. Four steps a rollout, where CLIP arrives."""
-    assert gap_closed(**RLOO, surrogate=SURROGATES[surrogate]) < 0.5
+    assert gap_closed(**RLOO, surrogate=SURROGATES["unclipped"]) < 0.5
+    assert gap_closed(**RLOO, surrogate=SURROGATES["cispo"]) < 0.5
     assert gap_closed(**RLOO, surrogate=Clip()) > 0.8

@@ -93,6 +93,9 @@ class Tiny:
         if "model.policy.path" in self.required(config):
             values |= {"model.updates.minibatch": 2, "model.updates.microbatch": 1}
             values |= {"model.generation.max_new_tokens": 4, "data.pretrain_ratio": 0.5, "data.text_tokens": 8}
+            generation = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["generation"]
+            if generation.get("samples_per_prompt", 1) > 4:
+                values |= {"model.generation.samples_per_prompt": 4}
         return values
 
     def small(self, config: Path) -> list[str]:

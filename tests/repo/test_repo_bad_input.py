@@ -19,7 +19,6 @@ from bad_bench import Bench, Case
 
 import lightning_rlhf
 from lightning_rlhf.cli import console
-from lightning_rlhf.command import RLHFCLI
 from lightning_rlhf.failure import sentence, status
 
 READ = [*bad_rows.CASES, *bad_files.ENCODINGS, *bad_files.BROKEN]
@@ -27,7 +26,6 @@ READ = [*bad_rows.CASES, *bad_files.ENCODINGS, *bad_files.BROKEN]
 TABLES = (bad_configs.CASES, bad_models.CASES, bad_checkpoints.CASES, bad_files.PACKED, bad_files.PLACES)
 CASES = [*READ[::4], *(case for table in TABLES for case in table)]
 _read_docstrings = functools.cache(jsonargparse._optionals.parse_docs)
-_SUBCOMMANDS = RLHFCLI.subcommands()
 LONGEST = 700
 """Characters of a sentence, the paths in it included."""
 
@@ -46,8 +44,6 @@ def bench(tiny: Any, workplace: Path, quick: None) -> Bench:
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of the console script; what is raised beside `SystemExit` would be a traceback."""
-    command = arguments[0] if arguments and arguments[0] in _SUBCOMMANDS else "fit"
-    monkeypatch.setattr(RLHFCLI, "subcommands", staticmethod(lambda: {command: _SUBCOMMANDS[command]}))
     monkeypatch.setattr("sys.argv", ["lightning-rlhf", *arguments])
     try:
         console()

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,14 +35,20 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run(command: str, folder: Path, *args: str) -> None:
-    line = [sys.executable, str(FOLDER / f"{command}.py"), "--quick", "--out", str(folder), *args]
-    subprocess.run(line, check=True, timeout=300)
+@pytest.fixture
+def run(forking_python) -> Callable[..., None]:
+    """Runs a command, whose processes are forks."""
+
+    def run(command: str, folder: Path, *args: str) -> None:
+        line = [forking_python, str(FOLDER / f"{command}.py"), "--quick", "--out", str(folder), *args]
+        subprocess.run(line, check=True, timeout=300)
+
+    return run
 
 
 @pytest.mark.slow
 @needs_vader
-def test_step_measures_sides_in_turns_on_full_responses(tmp_path):
+def test_step_measures_sides_in_turns_on_full_responses(run, tmp_path):
     run("step", tmp_path, "--sides", "ours", "floor")
     turns = rows(tmp_path / "step_turns.csv")
     assert [(row["block"], row["side"]) for row in turns] == [
@@ -59,7 +66,7 @@ def test_step_measures_sides_in_turns_on_full_responses(tmp_path):
 @pytest.mark.slow
 @needs_vader
 @pytest.mark.skipif(not HAS_TRL, reason="needs TRL")
-def test_learning_writes_both_curves(tmp_path):
+def test_learning_writes_both_curves(run, tmp_path):
     pytest.importorskip("matplotlib")
     run("learning", tmp_path, "--target", "9")
     found = rows(tmp_path / "learning.csv")
@@ -73,9 +80,10 @@ def test_learning_writes_both_curves(tmp_path):
 
 @pytest.mark.slow
 @needs_vader
-def test_rollouts_have_geometric_lengths_on_both_sides(bench, tmp_path, monkeypatch):
+def test_rollouts_have_geometric_lengths_on_both_sides(bench, forking_python, tmp_path, monkeypatch):
     import lengths
 
+    monkeypatch.setattr(sys, "executable", forking_python)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests keep theirs
     lengths.main(["--quick", "--out", str(tmp_path), "--rows", "32", "--batch", "8"])
     found = rows(tmp_path / "lengths.csv")
@@ -88,7 +96,7 @@ def test_rollouts_have_geometric_lengths_on_both_sides(bench, tmp_path, monkeypa
 
 @pytest.mark.slow
 @needs_vader
-def test_scaling_writes_a_row_for_a_point(tmp_path):
+def test_scaling_writes_a_row_for_a_point(run, tmp_path):
     run("scaling", tmp_path, "--responses", "8", "--lengths", "--k")
     (row,) = rows(tmp_path / "scaling.csv")
     assert (row["moved"], row["value"], row["responses"], row["tokens"], row["k"]) == ("responses", "8", "8", "4", "2")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,9 +290,9 @@ def test_strategy_lies_over_a_stage(strategy: Path, tiny: Any, workplace: Path, 
 
 
 @pytest.mark.slow
-def test_ddp_runs_on_two_processes(ppo: Callable[..., list[str]], workplace: Path) -> None:
+def test_ddp_runs_on_two_processes(ppo: Callable[..., list[str]], forking_python: str, workplace: Path) -> None:
     arguments = [*ppo(data__batch_size=2), "--config", str(CONFIGS / "strategy" / "ddp.yaml"), "--trainer.devices=2"]
-    command = [sys.executable, "-m", "lightning_rlhf", "fit", *arguments]
+    command = [forking_python, "-m", "lightning_rlhf", "fit", *arguments]
     subprocess.run(command, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     with Path("runs/ppo/version_0/metrics.csv").open(encoding="utf-8") as file:
         episodes = [float(row["episode"]) for row in csv.DictReader(file) if row["episode"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,10 +88,12 @@ def test_reward_of_the_user_that_raises_keeps_its_traceback(ppo: Any, workplace:
         (["--data.train=none.jsonl"], 1, "none.jsonl does not exist"),
     ],
 )
-def test_process_ends_the_same(flags: list[str], code: int, says: str, tiny: Any, workplace: Path) -> None:
+def test_process_ends_the_same(
+    flags: list[str], code: int, says: str, forking_python: str, tiny: Any, workplace: Path
+) -> None:
     named = ["--model=SFTModule", f"--model.model.path={tiny.policy}", "--data=DemonstrationDataModule"]
     named += [f"--data.train={tiny.file('demonstrations')}", "--trainer.accelerator=cpu", *flags]
-    command = [sys.executable, "-m", "lightning_rlhf", "fit", *named]
+    command = [forking_python, "-m", "lightning_rlhf", "fit", *named]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     last = done.stderr.rstrip("\n").split("\n")[-1]
     assert (done.returncode, says in last, "Traceback" in done.stderr) == (code, True, False), done.stderr
