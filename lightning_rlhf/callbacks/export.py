@@ -41,10 +41,24 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process; the others hand it their shards where they have any."""
+        if trainer.fast_dev_run:
+            return
         average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        with average.applied(pl_module) if average else nullcontext():
+            _rescore(pl_module, average)
+            self._write(trainer, pl_module)
+        _rescore(pl_module, average)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
-        if (trainer.is_global_zero or all_take_part) and not trainer.fast_dev_run:
-            with average.applied(pl_module) if average else nullcontext():
-                pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
+        if trainer.is_global_zero or all_take_part:
+            pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
+        if trainer.is_global_zero:
             logger.info("exported %s to %s", type(pl_module).__name__, self.folder)
         trainer.strategy.barrier("export")
+
+
+def _rescore(pl_module: LightningModule, average: EMA | None) -> None:
+    """Give a reward model the bias of the weights it has by now, where an average has been put in or out."""
+    if average is not None and hasattr(pl_module, "score_demonstrations"):
+        pl_module.score_demonstrations()

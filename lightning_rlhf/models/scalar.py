@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +67,16 @@ class ScalarModel(nn.Module):
             tokens: (B, L), int64, padded on either side.
             mask: real tokens, (B, L), bool.
         """
+        return self.raw(tokens, mask) + self.bias
+
+    def raw(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Scores of every token without the bias; arguments and shape as of `forward`."""
         bare = self._bare()
         backbone = getattr(bare, bare.base_model_prefix)
         hidden = backbone(
             input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
-        return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
+        return full_precision(bare.score(hidden)).squeeze(-1)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the model together."""
@@ -83,12 +90,34 @@ class ScalarModel(nn.Module):
         """The sequence-classification model under an adapter."""
         return self.network.get_base_model() if is_adapted(self.network) else self.network
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32, whatever the precision of training.
+
+        Half-precision weights are float32 meanwhile, which loses nothing; those of a sharded model stay as they are.
+        """
+        tensors = [*self.parameters(), *self.buffers()] if self.blueprint is None else []
+        halves = [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+        weights = [tensor.data for tensor in halves]
+        default = torch.get_default_dtype()
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        torch.set_default_dtype(torch.float32 if default in (torch.bfloat16, torch.float16) else default)
+        try:
+            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            for tensor, before in zip(halves, weights, strict=True):
+                tensor.data = before
+
     def _padding_token(self) -> int | None:
-        """What transformers may take for padding: no end token, or it would score the token before the end."""
+        """A token that transformers may take for padding; no end token, or it would score the token before the end."""
         named = (self.network.config, self.tokenizer)
-        pads = [getattr(holder, "pad_token_id", None) for holder in named]
-        ends = [getattr(holder, "eos_token_id", None) for holder in named]
-        return next((pad for pad in pads if pad is not None and pad not in ends), None)
+        ends = {end for holder in named for end in _ids(getattr(holder, "eos_token_id", None))}
+        names = [(holder, name) for name in ("pad", "unk", "bos") for holder in named]
+        tokens = [getattr(holder, f"{name}_token_id", None) for holder, name in names]
+        return next((token for token in tokens if token is not None and token not in ends), None)
 
     def get_extra_state(self) -> dict[str, float]:
         """The demonstration bias, as `state_dict` carries it."""
@@ -117,4 +146,19 @@ class ScalarModel(nn.Module):
             network.save_pretrained(target)
             network.config.save_pretrained(target)  # an adapter folder would have none, and the bias stands in it
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(target)
+                self._padding_tokenizer().save_pretrained(target)
+
+    def _padding_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which pads on the right with the token that the config names."""
+        tokenizer = deepcopy(self.tokenizer)
+        padding = self.network.config.pad_token_id
+        if padding is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+            tokenizer.padding_side = "right"
+        return tokenizer
+
+
+def _ids(tokens: int | list[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return [tokens] if isinstance(tokens, int) else list(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import without_dropout
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.modules.calibration import Calibration
+from lightning_rlhf.modules.demonstration_bias import DemonstrationBias
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
@@ -32,13 +34,17 @@ from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.modules.system_accuracy import SystemAccuracy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
+logger = logging.getLogger(__name__)
+
 
 class RewardModule(CheckedRevival, LightningModule):
     """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
 
-    The loss does not see a constant added to r_θ, so after every validation that served demonstrations the bias becomes
-    −(their mean raw score), over all processes. Doing it again changes nothing. The loss is given raw scores, because
-    one that does see a constant (`Centred`) would chase the bias.
+    r_θ(x, y) = raw score + b, with b = −(mean raw score of the demonstrations). The loss does not see a constant added
+    to r_θ, so b is set after every validation that served demonstrations, and when training ends where the data module
+    has any, with or without a validation: over all processes, and in float32 whatever the training precision (under
+    FSDP2 and DeepSpeed ZeRO-3 in the training precision). The loss is given raw scores, because one that does see a
+    constant (`Centred`) would chase the bias.
 
     An evaluation logs accuracy, margin and loss, the accuracy by confidence (`Calibration`), by length difference
     (`LengthAccuracy`) and by who wrote the responses (`SystemAccuracy`), and the correlation of score and length
@@ -73,6 +79,12 @@ class RewardModule(CheckedRevival, LightningModule):
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
+    def setup(self, stage: str) -> None:
+        """Have the demonstrations scored when training ends."""
+        callbacks = self.trainer.callbacks
+        if stage == "fit" and not any(isinstance(callback, DemonstrationBias) for callback in callbacks):
+            callbacks.insert(0, DemonstrationBias())
+
     @built_whole
     def configure_model(self) -> None:
         """Build the network, once; shard it where the strategy asks."""
@@ -95,20 +107,27 @@ class RewardModule(CheckedRevival, LightningModule):
         Raises:
             ValueError: the texts are longer than the network can read.
         """
+        return self.raw(tokens, mask) + self.model.bias
+
+    def raw(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """r_θ at the last token without the bias; arguments and errors as of `forward`."""
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_tokens`")
-        return score_at_end(self.model(tokens, mask), mask)
+        return score_at_end(self.model.raw(tokens, mask), mask)
 
     def rank(self, batch: ComparisonBatch) -> Tensor:
-        """Scores of K responses to each prompt, (B, K), by one forward pass per response; 0 where one is absent."""
+        """Scores of K responses to each prompt, bias included, (B, K); 0 where one is absent."""
+        return torch.where(batch.rank >= 0, self._raw_rank(batch) + self.model.bias, 0.0)
+
+    def _raw_rank(self, batch: ComparisonBatch) -> Tensor:
         present = batch.rank >= 0
-        scores = self(batch.tokens[present], batch.mask[present])
+        scores = self.raw(batch.tokens[present], batch.mask[present])
         return torch.zeros(present.shape, dtype=scores.dtype, device=scores.device).masked_scatter(present, scores)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Mean over the prompts that have a pair, times the processes over which the strategy will average."""
         counts = preferred_pairs(batch.rank).any(2).any(1)
         count = global_sum(self, counts.sum()).clamp(min=1)
-        losses = self.loss(self.rank(batch) - self.model.bias, batch.rank, batch.strength)
+        losses = self.loss(self._raw_rank(batch), batch.rank, batch.strength)
         loss = torch.where(counts, losses, 0.0).sum() / count
         self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.rank))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
@@ -144,12 +163,14 @@ class RewardModule(CheckedRevival, LightningModule):
 
     def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
         if isinstance(batch, TextBatch):
-            scores, real = self(batch.tokens, batch.mask), batch.target.any(1)  # fillers too: a pass may need all
+            with self.model.in_float32():
+                scores = self.raw(batch.tokens, batch.mask)  # fillers too: a pass may need all processes
+            real = batch.target.any(1)
             if real.any():
-                self.demonstrations.update(scores[real] - self.model.bias)
+                self.demonstrations.update(scores[real])
             return
         pairs, lengths = preferred_pairs(batch.rank), batch.mask.sum(2)
-        scores = self.rank(batch) - self.model.bias
+        scores = self._raw_rank(batch)
         if pairs.any():
             margins, longer = score_margins(scores)[pairs], score_margins(lengths)[pairs]
             losses = self.loss(scores, batch.rank, batch.strength)
@@ -171,14 +192,32 @@ class RewardModule(CheckedRevival, LightningModule):
             self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
         if self._seen(self.demonstrations):
             raw = float(self.demonstrations.compute())
+            self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
             if stage == "eval" and not self.trainer.sanity_checking:
                 self.model.bias = -raw
-            self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
             self.log(f"{stage}/demonstration_bias", self.model.bias, sync_dist=True)
 
     def _seen(self, metric: Metric) -> bool:
         """Whether any process has something to compute: all of them must compute, or none."""
         return bool(global_sum(self, torch.tensor(float(metric.update_called), device=self.device)))
+
+    @torch.no_grad()
+    def score_demonstrations(self) -> None:
+        """Set the bias from the data module's demonstrations, with all processes; without any, leave it as it is."""
+        trainer = self.trainer
+        if getattr(trainer.datamodule, "demonstrations", None) is None:
+            return
+        training = self.training
+        self.eval()
+        begin(self.demonstrations)
+        for number, batch in enumerate(trainer.datamodule.demonstration_dataloader()):
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            trainer.strategy.validation_step(batch, number)
+        self.train(training)
+        raw = float(self.demonstrations.compute())
+        if trainer.is_global_zero:
+            logger.info("demonstrations scored %.4g on average; with the new bias 0", raw + self.model.bias)
+        self.model.bias = -raw
 
     @torch.no_grad()
     def normalise(self, demonstrations: Iterable[TextBatch]) -> float:
@@ -200,7 +239,8 @@ class RewardModule(CheckedRevival, LightningModule):
             real = target.any(1)
             if not real.any():
                 continue
-            total += float((self(tokens[real], mask[real]) - self.model.bias).double().sum())
+            with self.model.in_float32():
+                total += float(self.raw(tokens[real], mask[real]).double().sum())
             count += int(real.sum())
         if count == 0:
             raise ValueError("`demonstrations` is empty: the bias needs at least one demonstration")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel, score_at_end
 
@@ -150,10 +150,14 @@ def test_bias_travels_in_the_folder(make_scorer, toy_tokenizer, tmp_path, kind):
 
 
 def test_folder_names_no_padding_token_that_ends_texts(make_scorer, toy_tokenizer, tmp_path):
-    """The toy tokenizer's end token is 0, and it has no other to pad with: transformers must not look for one."""
+    """The toy tokenizer's end token is 0, and that of the beginning, 1, is the only other to pad with."""
     for name, pad in {"none": None, "end": 0}.items():
         ScalarModel(make_scorer(pad_token_id=pad), toy_tokenizer).save_pretrained(tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text()).get("pad_token_id") is None
+        assert json.loads((tmp_path / name / "config.json").read_text())["pad_token_id"] == 1
+        assert AutoTokenizer.from_pretrained(tmp_path / name).pad_token_id == 1
+    toy_tokenizer.bos_token = None
+    ScalarModel(make_scorer(pad_token_id=0, bos_token_id=None), toy_tokenizer).save_pretrained(tmp_path / "only")
+    assert json.loads((tmp_path / "only" / "config.json").read_text()).get("pad_token_id") is None
     ScalarModel(make_scorer(pad_token_id=35), toy_tokenizer).save_pretrained(tmp_path / "own")
     assert json.loads((tmp_path / "own" / "config.json").read_text())["pad_token_id"] == 35
 

@@ -198,8 +198,9 @@ def test_validation_puts_demonstrations_at_zero(make_reward, validate, right_pad
     assert module.model.bias == pytest.approx(-raw, abs=1e-6)  # accumulated in float32
     batch = right_padded(DEMONSTRATIONS)
     assert abs(float(module(batch.tokens, batch.mask).mean())) < 1e-6
-    assert logged["eval/demonstrations"] == pytest.approx(0.0, abs=1e-6)
+    assert logged["eval/demonstrations"] == pytest.approx(raw, abs=1e-6)  # before the bias moved from 0
     assert logged["eval/demonstration_bias"] == pytest.approx(-raw, abs=1e-6)
+    assert validate(module)["eval/demonstrations"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_bias_is_idempotent_and_leaves_the_ranking(make_reward, validate, comparison_batch):
@@ -315,9 +316,7 @@ def test_demonstrations_are_averaged_in_full_under_bf16_true(make_reward, make_t
     module = make_reward()
     trainer = make_trainer(precision="bf16-true")
     trainer.validate(module, as_loader(batches), verbose=False)
-    batch = right_padded(DEMONSTRATIONS)
-    with torch.no_grad():
-        raw = float(module(batch.tokens, batch.mask).double().mean()) - module.model.bias
+    raw = raw_demonstrations(module.model.network.float().eval())
     assert module.model.bias == pytest.approx(-raw, abs=1e-6)
 
 
