@@ -1,17 +1,30 @@
-"""Reading checkpoints: whole ones only."""
+"""Reading whole checkpoints only, and writing them without a second copy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from lightning_rlhf.callbacks.torn import defect
 
 
 class CheckedIO(TorchCheckpointIO):
-    """Lightning's reader and writer of single files, which says in one sentence where a file is torn."""
+    """Lightning's reader and writer of single files, which says in one sentence where a file is torn.
+
+    Tensors go to the file one by one: Lightning's own writer holds the file in memory, and writes it twice.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the file in its place; give it its name only afterwards, for a kill leaves half of it.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         """What the file holds.
@@ -23,3 +36,16 @@ class CheckedIO(TorchCheckpointIO):
         if problem is not None:
             raise ValueError(f"{path} is torn: {problem}; take another one, or --ckpt_path last")
         return super().load_checkpoint(path, *args, **options)
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint by `torch.save`.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's own writer, where the file under it fails
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -11,14 +12,17 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_rlhf.callbacks.batch_end import finish, following
 from lightning_rlhf.callbacks.checked_io import CheckedIO
+from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.signals import Signals
 from lightning_rlhf.callbacks.torn import defect, discard, rename, settle
 
 logger = logging.getLogger(__name__)
 
-LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
+LAST, PREVIOUS, LOCK = "last.ckpt", "last-previous.ckpt", ".lock"
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -26,17 +30,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     `last.ckpt` in a fixed folder, so that `--ckpt_path last` finds it; the one before is kept. Each is written under
     another name, brought to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
-    a warning and the checkpoints before stay. `last` passes over one that is torn, and says so.
+    a warning and the checkpoints before stay. `last` passes over one that is torn, and says so. A validation that is
+    due after the batch that was saved is run when the checkpoint is resumed from.
 
     Args:
-        dirpath: the folder; one run's own.
+        dirpath: the folder, locked for this run while it trains.
         every_n_batches: how often; optimizer steps play no part.
         monitor: a metric of validation, of which the best are kept as well; None keeps none.
         mode: whether more of it is better.
         save_top_k: how many are kept.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a number is too small; at the start of training, another run holds the folder, or it cannot be
+            written to.
     """
 
     def __init__(
@@ -59,20 +65,32 @@ class RunCheckpoint(ModelCheckpoint):
             save_top_k=kept,
             save_last=True,
             every_n_epochs=1,
+            save_on_train_epoch_end=False,  # but once a validation has measured `monitor`
         )
         self.every_n_batches, self.signals = every_n_batches, Signals()
+        self._lock = RunLock()
         self._step_of_last: int | None = None
+        self._loops: dict[str, Any] | None = None  # the trainer's progress at the end of the last batch
+        self._following: dict[str, Any] | None = None  # what follows that batch, and is not done
+        self._stale = False  # a validation followed the last checkpoint
+        self._max_steps: int | None = None  # the trainer's, while it is let in once more
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let torn checkpoints be told when they are read."""
+        """Lock the folder, and let torn checkpoints be told when they are read."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckedIO()
+        if stage == "fit" and not trainer.fast_dev_run:
+            self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to listen for signals; warn of what a new run replaces."""
         super().on_train_start(trainer, pl_module)
         self._step_of_last = trainer.global_step if trainer.ckpt_path else None
+        if trainer.ckpt_path and self._following is not None:
+            finish(trainer, self._following)
+            if not self._following["validation"]:
+                self._limit_steps(trainer)
         self.signals.watch()
         if trainer.is_global_zero and not trainer.ckpt_path and (self._folder / LAST).exists():
             logger.warning(
@@ -88,20 +106,74 @@ class RunCheckpoint(ModelCheckpoint):
         leaving = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
         if trainer.fit_loop._should_accumulate():
             return  # gradients of half a step are in no checkpoint
+        self._loops = deepcopy(trainer.fit_loop.state_dict())
+        self._following = following(trainer)
         if leaving or (trainer.fit_loop.total_batch_idx + 1) % self.every_n_batches == 0:
             self._save_last_checkpoint(trainer, {})
-        if leaving:
+        if leaving and not 0 <= trainer.max_steps <= trainer.global_step:
             self.signals.leave()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Limit the steps again, where a finished run was let in for this validation."""
+        self._limit_steps(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best; the validation is no longer due."""
+        if self._following is not None and self._following["validation"] and not trainer.sanity_checking:
+            self._following = self._following | {"validation": False, "row": None}
+            self._stale = True
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, and stop listening."""
-        if self._step_of_last != trainer.global_step:
+        if self._stale or self._step_of_last != trainer.global_step:
             self._save_last_checkpoint(trainer, {})
         self.signals.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save nothing: the batch is half done, and the last checkpoint is whole."""
         self.signals.release()
+        self._lock.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unlock the folder."""
+        super().teardown(trainer, pl_module, stage)
+        self._lock.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the best checkpoints are, and what follows the batch that was saved."""
+        return super().state_dict() | {"following": self._following}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both."""
+        super().load_state_dict(state_dict)
+        self._following = state_dict.get("following")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the progress as it was at the end of the last batch, also when training is over.
+
+        Otherwise a run that `max_steps` ended in mid-epoch could not be made longer.
+        """
+        if self._loops is not None and "loops" in checkpoint:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run in that has made all its steps, for what follows the last: Lightning would pass it over."""
+        if trainer.state.fn != "fit":
+            return
+        self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
+        if 0 <= trainer.max_steps <= checkpoint["global_step"]:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
+
+    def _limit_steps(self, trainer: Trainer) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+            self._max_steps = None
+
+    def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
+        """Always False: a resumed run writes the best checkpoints of the run that was killed again."""
+        return False
 
     @property
     def _folder(self) -> Path:
@@ -112,8 +184,10 @@ class RunCheckpoint(ModelCheckpoint):
             return
         last = self._folder / LAST
         self.last_model_path = str(last)
-        if self._write(trainer, last, before=self._folder / PREVIOUS):
+        before = self._folder / PREVIOUS if self._step_of_last != trainer.global_step else None
+        if self._write(trainer, last, before=before):
             self._step_of_last = trainer.global_step
+            self._stale = False
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if self._write(trainer, Path(filepath)):
@@ -121,10 +195,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _write(self, trainer: Trainer, path: Path, before: Path | None = None) -> bool:
         """Whether every process wrote its part; what has the name now gets the name `before`."""
-        part, problem = path.with_name(path.name + ".part"), None
+        part = path.with_name(path.name + ".part")
+        problem: BaseException | None = None
         try:
             trainer.save_checkpoint(part)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
             problem = error
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
         if trainer.is_global_zero and problem is None:

@@ -39,13 +39,15 @@ class SampleLog(Callback):
             raise ValueError(f"`table` must be at least 0 prompts: got {table}")
         self.file, self.table = RunFile(folder, "samples.jsonl"), table
         self._taken: list[Keyed] = []
+        self._evaluated: int | None = None  # `iteration` of the last validation that was written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the log; of a new run, write the state before training."""
         if not hasattr(pl_module, "outcome"):
             return
         fresh = pl_module.iteration == 0
-        self.file.begin(trainer, before=0 if fresh else pl_module.iteration + 1)
+        last = pl_module.iteration if self._evaluated is None else self._evaluated
+        self.file.begin(trainer, before=0 if fresh else last + 1)
         if fresh and self.file.path is not None:
             with isolate_rng():
                 self._answer(trainer, pl_module)
@@ -87,6 +89,14 @@ class SampleLog(Callback):
         if self.file.path is not None:
             self._write(trainer, pl_module, "test")
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last validation that was written."""
+        return {"evaluated": self._evaluated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it, so that a validation which the checkpoint does not know is cut off."""
+        self._evaluated = state_dict["evaluated"]
+
     def _answer(self, trainer: Trainer, module: LightningModule) -> None:
         """Evaluate without a trainer's validation, whose callbacks would take it for one of training."""
         loop = trainer.fit_loop.epoch_loop.val_loop
@@ -116,6 +126,8 @@ class SampleLog(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         found, self._taken = self.file.gathered(trainer, self._taken), []
+        if stage == "val":
+            self._evaluated = module.iteration
         if not trainer.is_global_zero or not found:
             return
         opening = {"iteration": module.iteration, "stage": stage}

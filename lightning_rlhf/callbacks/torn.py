@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,19 +22,22 @@ def settle(path: Path) -> None:
 
 
 def rename(path: Path, name: Path) -> None:
-    """Give `path` a name that may be taken already; what has it is removed."""
+    """Give `path` a name that may be taken already; what has it, a file or a folder, is removed."""
     if name.is_dir() and not name.is_symlink():  # a folder cannot be replaced in one step
         shutil.rmtree(name)
+    elif path.is_dir():  # nor a file by a folder
+        name.unlink(missing_ok=True)
     os.replace(path, name)
     if os.name == "posix":
         _sync(name.parent)
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder, if it is there and can be removed."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+        return
+    with suppress(OSError):
         path.unlink(missing_ok=True)
 
 

@@ -18,6 +18,8 @@ from lightning_rlhf.models.twin import whole_tensor
 
 FUSED = ("cpu", "cuda")
 """Devices on which torch has fused optimizers."""
+ENDLESS = 10**9
+"""Steps of a run without end."""
 
 
 def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
@@ -47,9 +49,16 @@ def _fuse(optimizer: Optimizer) -> None:
 
 
 def training_steps(module: LightningModule) -> int:
-    """Optimizer steps of the run under automatic optimisation; a run without end counts as very long."""
-    steps = module.trainer.estimated_stepping_batches
-    return int(steps) if math.isfinite(steps) else 10**9
+    """Optimizer steps of the run under automatic optimisation; a run without end counts as very long.
+
+    A resumed run must not ask for its data before Lightning has the checkpoint's position in them, which it would lose;
+    the schedule's first value, for which it is asked by then, comes from the checkpoint.
+    """
+    trainer = module.trainer
+    if trainer.ckpt_path and trainer.fit_loop._combined_loader is None:
+        return ENDLESS
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else ENDLESS
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -96,7 +105,7 @@ def rollouts_of(module: LightningModule) -> int:
     """Rollouts of the run under manual optimisation, where `max_steps` counts optimizer steps."""
     trainer = module.trainer
     done, steps = trainer.fit_loop.total_batch_idx + 1, trainer.global_step
-    limits = [10**9]
+    limits = [ENDLESS]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.num_training_batches * trainer.max_epochs)
     if trainer.max_steps > 0 and steps > 0:

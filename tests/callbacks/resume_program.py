@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, Trainer
 from transformers import GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
@@ -32,6 +31,7 @@ from lightning_rlhf import (
     RunningMean,
     Updates,
 )
+from lightning_rlhf.callbacks import checked_io
 from lightning_rlhf.callbacks import checkpoint as checkpoint_room
 
 DEATH = 4  # rollouts that were finished before: the second of the second epoch, of three each
@@ -66,7 +66,7 @@ class Watch(Callback):
             self._last_dies(trainer)
 
     def on_train_start(self, trainer, pl_module):
-        score, save, rename = pl_module.score, torch_io._atomic_save, checkpoint_room.rename
+        score, save, rename = pl_module.score, checked_io.write, checkpoint_room.rename
 
         def scored(*args):
             if self.kill == "rollout" and pl_module.iteration == DEATH:
@@ -86,7 +86,7 @@ class Watch(Callback):
             if self.kill == "rename" and pl_module.iteration == DEATH + 1:
                 die()
 
-        pl_module.score, torch_io._atomic_save, checkpoint_room.rename = scored, saved, renamed
+        pl_module.score, checked_io.write, checkpoint_room.rename = scored, saved, renamed
 
     def on_train_end(self, trainer, pl_module):
         found = {

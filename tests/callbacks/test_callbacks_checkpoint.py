@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_rlhf.callbacks import RunCheckpoint
+from lightning_rlhf.callbacks import RunCheckpoint, checked_io
 from lightning_rlhf.callbacks import checkpoint as room
 from lightning_rlhf.callbacks.torn import defect
 from lightning_rlhf.core import Constant
@@ -190,7 +189,7 @@ def test_new_run_over_an_old_one_is_warned_of(fit, caplog):
 
 
 def test_full_disk_leaves_the_checkpoints_before_and_the_run(fit, kept, monkeypatch, caplog):
-    save = torch_io._atomic_save
+    save = checked_io.write
 
     def full(checkpoint, path):
         if checkpoint["rlhf"]["iteration"] in (3, 4):
@@ -198,7 +197,7 @@ def test_full_disk_leaves_the_checkpoints_before_and_the_run(fit, kept, monkeypa
             raise OSError(28, "No space left on device")
         save(checkpoint, path)
 
-    monkeypatch.setattr(torch_io, "_atomic_save", full)
+    monkeypatch.setattr(checked_io, "write", full)
     module = fit(4)
     assert module.iteration == 4
     assert names(kept) == ["last-previous.ckpt", "last.ckpt"]
@@ -219,7 +218,7 @@ def files_of_at_most(size):
 
 def test_write_that_the_system_ends_leaves_no_trace(fit, kept, tmp_path, monkeypatch, caplog):
     """Half of the file is written before it fails: nothing of it is left, here or where temporary files are made."""
-    save, scratch = torch_io._atomic_save, tmp_path / "scratch"
+    save, scratch = checked_io.write, tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
 
@@ -229,7 +228,7 @@ def test_write_that_the_system_ends_leaves_no_trace(fit, kept, tmp_path, monkeyp
         with files_of_at_most(size // 2) if count in (3, 4) else nullcontext():
             save(checkpoint, path)
 
-    monkeypatch.setattr(torch_io, "_atomic_save", cut)
+    monkeypatch.setattr(checked_io, "write", cut)
     assert fit(4).iteration == 4
     assert names(kept) == ["last-previous.ckpt", "last.ckpt"]
     assert [defect(kept / name) for name in names(kept)] == [None, None]
