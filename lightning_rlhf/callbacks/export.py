@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_rlhf.callbacks.ema import EMA
+from lightning_rlhf.callbacks.occupied import check_free
+from lightning_rlhf.folders.atomic import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -17,18 +19,21 @@ class Export(Callback):
     """Calls the module's `save_pretrained` when training ends; with the averaged weights where an `EMA` runs.
 
     Args:
-        folder: written whole or not at all; what stood there before is replaced.
+        folder: written whole or not at all. An earlier export there is replaced, and is there until then; a folder that
+            holds anything else is refused when training starts, as is one that holds a path of the run.
         merge_adapter: fold a LoRA adapter into the weights.
     """
 
     def __init__(self, folder: str, merge_adapter: bool = False) -> None:
         self.folder, self.merge_adapter = folder, merge_adapter
+        self._problem: Exception | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out now, and not after training, what cannot be exported.
 
         Raises:
-            ValueError: `merge_adapter` without an adapter, or weights that no process holds whole.
+            ValueError: `merge_adapter` without an adapter, weights that no process holds whole, or a folder that cannot
+                be replaced or written.
         """
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
@@ -38,6 +43,9 @@ class Export(Callback):
         adapted = any(hasattr(module, "peft_config") for module in pl_module.modules())
         if self.merge_adapter and not adapted:
             raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
+        if not trainer.fast_dev_run:
+            check_free(self.folder, trainer, pl_module, self)
+            check_writable(self.folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process; the others hand it their shards where they have any."""
@@ -51,11 +59,26 @@ class Export(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
-        if trainer.is_global_zero or all_take_part:
-            pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
-        if trainer.is_global_zero:
+        try:
+            if trainer.is_global_zero or all_take_part:
+                pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
+        except (OSError, ValueError) as error:
+            self._problem = error
+        if trainer.is_global_zero and self._problem is None:
             logger.info("exported %s to %s", type(pl_module).__name__, self.folder)
         trainer.strategy.barrier("export")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the error of an export that failed, now that others have saved the run.
+
+        Raises:
+            ValueError: the folder could not be written.
+        """
+        if self._problem is not None:
+            raise ValueError(
+                f"the trained model was not exported to {self.folder} ({self._problem}): once there is room, the same "
+                "command with --ckpt_path last exports without training again, where a RunCheckpoint saved the end"
+            ) from self._problem
 
 
 def _rescore(pl_module: LightningModule, average: EMA | None) -> None:

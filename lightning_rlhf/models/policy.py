@@ -14,9 +14,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.linear_logprobs import linear_logprobs
 from lightning_rlhf.core.logprobs import token_logprobs
+from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.cache import bare
-from lightning_rlhf.models.folder import write_folder
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.states import Backbone, positions
 from lightning_rlhf.models.twin import Blueprint, whole

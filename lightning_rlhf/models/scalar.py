@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.logprobs import full_precision
+from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
-from lightning_rlhf.models.folder import write_folder
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import ModelSource, scalar_head
 from lightning_rlhf.models.states import positions

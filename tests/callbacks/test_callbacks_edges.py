@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
+from lightning_rlhf.callbacks import EMA, Export, PredictionWriter, RolloutLog, RunCheckpoint
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import GAE, Constant
+from lightning_rlhf.data import PromptDataModule
+from lightning_rlhf.folders.atomic import MANIFEST, write_folder
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import Generation, Updates
@@ -209,11 +213,11 @@ def test_export_that_cannot_merge_is_refused_before_training(make_ppo, make_trai
 
 @pytest.mark.parametrize("dry", [True, 2])
 def test_dry_run_keeps_an_earlier_export(make_ppo, make_trainer, as_loader, left_padded, tmp_path, dry):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "x").write_text("1")
+    with write_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("1")
     batches = [{"prompts": left_padded(PROMPTS)}] * 2
     make_trainer(callbacks=[Export(str(tmp_path / "out"))], fast_dev_run=dry).fit(make_ppo(), as_loader(batches))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x", MANIFEST}
     make_trainer(callbacks=[Export(str(tmp_path / "out"))]).fit(make_ppo(), as_loader(batches))
     assert "x" not in {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -281,4 +285,51 @@ def test_export_of_shards_is_refused_before_training(tmp_path):
     export, module = Export(str(tmp_path / "out")), torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="FSDPStrategy leaves each process a shard: take ModelParallelStrategy"):
         export.on_fit_start(SimpleNamespace(strategy=FSDPStrategy()), module)
-    export.on_fit_start(SimpleNamespace(strategy=DDPStrategy()), module)
+    export.on_fit_start(SimpleNamespace(strategy=DDPStrategy(), fast_dev_run=True), module)
+
+
+@pytest.mark.parametrize("owner", ["RunCheckpoint", "RolloutLog", "CSVLogger", "data", "model"])
+def test_export_over_a_path_of_the_run_is_refused_before_training(
+    make_trainer, make_folder, write_rows, tmp_path, owner
+):
+    place = tmp_path / "runs" / "mine"
+    prompts = place / "prompts.jsonl"
+    source = make_folder(end=list(range(10)))
+    rows = write_rows("prompts", [{"prompt": "a"}] * 2)
+    place.mkdir(parents=True)
+    if owner == "data":
+        rows = shutil.copy(rows, prompts)
+    if owner == "model":
+        source = str(shutil.copytree(source, place / "start"))
+    others = {"RunCheckpoint": RunCheckpoint(str(place / "checkpoints")), "RolloutLog": RolloutLog(str(place))}
+    callbacks = [Export(str(place)), *([others[owner]] if owner in others else [])]
+    logger = CSVLogger(str(tmp_path / "runs"), "mine") if owner == "CSVLogger" else False
+    module = PPOModule(ModelSource(path=source), lambda prompts, responses: [0.0] * len(prompts))
+    data = PromptDataModule(train=str(rows), batch_size=2)
+    with pytest.raises(ValueError, match=rf"Export replaces .*{owner}.* has .*give a folder of its own"):
+        make_trainer(callbacks=callbacks, logger=logger, precision="32-true", enable_checkpointing=True).fit(
+            module, data
+        )
+
+
+def test_export_that_fails_ends_the_run_after_its_end_is_saved(
+    make_ppo, make_trainer, as_loader, left_padded, tmp_path
+):
+    """And the same command exports it without training again, once there is room."""
+    batches = as_loader([{"prompts": left_padded(PROMPTS)}] * 2)
+    steps = []
+
+    class Full(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            steps.append(1)
+            (tmp_path / "out").write_text("a file that came later")
+
+    saver = partial(RunCheckpoint, str(tmp_path / "kept"), every_n_batches=100)
+    trainer = make_trainer(callbacks=[Export(str(tmp_path / "out")), Full(), saver()], enable_checkpointing=True)
+    with pytest.raises(ValueError, match="not exported to .*out .*--ckpt_path last"):
+        trainer.fit(make_ppo(), batches)
+    (tmp_path / "out").unlink()
+    trainer = make_trainer(callbacks=[Export(str(tmp_path / "out")), saver()], enable_checkpointing=True)
+    trainer.fit(make_ppo(), batches, ckpt_path="last")
+    assert len(steps) == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
 from lightning_rlhf.core import Constant
+from lightning_rlhf.folders import atomic
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import Generation, Updates
 
@@ -254,6 +255,7 @@ def test_export_that_cannot_be_renamed_keeps_the_old_folder(make_sft, tmp_path, 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fails)
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     with pytest.raises(OSError, match="in use"):
         module.save_pretrained(out)
     assert contents(out) == before
@@ -261,8 +263,8 @@ def test_export_that_cannot_be_renamed_keeps_the_old_folder(make_sft, tmp_path, 
 
 def test_export_replaces_what_stood_there(make_sft, make_lm, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "stale.txt").write_text("old")
+    with atomic.write_folder(out) as folder:
+        (folder / "stale.txt").write_text("old")
     make_sft().save_pretrained(out)
     assert "stale.txt" not in contents(out)
     assert "model.safetensors" in contents(out)

@@ -23,7 +23,7 @@ BELOW = {  # what each room may import of the library beside itself
     "data": {"core", "text", "types"},
     "rollout": {"core", "folders", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},
-    "callbacks": {"core", "report", "rollout", "text", "types"},
+    "callbacks": {"core", "folders", "report", "rollout", "text", "types"},
     "report": {"core", "text"},
     "failure": {"text"},
     "parser": {"failure"},
@@ -52,7 +52,7 @@ BELOW = {  # what each room may import of the library beside itself
 }
 OUTSIDE = {
     "core": {"torch"},
-    "folders": {"torch"},
+    "folders": {"safetensors", "torch"},
     "types": {"torch"},
     "text": {"transformers"},
 }  # other packages; the rest is free

@@ -29,6 +29,7 @@ PAGES = [path for path in pages(ROOT) if blocks(path.read_text(encoding="utf-8")
 BROUGHT = {
     "demonstrations.jsonl": "demonstrations",
     "rankings.jsonl": "rankings",
+    "held_out_rankings.jsonl": "rankings",
     "prompts.jsonl": "prompts",
     "held_out.jsonl": "held_out",
     "texts.jsonl": "texts",
