@@ -98,7 +98,7 @@ def demonstration_of(row: Row, columns: Columns) -> Demonstration:
     else:
         prompt = checked_prompt(value_of(row, prompted or columns.prompt, "prompt"), prompted or columns.prompt)
         messages = value_of(row, key, "response")
-    if key == "completion" and row.get("label") is False:
+    if key == "completion" and str(row.get("label")).lower() in ("false", "0"):  # texts in CSV
         raise ValueError("`label` is false: the `completion` is a bad one, not to be imitated; leave out such rows")
     prompt, (answer,) = answered(prompt, [messages], [key])
     if isinstance(answer, str):

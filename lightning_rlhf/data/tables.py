@@ -13,8 +13,6 @@ from lightning_rlhf.data.records import Located
 from lightning_rlhf.types import Row
 
 Table = Sequence[Mapping[str, Any]]
-READERS = {".parquet": "Parquet", ".csv": "CSV"}
-"""Endings of files that are tables, and what they hold."""
 GIVEN = "the given rows"
 
 
@@ -77,20 +75,16 @@ def table_records(table: Any, name: str = GIVEN) -> list[TableRecord]:
     return [TableRecord(table, name, index) for index in range(len(table))]
 
 
-def read_file(file: str) -> list[TableRecord]:
-    """The rows of a Parquet or CSV file, by way of the memory-mapped copy that `datasets` caches.
+def read_parquet(file: str) -> list[TableRecord]:
+    """The rows of a Parquet file, by way of the memory-mapped copy that `datasets` caches.
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: the file is not of the kind its ending says, or has no row.
+        ValueError: the file is no Parquet, or has no row.
     """
     library = _library(file)
-    kind = READERS[Path(file).suffix]
-    with _loading(file, kind):
-        if kind == "CSV":  # only an empty cell is empty: a response may well be "None"
-            table = library.Dataset.from_csv(file, keep_default_na=False, na_values=[""])
-        else:
-            table = library.Dataset.from_parquet(file)
+    with _loading(file, "Parquet"):
+        table = library.Dataset.from_parquet(file)
     return table_records(table, file)
 
 

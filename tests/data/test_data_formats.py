@@ -140,7 +140,7 @@ RANKING_ERRORS = [
     ({"prompt": "a", "chosen": "b"}, r"no key `rejected`; found \['chosen', 'prompt'\]"),
     ({"prompt": "a", "rejected": "b"}, r"no key `chosen`"),
     ({"chosen": "b", "rejected": "c"}, "no common beginning"),
-    (PAIR | {"margin": "1"}, "`margin` must hold finite numbers, found '1'"),
+    (PAIR | {"margin": "1_0"}, "`margin` must hold finite numbers, found '1_0'"),
     (PAIR | {"margin": None}, "`margin` must hold finite numbers, found None"),
     (PAIR | {"margin": True}, "`margin` must hold finite numbers, found True"),
     (PAIR | {"margin": float("inf")}, "`margin` must hold finite numbers, found inf"),
