@@ -25,7 +25,7 @@ class Ranking:
 
     Attributes:
         prompt: what they answer.
-        responses: K texts; or, where a dialogue goes on for more than one turn, its messages.
+        responses: K answers, texts or the messages that follow the prompt.
         places: K numbers, lower is better, equal are ties.
         strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
         systems: who wrote each, K names; None where the row has none.

@@ -24,6 +24,7 @@ class Tally:
         responses: responses read.
         long_responses: responses dropped because too long, those of dropped rows included.
         longest: length of the longest, tokens.
+        mended: responses that began with the tag their prompt ends in, which now stands once.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Tally:
     responses: int = 0
     long_responses: int = 0
     longest: int = 0
+    mended: int = 0
 
     @property
     def dropped(self) -> int:
@@ -47,7 +49,7 @@ class Tally:
         return length <= self.limit
 
     def report(self) -> None:
-        """Warns, on rank 0, of what was dropped.
+        """Warns, on rank 0, of what was dropped or mended.
 
         Raises:
             ValueError: every row was dropped.
@@ -62,6 +64,11 @@ class Tally:
         if self.tied_rows:
             parts.append(
                 f"dropped {self.tied_rows} of {self.rows} rows whose responses are all tied: they rank nothing"
+            )
+        if self.mended:
+            parts.append(
+                f"left out of {self.mended} responses the opening tag, such as <think>, that they begin with and the "
+                "chat template's prompt already ends in"
             )
         if not parts:
             return
