@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def read_parquet(file: str) -> list[TableRecord]:
     """
     library = _library(file)
     with _loading(file, "Parquet"):
-        table = library.Dataset.from_parquet(file)
+        table = _stored(library.Dataset.from_parquet(file))
     return table_records(table, file)
 
 
@@ -106,6 +106,8 @@ def read_saved(folder: str) -> list[TableRecord]:
     if isinstance(table, Mapping):
         splits = ", ".join(str(Path(folder) / split) for split in table)
         raise ValueError(f"{folder} holds several splits: give one of {splits}")
+    with _loading(folder, "a saved dataset"):
+        table = _stored(table)
     return table_records(table, folder)
 
 
@@ -118,7 +120,7 @@ def read_hub(data: HubData) -> list[TableRecord]:
     """
     library = _library(str(data))
     with _loading(str(data), "a dataset"):
-        table = library.load_dataset(data.path, data.name, split=data.split)
+        table = _stored(library.load_dataset(data.path, data.name, split=data.split))
     return table_records(table, str(data))
 
 
@@ -130,6 +132,29 @@ def _library(wanted: str) -> Any:
             f"reading {wanted} needs `datasets`: pip install 'lightning-rlhf[datasets]', or write the rows as JSONL"
         ) from error
     return datasets
+
+
+def _stored(table: Any) -> Any:
+    """The table with images, sounds and the like as they are stored, `{"bytes", "path"}`.
+
+    Decoding opens the path of each when its row is read, and a path may be one of another machine's.
+    """
+    for column, feature in table.features.items():
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            table = table.cast_column(column, undecoded)
+    return table
+
+
+def _undecoded(feature: Any) -> Any:
+    """A copy of a feature of `datasets` in which nothing is decoded."""
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "decode") and type(feature).__name__ != "Json":  # that is text, which names no file
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 @contextmanager
