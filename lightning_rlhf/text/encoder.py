@@ -16,6 +16,11 @@ from lightning_rlhf.text.template import ChatTemplate, doubled
 Tokens: TypeAlias = "array[int]"
 """Token ids as 32-bit integers: a tenth of a list's memory, and cheap to hand to loader workers."""
 
+LONG_TEXT = 2**20
+"""Characters. Longer texts are tokenized only where a limit allows for them: each takes hundreds of bytes of memory."""
+_WIDE_TOKEN = 64
+"""Characters."""
+
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or the one in a folder or under a hub name; remote code is never run.
@@ -81,6 +86,23 @@ class Encoder:
         self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Some tokenizers end every text too: a prompt would be over before its response.
         self._closes = self._ends("a", special=True) and not self._ends("a", special=False)
+
+    def exceeds(self, limit: int, *parts: Prompt) -> bool:
+        """Whether texts or dialogues are together over a limit of tokens by far, told without tokenizing them.
+
+        They are where they have more than `LONG_TEXT` characters and more than `limit` tokens as wide as the widest of
+        the vocabulary, or as 64 characters, would hold.
+
+        Args:
+            limit: tokens.
+            parts: texts or messages.
+
+        Returns:
+            False where tokens have to be counted.
+        """
+        values = [value for part in parts for message in as_dialogue(part) for value in message.values()]
+        characters = sum(len(value) for value in values if isinstance(value, str))
+        return characters > LONG_TEXT and characters > limit * max(_WIDE_TOKEN, *map(len, self.tokenizer.get_vocab()))
 
     def prompt(self, prompt: Prompt, arguments: Mapping[str, Any] | None = None) -> Tokens:
         """The prompt up to where the response begins.
