@@ -82,6 +82,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.prompt_role = prompt_role
         self.template = ChatTemplate(tokenizer, chat_template_kwargs)
+        self._recent: tuple[str, bool, Tokens] | None = None
         self.end: int = tokenizer.eos_token_id
         self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Some tokenizers end every text too: a prompt would be over before its response.
@@ -122,8 +123,8 @@ class Encoder:
         """
         messages = self._dialogue(prompt, arguments)
         if messages is None:
-            return self._asked(prompt, self._opened(str(prompt)))
-        return self._asked(prompt, self._encode(self.template.prompt(messages, arguments or {}), special=False))
+            return self._asked(str(prompt), templated=False)
+        return self._asked(self.template.prompt(messages, arguments or {}), templated=True)
 
     def exchange(
         self, prompt: Prompt, answer: str | list[Message], arguments: Mapping[str, Any] | None = None
@@ -148,9 +149,9 @@ class Encoder:
         if messages is None:
             return Exchange(self.prompt(prompt), self.response(_untemplated(answer)), mended=False)
         opened = self.template.prompt(messages, arguments or {})
-        tokens = self._asked(prompt, self._encode(opened, special=False))
         text = answer if isinstance(answer, str) else self.template.turn(messages, answer[0], opened, arguments or {})
         once = doubled(opened, text)
+        tokens = self._asked(opened, templated=True)
         return Exchange(tokens, self.response(text if once is None else once), mended=once is not None)
 
     def response(self, text: str) -> Tokens:
@@ -174,10 +175,14 @@ class Encoder:
             )
         return None
 
-    def _asked(self, prompt: Prompt, tokens: Tokens) -> Tokens:
-        if not tokens:
-            raise ValueError(f"the prompt {prompt!r} has no tokens: nothing to respond to; remove the row")
-        return tokens
+    def _asked(self, text: str, *, templated: bool) -> Tokens:
+        """A prompt as tokens; the last one is remembered, for a row may have several answers to it."""
+        if self._recent is None or self._recent[:2] != (text, templated):
+            tokens = self._encode(text, special=False) if templated else self._opened(text)
+            if not tokens:
+                raise ValueError(f"the prompt {text!r} has no tokens: nothing to respond to; remove the row")
+            self._recent = (text, templated, tokens)
+        return self._recent[2]
 
     def _opened(self, text: str) -> Tokens:
         begin = self.tokenizer.bos_token
