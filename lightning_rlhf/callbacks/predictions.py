@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -13,6 +18,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 class PredictionWriter(BasePredictionWriter):
     """One line per prompt: its record with `response`, `score`, `kl`, `length` and `ended`.
+
+    What JSON has no form for is written so: bytes as base64; dates and times as in ISO 8601; durations, decimals, UUIDs
+    and infinite numbers as text; NaN as null; what NumPy and torch hold as numbers and lists. A record with anything
+    else is refused before its prompt is answered.
 
     Args:
         path: of the file, replaced whole when prediction ends. With several processes each writes its own, the rank
@@ -23,6 +32,17 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.path = path
 
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Refuse records that could not be written.
+
+        Raises:
+            TypeError: a value has no form in JSON.
+        """
+        for row in getattr(batch, "rows", ()):
+            _line(row)
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -32,9 +52,9 @@ class PredictionWriter(BasePredictionWriter):
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
             for record in _records(predictions):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(_line(record))
         partial.replace(path)
 
 
@@ -45,3 +65,38 @@ def _records(predictions: Sequence[Any]) -> Iterator[dict[str, Any]]:
             yield entry
         else:
             yield from _records(entry)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    written = {}
+    for key, value in record.items():
+        try:
+            written[key] = _json(value)
+        except TypeError as error:
+            raise TypeError(f"the column `{key}` can't be written with a prediction: {error}; leave it out") from error
+    return json.dumps(written, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json(value: Any) -> Any:
+    """The value in a form that JSON has.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(inner) for inner in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta | Decimal | UUID):
+        return str(value)
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        return _json(value.tolist())
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")

@@ -20,6 +20,8 @@ class Columns:
         ranks: one number per response, lower is better.
         systems: one name per response, of who wrote it; optional. Held-out accuracy is also given by name.
         text: a pretraining document.
+        tools: schemas of the tools that the chat template writes into a dialogue; optional.
+        chat_template_kwargs: other arguments of the chat template by name; optional.
     """
 
     prompt: str = "prompt"
@@ -32,3 +34,5 @@ class Columns:
     ranks: str = "ranks"
     systems: str = "systems"
     text: str = "text"
+    tools: str = "tools"
+    chat_template_kwargs: str = "chat_template_kwargs"

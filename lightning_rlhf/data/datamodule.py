@@ -31,6 +31,7 @@ class TextDataModule(LightningDataModule):
     Args:
         tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
         prompt_role: role under which a text prompt becomes a message; None leaves it plain text.
+        chat_template_kwargs: arguments of the chat template for every dialogue.
         columns: names of the keys in the files.
         batch_size: rows per batch and process, training.
         eval_batch_size: rows per batch and process, evaluation; None for `batch_size`.
@@ -46,6 +47,7 @@ class TextDataModule(LightningDataModule):
         *,
         tokenizer: str | PreTrainedTokenizerBase | None,
         prompt_role: str | None,
+        chat_template_kwargs: dict[str, Any] | None,
         columns: Columns,
         batch_size: int,
         eval_batch_size: int | None,
@@ -55,6 +57,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         self.tokenizer = tokenizer
         self.prompt_role = prompt_role
+        self.chat_template_kwargs = chat_template_kwargs
         self.columns = columns
         self.batch_size = at_least(1, batch_size=batch_size)
         self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
@@ -84,7 +87,11 @@ class TextDataModule(LightningDataModule):
                     f"{type(self).__name__} has no tokenizer: pass tokenizer=<folder, hub name or tokenizer>, or train "
                     "a module that has a `tokenizer`"
                 )
-            self._encoder = Encoder(load_tokenizer(source), prompt_role=self.prompt_role)
+            self._encoder = Encoder(
+                load_tokenizer(source),
+                prompt_role=self.prompt_role,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
         return self._encoder
 
     def load(self, name: str, read: Reader, *, limit: str, required: bool = False) -> None:

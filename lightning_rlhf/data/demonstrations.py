@@ -31,6 +31,8 @@ class DemonstrationDataModule(TextDataModule):
         eval_batch_size: demonstrations per process and evaluation batch; None for `batch_size`.
         max_tokens: longest prompt + response + end token, tokens; longer ones are dropped and counted.
         prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
+        chat_template_kwargs: arguments of the chat template for every dialogue, such as `{"enable_thinking": false}`; a
+            row's own come first.
         columns: names of the keys in the files.
         tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
         num_workers: processes that assemble batches; 0 for none.
@@ -50,6 +52,7 @@ class DemonstrationDataModule(TextDataModule):
         eval_batch_size: int | None = None,
         max_tokens: int = 1024,
         prompt_role: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         columns: Columns = Columns(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
@@ -58,6 +61,7 @@ class DemonstrationDataModule(TextDataModule):
         super().__init__(
             tokenizer=tokenizer,
             prompt_role=prompt_role,
+            chat_template_kwargs=chat_template_kwargs,
             columns=columns,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from lightning_rlhf.text import Message, Prompt, as_dialogue, checked_answer
 
 Answer: TypeAlias = str | list[Message]
-"""The text of a response; or several turns, the assistant's first and last."""
+"""The text of a response; or messages, the assistant's first and last."""
 _ASSISTANT = "\n\nAssistant:"
 """Opens a turn of the assistant in the dialogues that Bai et al. 2022 wrote as plain text."""
 
@@ -70,4 +70,4 @@ def _after(prompt: Prompt, turns: Answer, key: str) -> Answer:
             f"`{key}` has {len(turns) - 1} messages before its last that are not the prompt and would be lost: "
             "move them into the prompt"
         )
-    return str(rest[0]["content"]) if len(rest) == 1 else rest
+    return rest

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lightning_rlhf.data.arguments import template_arguments
 from lightning_rlhf.data.columns import Columns
 from lightning_rlhf.data.dialogues import Answer
 from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.tally import Tally
-from lightning_rlhf.text import Encoder, Prompt, Tokens, as_dialogue
+from lightning_rlhf.text import Encoder, Exchange, Prompt, Tokens
 from lightning_rlhf.types import Row
 
 
@@ -78,9 +80,11 @@ def prompt_examples(
     examples = []
     for record in records:
         with record.located():
-            tokens = encoder.prompt(prompt_of(record.row, columns))
+            row = record.row
+            prompt, arguments = prompt_of(row, columns), template_arguments(row, columns)
+            tokens = None if tally.exceeded(encoder, prompt) else encoder.prompt(prompt, arguments)
         tally.rows += 1
-        if tally.fits(len(tokens)):
+        if tokens is not None and tally.fits(len(tokens)):
             examples.append(PromptExample(tokens, record, columns))
         else:
             tally.long_rows += 1
@@ -109,9 +113,9 @@ def demonstration_examples(
     examples = []
     for record in records:
         with record.located():
-            example = _demonstration(record.row, encoder, columns)
+            example = _demonstration(record.row, encoder, columns, tally)
         tally.rows += 1
-        if tally.fits(len(example.tokens)):
+        if example is not None and tally.fits(len(example.tokens)):
             examples.append(TextExample(example.tokens, context=1) if loss_on_prompt else example)
         else:
             tally.long_rows += 1
@@ -130,7 +134,8 @@ def comparison_examples(
     examples = []
     for record in records:
         with record.located():
-            example = _comparison(ranking_of(record.row, columns), encoder, tally)
+            row = record.row
+            example = _comparison(ranking_of(row, columns), template_arguments(row, columns), encoder, tally)
         tally.rows += 1
         if len(example.texts) < 2:
             tally.long_rows += 1
@@ -160,31 +165,35 @@ def pretraining_blocks(
     return [TextExample(tokens, context=1) for tokens in blocks if len(tokens) >= 2]
 
 
-def _demonstration(row: Row, encoder: Encoder, columns: Columns) -> TextExample:
+def _demonstration(row: Row, encoder: Encoder, columns: Columns, tally: Tally) -> TextExample | None:
     if is_document(row, columns):
-        tokens = encoder.document(text_of(row, columns))
+        text = text_of(row, columns)
+        if tally.exceeded(encoder, text):
+            return None
+        tokens = encoder.document(text)
         if len(tokens) < 2:
             raise ValueError(f"`{columns.text}` has no token to predict: remove the row")
         return TextExample(tokens, context=1)
     demonstration = demonstration_of(row, columns)
-    prompt = encoder.prompt(demonstration.prompt)
-    return TextExample(prompt + encoder.response(demonstration.response), context=len(prompt))
+    exchange = _exchange(demonstration.prompt, demonstration.response, template_arguments(row, columns), encoder, tally)
+    return None if exchange is None else TextExample(exchange.prompt + exchange.response, context=len(exchange.prompt))
 
 
-def _exchanges(prompt: Prompt, answers: Sequence[Answer], encoder: Encoder) -> Iterator[Tokens]:
-    """Prompt and answer of each; of an answer of several turns all but the last are written as the prompt's are."""
-    opened = encoder.prompt(prompt)
-    for answer in answers:
-        if isinstance(answer, str):
-            yield opened + encoder.response(answer)
-        else:
-            *turns, last = answer
-            yield encoder.prompt([*as_dialogue(prompt), *turns]) + encoder.response(str(last["content"]))
+def _exchange(
+    prompt: Prompt, answer: Answer, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally
+) -> Exchange | None:
+    """Prompt and answer as tokens, or None where they are too long to be tokenized."""
+    if tally.exceeded(encoder, prompt, answer):
+        return None
+    exchange = encoder.exchange(prompt, answer, arguments)
+    tally.mended += exchange.mended
+    return exchange
 
 
-def _comparison(ranking: Ranking, encoder: Encoder, tally: Tally) -> ComparisonExample:
-    texts = list(_exchanges(ranking.prompt, ranking.responses, encoder))
-    kept = [index for index, text in enumerate(texts) if tally.fits(len(text))]
+def _comparison(ranking: Ranking, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally) -> ComparisonExample:
+    exchanges = [_exchange(ranking.prompt, answer, arguments, encoder, tally) for answer in ranking.responses]
+    texts = [array("i") if exchange is None else exchange.prompt + exchange.response for exchange in exchanges]
+    kept = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]
     tally.responses += len(texts)
     tally.long_responses += len(texts) - len(kept)
     order = sorted({ranking.places[index] for index in kept})

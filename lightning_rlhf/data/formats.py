@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_rlhf.data.columns import Columns
-from lightning_rlhf.data.dialogues import answered, shared_messages, shared_text
-from lightning_rlhf.text import Prompt, as_dialogue, checked_answer, checked_messages, checked_prompt
+from lightning_rlhf.data.dialogues import Answer, answered, shared_messages, shared_text
+from lightning_rlhf.text import Prompt, checked_answer, checked_messages, checked_prompt
 from lightning_rlhf.types import Row
 
 PROMPT_KEYS = ("input", "context_messages")
@@ -25,7 +25,7 @@ class Demonstration:
     """A prompt and the answer to imitate."""
 
     prompt: Prompt
-    response: str
+    response: Answer
 
 
 def prompt_of(row: Row, columns: Columns) -> Prompt:
@@ -86,8 +86,6 @@ def is_document(row: Row, columns: Columns) -> bool:
 def demonstration_of(row: Row, columns: Columns) -> Demonstration:
     """The demonstration of a prompt and its answer, or of a dialogue that ends with one.
 
-    Of an answer of several turns the last is the response, and what was said before it belongs to the prompt.
-
     Raises:
         ValueError: a key is missing or has another type, several might be meant, or `label` calls the answer bad.
     """
@@ -98,12 +96,10 @@ def demonstration_of(row: Row, columns: Columns) -> Demonstration:
     else:
         prompt = checked_prompt(value_of(row, prompted or columns.prompt, "prompt"), prompted or columns.prompt)
         messages = value_of(row, key, "response")
-    if key == "completion" and row.get("label") is False:
+    if key == "completion" and str(row.get("label")).lower() in ("false", "0"):  # texts in CSV
         raise ValueError("`label` is false: the `completion` is a bad one, not to be imitated; leave out such rows")
     prompt, (answer,) = answered(prompt, [messages], [key])
-    if isinstance(answer, str):
-        return Demonstration(prompt, answer)
-    return Demonstration([*as_dialogue(prompt), *answer[:-1]], str(answer[-1]["content"]))
+    return Demonstration(prompt, answer)
 
 
 def split_pair(row: Row, columns: Columns) -> tuple[Prompt, Any, Any]:

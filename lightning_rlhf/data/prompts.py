@@ -42,6 +42,8 @@ class PromptDataModule(TextDataModule):
         max_prompt_tokens: longer prompts are dropped and counted, tokens.
         text_tokens: length of a pretraining text, tokens.
         prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
+        chat_template_kwargs: arguments of the chat template for every dialogue, such as `{"enable_thinking": false}`; a
+            row's own come first.
         columns: names of the keys in the files.
         tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
         num_workers: processes that assemble batches; 0 for none.
@@ -65,6 +67,7 @@ class PromptDataModule(TextDataModule):
         max_prompt_tokens: int = 1024,
         text_tokens: int = 512,
         prompt_role: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         columns: Columns = Columns(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
@@ -73,6 +76,7 @@ class PromptDataModule(TextDataModule):
         super().__init__(
             tokenizer=tokenizer,
             prompt_role=prompt_role,
+            chat_template_kwargs=chat_template_kwargs,
             columns=columns,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning_rlhf.types import Row
 
 PAIR_RATINGS = ("score_chosen", "score_rejected")
 """The ratings of the two responses in binarised UltraFeedback and its like."""
+_WRITTEN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+"""A number as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class Ranking:
 
     Attributes:
         prompt: what they answer.
-        responses: K texts; or, where a dialogue goes on for more than one turn, its messages.
+        responses: K answers, texts or the messages that follow the prompt.
         places: K numbers, lower is better, equal are ties.
         strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
         systems: who wrote each, K names; None where the row has none.
@@ -77,9 +80,9 @@ def _pair(row: Row, columns: Columns) -> Ranking:
 def _ratings(row: Row, columns: Columns) -> list[float] | None:
     better, worse = PAIR_RATINGS
     if columns.margin in row:
-        ratings, name = [_number(row[columns.margin], columns.margin), 0.0], f"`{columns.margin}`"
+        ratings, name = [_rating(row[columns.margin], columns.margin), 0.0], f"`{columns.margin}`"
     elif better in row and worse in row:
-        ratings, name = [_number(row[key], key) for key in PAIR_RATINGS], f"`{better}` less `{worse}`"
+        ratings, name = [_rating(row[key], key) for key in PAIR_RATINGS], f"`{better}` less `{worse}`"
     else:
         return None
     if ratings[0] < ratings[1]:
@@ -149,6 +152,11 @@ def _plain(row: Row, key: str) -> Any:
     if key not in row:
         raise ValueError(f"no key `{key}` beside {sorted(row)}: the format with `completions` needs it")
     return row[key]
+
+
+def _rating(value: Any, key: str) -> float:
+    """The number of a cell, which CSV holds as text."""
+    return _number(float(value) if isinstance(value, str) and _WRITTEN.fullmatch(value) else value, key)
 
 
 def _number(value: Any, key: str) -> float:

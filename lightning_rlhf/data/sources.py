@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_rlhf.data.hub import HubData, hub_data
 from lightning_rlhf.data.records import Located, read_lines, stream_lines
-from lightning_rlhf.data.tables import READERS, Table, is_saved, read_file, read_hub, read_saved, table_records
+from lightning_rlhf.data.spreadsheets import read_cells
+from lightning_rlhf.data.tables import Table, is_saved, read_hub, read_parquet, read_saved, table_records
 
 if TYPE_CHECKING:
     Source = str | HubData | list[str | HubData] | Table | None
 else:  # what a config can hold; where it may also be a class, jsonargparse opens the data's path as another config
     Source = str | dict[str, str] | list[str | dict[str, str]] | None
 """An argument `train`, `val`, …: paths, hub data, several of either, or rows; None for nothing."""
+_READERS: dict[str, Callable[[str], Sequence[Located]]] = {".parquet": read_parquet, ".csv": read_cells}
+"""What reads a file by its ending; any other holds lines of JSON."""
 FORMS = (
     "give the path of a JSONL (plain or .gz), Parquet or CSV file, a pattern such as 'data/*.jsonl', a folder that "
     "`save_to_disk` wrote, or a hub name with its split, OWNER/NAME:SPLIT"
@@ -88,10 +91,9 @@ def _expand(path: str) -> list[str]:
 
 
 def _read_place(place: str) -> Sequence[Located]:
-    if Path(place).is_dir():
-        return read_saved(place)
-    return read_lines(place) if _has_lines(place) else read_file(place)
+    read = read_saved if Path(place).is_dir() else _READERS.get(Path(place).suffix, read_lines)
+    return read(place)
 
 
 def _has_lines(place: str) -> bool:
-    return not Path(place).is_dir() and Path(place).suffix not in READERS
+    return not Path(place).is_dir() and Path(place).suffix not in _READERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from lightning_rlhf.data.records import Located
 from lightning_rlhf.types import Row
 
 Table = Sequence[Mapping[str, Any]]
-READERS = {".parquet": "Parquet", ".csv": "CSV"}
-"""Endings of files that are tables, and what they hold."""
 GIVEN = "the given rows"
 
 
@@ -77,20 +75,16 @@ def table_records(table: Any, name: str = GIVEN) -> list[TableRecord]:
     return [TableRecord(table, name, index) for index in range(len(table))]
 
 
-def read_file(file: str) -> list[TableRecord]:
-    """The rows of a Parquet or CSV file, by way of the memory-mapped copy that `datasets` caches.
+def read_parquet(file: str) -> list[TableRecord]:
+    """The rows of a Parquet file, by way of the memory-mapped copy that `datasets` caches.
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: the file is not of the kind its ending says, or has no row.
+        ValueError: the file is no Parquet, or has no row.
     """
     library = _library(file)
-    kind = READERS[Path(file).suffix]
-    with _loading(file, kind):
-        if kind == "CSV":  # only an empty cell is empty: a response may well be "None"
-            table = library.Dataset.from_csv(file, keep_default_na=False, na_values=[""])
-        else:
-            table = library.Dataset.from_parquet(file)
+    with _loading(file, "Parquet"):
+        table = _stored(library.Dataset.from_parquet(file))
     return table_records(table, file)
 
 
@@ -112,6 +106,8 @@ def read_saved(folder: str) -> list[TableRecord]:
     if isinstance(table, Mapping):
         splits = ", ".join(str(Path(folder) / split) for split in table)
         raise ValueError(f"{folder} holds several splits: give one of {splits}")
+    with _loading(folder, "a saved dataset"):
+        table = _stored(table)
     return table_records(table, folder)
 
 
@@ -124,7 +120,7 @@ def read_hub(data: HubData) -> list[TableRecord]:
     """
     library = _library(str(data))
     with _loading(str(data), "a dataset"):
-        table = library.load_dataset(data.path, data.name, split=data.split)
+        table = _stored(library.load_dataset(data.path, data.name, split=data.split))
     return table_records(table, str(data))
 
 
@@ -136,6 +132,29 @@ def _library(wanted: str) -> Any:
             f"reading {wanted} needs `datasets`: pip install 'lightning-rlhf[datasets]', or write the rows as JSONL"
         ) from error
     return datasets
+
+
+def _stored(table: Any) -> Any:
+    """The table with images, sounds and the like as they are stored, `{"bytes", "path"}`.
+
+    Decoding opens the path of each when its row is read, and a path may be one of another machine's.
+    """
+    for column, feature in table.features.items():
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            table = table.cast_column(column, undecoded)
+    return table
+
+
+def _undecoded(feature: Any) -> Any:
+    """A copy of a feature of `datasets` in which nothing is decoded."""
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "decode") and type(feature).__name__ != "Json":  # that is text, which names no file
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_rlhf.text import LONG_TEXT, Encoder, Prompt
+
 _log = logging.getLogger(__name__)
 
 
@@ -24,6 +26,8 @@ class Tally:
         responses: responses read.
         long_responses: responses dropped because too long, those of dropped rows included.
         longest: length of the longest, tokens.
+        uncounted: texts among the too long ones whose tokens were not counted.
+        mended: responses that began with the tag their prompt ends in, which now stands once.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Tally:
     responses: int = 0
     long_responses: int = 0
     longest: int = 0
+    uncounted: int = 0
+    mended: int = 0
 
     @property
     def dropped(self) -> int:
@@ -46,22 +52,35 @@ class Tally:
         self.longest = max(self.longest, length)
         return length <= self.limit
 
+    def exceeded(self, encoder: Encoder, *parts: Prompt) -> bool:
+        """Whether the parts are too long together, told by their characters; counts them if so."""
+        exceeded = encoder.exceeds(self.limit, *parts)
+        self.uncounted += exceeded
+        return exceeded
+
     def report(self) -> None:
-        """Warns, on rank 0, of what was dropped.
+        """Warns, on rank 0, of what was dropped or mended.
 
         Raises:
             ValueError: every row was dropped.
         """
         parts = []
         if self.long_rows or self.long_responses:
+            others = f"; {self.uncounted} others had more than {LONG_TEXT} characters, whose tokens were not counted"
+            longest = f"{self.longest}{others if self.uncounted else ''}"
             responses = f" and {self.long_responses} of {self.responses} responses" if self.responses else ""
             parts.append(
                 f"dropped {self.long_rows} of {self.rows} rows{responses} longer than {self.limit_name}={self.limit} "
-                f"tokens; the longest was {self.longest}: raise `{self.limit_name}` to keep them"
+                f"tokens; the longest was {longest}: raise `{self.limit_name}` to keep them"
             )
         if self.tied_rows:
             parts.append(
                 f"dropped {self.tied_rows} of {self.rows} rows whose responses are all tied: they rank nothing"
+            )
+        if self.mended:
+            parts.append(
+                f"left out of {self.mended} responses the opening tag, such as <think>, that they begin with and the "
+                "chat template's prompt already ends in"
             )
         if not parts:
             return

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.types import Rollout, Row
+
+_TAG = re.compile(r"<\w+>")
 
 
 class Everything(Container[str]):
@@ -19,10 +22,28 @@ class Everything(Container[str]):
 
 
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses, special tokens left out."""
+    """The responses, special tokens left out except for opening and closing tags such as `<think>` and `</think>`."""
     texts = rollout.tokens[:, rollout.prompt_width :].tolist()
     kept = [row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)]
-    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    tags = _tags(tokenizer)
+    if not tags:
+        return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    special = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
+    omitted = special.union(tokenizer.all_special_ids) - tags
+    kept = [[token for token in row if token not in omitted] for row in kept]
+    return tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+
+def _tags(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the added tokens `<name>` and `</name>`, where both are there and neither begins or ends texts.
+
+    A log that stands in for the tokenizer has none.
+    """
+    added = {str(text): token for token, text in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    for named in getattr(tokenizer, "special_tokens_map", {}).values():
+        added.pop(str(named), None)
+    pairs = [(text, f"</{text[1:]}") for text in added if _TAG.fullmatch(text)]
+    return {added[text] for pair in pairs if pair[1] in added for text in pair}
 
 
 def columns_of(rows: Sequence[Row], *, but: set[str]) -> dict[str, list[Any]]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from array import array
-from typing import TypeAlias, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_rlhf.folders.inspection import check_tokenizer, loading
 from lightning_rlhf.folders.location import local_folder
-from lightning_rlhf.text.messages import Message, Prompt, as_dialogue
+from lightning_rlhf.text.messages import Message, Prompt, as_dialogue, extras
+from lightning_rlhf.text.template import ChatTemplate, doubled
 
 Tokens: TypeAlias = "array[int]"
 """Token ids as 32-bit integers: a tenth of a list's memory, and cheap to hand to loader workers."""
+
+LONG_TEXT = 2**20
+"""Characters. Longer texts are tokenized only where a limit allows for them: each takes hundreds of bytes of memory."""
+_WIDE_TOKEN = 64
+"""Characters."""
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -30,12 +37,27 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(source, local_files_only=folder is not None, trust_remote_code=False)
 
 
+class Exchange(NamedTuple):
+    """A prompt and the response to it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        response: token ids, the last of them the end token.
+        mended: whether an opening tag that both had was left out of the response.
+    """
+
+    prompt: Tokens
+    response: Tokens
+    mended: bool
+
+
 class Encoder:
     """Token ids of prompts, responses and documents.
 
     Args:
         tokenizer: needs an end token; a prompt of messages also needs its chat template.
         prompt_role: role under which a text prompt becomes a message; None leaves it plain text.
+        chat_template_kwargs: arguments of the chat template for every dialogue.
 
     Attributes:
         end: id of the end token.
@@ -45,7 +67,13 @@ class Encoder:
         ValueError: the tokenizer has no end token, or text means nothing to it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_role: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_role: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no end token, so no response could ever end: set one, "
@@ -53,32 +81,78 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.prompt_role = prompt_role
+        self.template = ChatTemplate(tokenizer, chat_template_kwargs)
+        self._recent: tuple[str, bool, Tokens] | None = None
         self.end: int = tokenizer.eos_token_id
         self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Some tokenizers end every text too: a prompt would be over before its response.
         self._closes = self._ends("a", special=True) and not self._ends("a", special=False)
 
-    def prompt(self, prompt: Prompt) -> Tokens:
+    def exceeds(self, limit: int, *parts: Prompt) -> bool:
+        """Whether texts or dialogues are together over a limit of tokens by far, told without tokenizing them.
+
+        They are where they have more than `LONG_TEXT` characters and more than `limit` tokens as wide as the widest of
+        the vocabulary, or as 64 characters, would hold.
+
+        Args:
+            limit: tokens.
+            parts: texts or messages.
+
+        Returns:
+            False where tokens have to be counted.
+        """
+        values = [value for part in parts for message in as_dialogue(part) for value in message.values()]
+        characters = sum(len(value) for value in values if isinstance(value, str))
+        return characters > LONG_TEXT and characters > limit * max(_WIDE_TOKEN, *map(len, self.tokenizer.get_vocab()))
+
+    def prompt(self, prompt: Prompt, arguments: Mapping[str, Any] | None = None) -> Tokens:
         """The prompt up to where the response begins.
 
         A text with the tokenizer's opening tokens; a dialogue through the chat template, which writes its own.
 
         Args:
             prompt: a text or messages.
+            arguments: those of the row for the chat template, such as `tools`.
 
         Returns:
             token ids, at least one.
 
         Raises:
-            ValueError: no token is left to answer, or there is no chat template for messages.
+            ValueError: no token is left to answer, there is no chat template for messages, or it would leave out
+                part of them.
         """
-        if self.prompt_role is not None or not isinstance(prompt, str):
-            tokens = self._encode(self._templated(as_dialogue(prompt, self.prompt_role or "user")), special=False)
-        else:
-            tokens = self._opened(prompt)
-        if not tokens:
-            raise ValueError(f"the prompt {prompt!r} has no tokens: nothing to respond to; remove the row")
-        return tokens
+        messages = self._dialogue(prompt, arguments)
+        if messages is None:
+            return self._asked(str(prompt), templated=False)
+        return self._asked(self.template.prompt(messages, arguments or {}), templated=True)
+
+    def exchange(
+        self, prompt: Prompt, answer: str | list[Message], arguments: Mapping[str, Any] | None = None
+    ) -> Exchange:
+        """A prompt and the response to learn.
+
+        Args:
+            prompt: a text or messages.
+            answer: a text, which is the response as it stands; or messages, whose last is the response as the chat
+                template writes it, and whose others belong to the prompt.
+            arguments: those of the row for the chat template, such as `tools`.
+
+        Returns:
+            both as tokens; an opening tag that both the prompt ends in and the response begins with stands once.
+
+        Raises:
+            ValueError: as `prompt`, or the template would leave out part of the answer.
+        """
+        if isinstance(answer, list) and len(answer) > 1:
+            prompt, answer = [*as_dialogue(prompt), *answer[:-1]], answer[-1:]
+        messages = self._dialogue(prompt, arguments)
+        if messages is None:
+            return Exchange(self.prompt(prompt), self.response(_untemplated(answer)), mended=False)
+        opened = self.template.prompt(messages, arguments or {})
+        text = answer if isinstance(answer, str) else self.template.turn(messages, answer[0], opened, arguments or {})
+        once = doubled(opened, text)
+        tokens = self._asked(opened, templated=True)
+        return Exchange(tokens, self.response(text if once is None else once), mended=once is not None)
 
     def response(self, text: str) -> Tokens:
         """What a rollout would yield: the text without opening tokens, then one end token."""
@@ -88,21 +162,27 @@ class Encoder:
         """A pretraining document with the tokenizer's opening tokens, then one end token."""
         return self._ended(self._opened(text))
 
-    def _templated(self, messages: list[Message]) -> str:
-        if self.tokenizer.chat_template is None:
+    def _dialogue(self, prompt: Prompt, arguments: Mapping[str, Any] | None) -> list[Message] | None:
+        """The messages that the template writes, or None where the prompt is plain text."""
+        if self.prompt_role is not None or not isinstance(prompt, str):
+            return as_dialogue(prompt, self.prompt_role or "user")
+        lost = [*(arguments or {}), *self.template.arguments]
+        if lost:
             raise ValueError(
-                f"the prompt is a dialogue, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template: "
-                "set tokenizer.chat_template, use the tokenizer of a chat model, or give prompts as plain text with "
-                "`prompt_role` null"
+                f"the prompt is plain text, which no chat template writes, so `{lost[0]}` would be lost: give messages "
+                "or `prompt_role`, or remove it; a column that is meant otherwise is left alone where `columns.tools` "
+                "or `columns.chat_template_kwargs` name another"
             )
-        try:
-            found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program that came with the tokenizer: it may raise anything
-            raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not take these messages ({error}): change "
-                "their roles or their order, or the template"
-            ) from error
-        return cast(str, found)
+        return None
+
+    def _asked(self, text: str, *, templated: bool) -> Tokens:
+        """A prompt as tokens; the last one is remembered, for a row may have several answers to it."""
+        if self._recent is None or self._recent[:2] != (text, templated):
+            tokens = self._encode(text, special=False) if templated else self._opened(text)
+            if not tokens:
+                raise ValueError(f"the prompt {text!r} has no tokens: nothing to respond to; remove the row")
+            self._recent = (text, templated, tokens)
+        return self._recent[2]
 
     def _opened(self, text: str) -> Tokens:
         begin = self.tokenizer.bos_token
@@ -129,3 +209,15 @@ class Encoder:
                 "cut inside a character; remove it"
             ) from error
         return array("i", self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _untemplated(answer: str | list[Message]) -> str:
+    if isinstance(answer, str):
+        return answer
+    (message,) = answer
+    if extras(message):
+        raise ValueError(
+            f"the answer has `{extras(message)[0]}`, which only a chat template can write, but the prompt is plain "
+            "text: give the prompt as messages, or `prompt_role`, or the answer as a text"
+        )
+    return str(message["content"])

@@ -14,6 +14,11 @@ def as_dialogue(prompt: Prompt, role: str = "user") -> list[Message]:
     return [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def extras(message: Message) -> list[str]:
+    """The keys beyond role and content that hold something."""
+    return [key for key, value in message.items() if key not in ("role", "content") and value not in (None, "", [], {})]
+
+
 def checked_messages(value: Any, key: str) -> list[Message]:
     """`value` if it is a dialogue.
 
@@ -22,7 +27,8 @@ def checked_messages(value: Any, key: str) -> list[Message]:
         key: the key it came from, for the error.
 
     Returns:
-        messages, at least one, each with a text `role` and a text `content`.
+        messages, at least one, each with a text `role` and a text `content`, which is empty where there are only tool
+        calls.
 
     Raises:
         ValueError: it is none.
@@ -32,9 +38,12 @@ def checked_messages(value: Any, key: str) -> list[Message]:
         raise ValueError(f"`{key}` must be {needed}, found {type(value).__name__}: {str(value)[:80]}")
     if not value:
         raise ValueError(f"`{key}` must be {needed}, found an empty list")
+    messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"`{key}`[{number}] must be a message with role and content, found {str(message)[:80]!r}")
+        if message.get("content") is None and message.get("tool_calls"):
+            message = {**message, "content": ""}
         for part in ("role", "content"):
             if not isinstance(message.get(part), str):
                 raise ValueError(
@@ -43,7 +52,8 @@ def checked_messages(value: Any, key: str) -> list[Message]:
                 )
         if not message["role"].strip():
             raise ValueError(f"`{key}`[{number}] has an empty role: name who speaks, such as 'user' or 'assistant'")
-    return value
+        messages.append(message)
+    return messages
 
 
 def checked_prompt(value: Any, key: str) -> Prompt:

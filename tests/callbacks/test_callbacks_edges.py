@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import shutil
+from decimal import Decimal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -230,11 +234,48 @@ def test_broken_predictions_keep_the_older_file(make_ppo, make_trainer, as_loade
     path.write_text("older")
     rows = [{"prompt": "a"}] * 3 + [{"prompt": "a", "unwritable": object()}]
     trainer = make_trainer(callbacks=[PredictionWriter(str(path))])
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match="the column `unwritable` can't be written .*object is not JSON serializable"):
         trainer.predict(make_ppo(), as_loader([left_padded(PROMPTS, rows=rows)]))
     assert path.read_text() == "older"
     trainer.predict(make_ppo(), as_loader([left_padded(PROMPTS)]))
     assert len(path.read_text().splitlines()) == 4
+
+
+def test_predictions_hold_every_kind_of_cell(make_ppo, make_trainer, as_loader, left_padded, tmp_path):
+    day = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    cells = {
+        "bytes": (b"\x00\xff", "AP8="),
+        "picture": ({"bytes": b"a", "path": None}, {"bytes": "YQ==", "path": None}),
+        "time": (day, "2026-01-02T03:04:05+00:00"),
+        "date": (day.date(), "2026-01-02"),
+        "duration": (datetime.timedelta(seconds=1), "0:00:01"),
+        "decimal": (Decimal("1.10"), "1.10"),
+        "nan": ([math.nan, 1.5], [None, 1.5]),
+        "infinite": (-math.inf, "-inf"),
+        "number": (np.float32(0.5), 0.5),
+        "flag": (np.bool_(True), True),
+        "array": (np.array([[1, 2]]), [[1, 2]]),
+        "moment": (np.datetime64("2026-01-02"), "2026-01-02"),
+        "tensor": (torch.tensor([1.0, math.nan]), [1.0, None]),
+        "half": ("a\ud800", "a\ud800"),
+    }
+    row = {"prompt": "a"} | {name: cell for name, (cell, _) in cells.items()}
+    path = tmp_path / "out.jsonl"
+    trainer = make_trainer(callbacks=[PredictionWriter(str(path))])
+    trainer.predict(make_ppo(), as_loader([left_padded(PROMPTS[:1], rows=[row])]))
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {name: record[name] for name in cells} == {name: written for name, (_, written) in cells.items()}
+
+
+def test_record_that_cannot_be_written_ends_before_its_response(
+    make_ppo, make_trainer, as_loader, left_padded, tmp_path, monkeypatch
+):
+    module = make_ppo()
+    monkeypatch.setattr(module, "predict_step", lambda *_: pytest.fail("a response was drawn"))
+    trainer = make_trainer(callbacks=[PredictionWriter(str(tmp_path / "out.jsonl"))])
+    with pytest.raises(TypeError, match="the column `x` can't be written"):
+        trainer.predict(module, as_loader([left_padded(PROMPTS[:1], rows=[{"prompt": "a", "x": [{1}]}])]))
 
 
 def test_predictions_of_two_loaders_are_one_line_each(make_ppo, make_trainer, as_loader, left_padded, tmp_path):
@@ -307,7 +348,9 @@ def test_export_over_a_path_of_the_run_is_refused_before_training(
     module = PPOModule(ModelSource(path=source), lambda prompts, responses: [0.0] * len(prompts))
     data = PromptDataModule(train=str(rows), batch_size=2)
     with pytest.raises(ValueError, match=rf"Export replaces .*{owner}.* has .*give a folder of its own"):
-        make_trainer(callbacks=callbacks, logger=logger, enable_checkpointing=owner == "RunCheckpoint").fit(module, data)
+        make_trainer(callbacks=callbacks, logger=logger, enable_checkpointing=owner == "RunCheckpoint").fit(
+            module, data
+        )
 
 
 def test_export_that_fails_ends_the_run_after_its_end_is_saved(

@@ -21,6 +21,15 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THOUGHT = {"<think>": 40, "</think>": 41, "<tool>": 42, "</tool>": 43}
+QWEN3 = (
+    "{% if tools %}<tool> {% for t in tools %}{{ t.name }} {% endfor %}</tool>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %} <tool> {{ c.function.name }} </tool>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def _tokenizer(single: str | None = None, **special: str) -> PreTrainedTokenizerFast:
@@ -55,6 +64,15 @@ def chat() -> PreTrainedTokenizerFast:
     """ChatML whose template also writes <s>; adds <s> to plain text itself; end token <|im_end|> (4), pad </s> (0)."""
     tokenizer = _tokenizer("<s> $A", bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>")
     tokenizer.chat_template = "<s>" + CHATML
+    return tokenizer
+
+
+@pytest.fixture
+def thinking() -> PreTrainedTokenizerFast:
+    """Writes tools, reasoning and tool calls as Qwen3 does; <think> is 40 and </think> 41, <tool> 42 and </tool> 43."""
+    tokenizer = _tokenizer(eos_token="<|im_end|>", pad_token="</s>")
+    tokenizer.backend_tokenizer.model = WordLevel(VOCABULARY | THOUGHT, unk_token="<unk>")
+    tokenizer.chat_template = QWEN3
     return tokenizer
 
 

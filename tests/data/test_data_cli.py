@@ -15,6 +15,7 @@ SHARED: dict[str, Any] = {
     "batch_size": 5,
     "eval_batch_size": 3,
     "prompt_role": "user",
+    "chat_template_kwargs": {"enable_thinking": False},
     "columns": {"prompt": "question", "text": "body"},
     "tokenizer": "some/folder",
     "num_workers": 1,

@@ -60,16 +60,16 @@ DEMONSTRATIONS = {
     "TRL, prompt and completion": ({"prompt": "a", "completion": "b"}, Demonstration("a", "b")),
     "TRL, conversational": (
         {"prompt": LONG, "completion": [assistant("d")]},
-        Demonstration(LONG, "d"),
+        Demonstration(LONG, [assistant("d")]),
     ),
-    "TRL, messages": ({"messages": [*LONG, assistant("d")]}, Demonstration(LONG, "d")),
+    "TRL, messages": ({"messages": [*LONG, assistant("d")]}, Demonstration(LONG, [assistant("d")])),
     "UltraChat: the prompt is in the messages": (
         {"prompt": "a", "messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]},
-        Demonstration(LONG, "d"),
+        Demonstration(LONG, [assistant("d")]),
     ),
     "several turns": (
         {"prompt": [user("a")], "completion": [assistant("b"), user("c"), assistant("d")]},
-        Demonstration([user("a"), assistant("b"), user("c")], "d"),
+        Demonstration([user("a")], [assistant("b"), user("c"), assistant("d")]),
     ),
     "OpenRLHF": ({"input": "a", "output": "b"}, Demonstration("a", "b")),
     "TRL, unpaired, a good one": ({"prompt": "a", "completion": "b", "label": True}, Demonstration("a", "b")),
@@ -86,11 +86,11 @@ HH = "\n\nHuman: a\n\nAssistant:"
 RANKINGS = {
     "TRL, conversational": (
         {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
-        Ranking([user("a")], ["b", "c"], [0, 1]),
+        Ranking([user("a")], [[assistant("b")], [assistant("c")]], [0, 1]),
     ),
     "TRL, implicit prompt, several turns": (
         {"chosen": [*LONG, assistant("d")], "rejected": [*LONG, assistant("e")]},
-        Ranking(LONG, ["d", "e"], [0, 1]),
+        Ranking(LONG, [[assistant("d")], [assistant("e")]], [0, 1]),
     ),
     "dialogues that part before their last message": (
         {
@@ -113,11 +113,11 @@ RANKINGS = {
             "score_chosen": 8.5,
             "score_rejected": 6.0,
         },
-        Ranking([user("a")], ["b", "c"], [0, 1], [8.5, 6.0]),
+        Ranking([user("a")], [[assistant("b")], [assistant("c")]], [0, 1], [8.5, 6.0]),
     ),
     "a system message before the prompt": (
         {"prompt": "a", "chosen": [system("s"), user("a"), assistant("b")], "rejected": "c"},
-        Ranking([system("s"), user("a")], ["b", "c"], [0, 1]),
+        Ranking([system("s"), user("a")], [[assistant("b")], "c"], [0, 1]),
     ),
     "Anthropic HH": (
         {"chosen": HH + " I do", "rejected": HH + " I do not"},

@@ -69,3 +69,13 @@ def test_tokenizer_loads_from_a_folder(chat: Any, tmp_path: Path) -> None:
     loaded = load_tokenizer(str(tmp_path))
     assert Encoder(loaded).prompt([{"role": "user", "content": "a"}]).tolist() == [1, 3, 5, 10, 4, 3, 6]
     assert load_tokenizer(chat) is chat
+
+
+def test_prompt_of_several_answers_is_tokenized_once(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, texts = Encoder(chat), []
+    encode = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda text, **options: texts.append(text) or encode(text, **options))
+    for prompt in ("a", [{"role": "user", "content": "a"}], "a"):
+        texts.clear()
+        found = [encoder.exchange(prompt, answer) for answer in ("b", "c")]
+        assert (len(texts), found[0].prompt, found[0].response.tolist()) == (3, found[1].prompt, [11, 4])

@@ -40,6 +40,40 @@ def test_prompts_over_the_limit_are_dropped_and_counted(plain: Any, caplog: pyte
     assert "raise `max_tokens`" in message
 
 
+def test_enormous_texts_are_dropped_before_they_are_tokenized(
+    plain: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge, encoder, lengths = "a " * (2**19 + 2), Encoder(plain), []
+    encode = encoder._encode
+    monkeypatch.setattr(
+        encoder, "_encode", lambda text, **options: lengths.append(len(text)) or encode(text, **options)
+    )
+    asked: Any = [{"role": "user", "content": huge}]
+    cases: list[tuple[Any, Any, list[Any]]] = [
+        (prompt_examples, {"prompt": "a"}, [{"prompt": huge}, {"prompt": asked}]),
+        (demonstration_examples, {"prompt": "a", "response": "b"}, [{"prompt": "a", "response": huge}, {"text": huge}]),
+        (
+            comparison_examples,
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            [{"prompt": "a", "chosen": "b", "rejected": huge}, {"prompt": huge, "chosen": "b", "rejected": "c"}],
+        ),
+    ]
+    for read, good, long in cases:
+        count, seen = tally(limit=9), len(caplog.records)
+        with caplog.at_level(logging.WARNING):
+            assert len(read(records(good, *long), encoder, Columns(), count)) == 1
+        assert (count.rows, count.long_rows) == (3, 2)
+        assert "dropped 2 of 3 rows" in caplog.records[seen].getMessage()
+        assert f"{count.uncounted} others had more than 1048576 characters" in caplog.records[seen].getMessage()
+    assert max(lengths) == 1
+
+
+def test_long_texts_are_counted_where_the_limit_may_allow_them(plain: Any) -> None:
+    text = "a" + " " * 2**20 + "b"
+    (example,) = prompt_examples(records({"prompt": text}), Encoder(plain), Columns(), tally(limit=2**15))
+    assert example.tokens.tolist() == [10, 11]
+
+
 def test_nothing_dropped_is_silent(plain: Any, caplog: pytest.LogCaptureFixture) -> None:
     prompt_examples(records({"prompt": "a b"}), Encoder(plain), Columns(), tally(limit=2))
     assert not caplog.records

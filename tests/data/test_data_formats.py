@@ -26,10 +26,12 @@ def test_prompt_is_text_or_messages() -> None:
 
 def test_demonstration_takes_text_or_the_last_message() -> None:
     assert demonstration_of({"prompt": "a", "response": "b"}, DEFAULT) == Demonstration("a", "b")
-    assert demonstration_of({"prompt": "a", "response": [assistant("b")]}, DEFAULT) == Demonstration("a", "b")
+    assert demonstration_of({"prompt": "a", "response": [assistant("b")]}, DEFAULT) == Demonstration(
+        "a", [assistant("b")]
+    )
     repeated = {"prompt": "a", "response": [user("a"), assistant("b")]}
     assert demonstration_of(repeated, DEFAULT) == Demonstration(
-        [user("a")], "b"
+        [user("a")], [assistant("b")]
     )  # a dialogue, so the template writes it
 
 
@@ -43,7 +45,7 @@ RANKINGS = [
     ({"chosen": "q: yes", "rejected": "q: no", "margin": 0}, Ranking("q:", [" yes", " no"], [0, 1], strength=[0, 0])),
     (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
-        Ranking([user("a")], ["b", "c"], [0, 1]),
+        Ranking([user("a")], [[assistant("b")], [assistant("c")]], [0, 1]),
     ),
     # TRL's extract_prompt: the common beginning without its last space, which goes to both responses
     ({"chosen": "q: x a: yes", "rejected": "q: x a: no"}, Ranking("q: x a:", [" yes", " no"], [0, 1])),
@@ -65,7 +67,7 @@ RANKINGS = [
                 {"rank": 0, "completion": "d"},
             ],
         },
-        Ranking([user("a")], ["b", "c", "d"], [1, 0, 0]),
+        Ranking([user("a")], [[assistant("b")], [assistant("c")], "d"], [1, 0, 0]),
     ),
 ]
 
@@ -140,7 +142,7 @@ RANKING_ERRORS = [
     ({"prompt": "a", "chosen": "b"}, r"no key `rejected`; found \['chosen', 'prompt'\]"),
     ({"prompt": "a", "rejected": "b"}, r"no key `chosen`"),
     ({"chosen": "b", "rejected": "c"}, "no common beginning"),
-    (PAIR | {"margin": "1"}, "`margin` must hold finite numbers, found '1'"),
+    (PAIR | {"margin": "1_0"}, "`margin` must hold finite numbers, found '1_0'"),
     (PAIR | {"margin": None}, "`margin` must hold finite numbers, found None"),
     (PAIR | {"margin": True}, "`margin` must hold finite numbers, found True"),
     (PAIR | {"margin": float("inf")}, "`margin` must hold finite numbers, found inf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_rlhf.data.hub import hub_data
 from lightning_rlhf.data.sources import read_records
 
 datasets = pytest.importorskip("datasets")
+parquet = pytest.importorskip("pyarrow.parquet")
 ROWS: list[dict[str, Any]] = [{"prompt": "a", "note": "1"}, {"prompt": "b c"}, {"prompt": "d", "note": "None"}]
 CARD = """---
 configs:
@@ -164,11 +166,10 @@ def test_bad_source_is_explained(name: str, places: Any, plain: Any) -> None:
         data.setup("fit")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("bad.parquet", "Parquet"), ("bad.csv", "CSV")])
-def test_broken_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{name} can't be read as {kind}: "):
-        read_records(str(tmp_path / name))
+def test_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bad\.parquet can't be read as Parquet: "):
+        read_records(str(tmp_path / "bad.parquet"))
 
 
 def test_broken_row_of_a_file_names_file_and_row(places: Any, plain: Any, tmp_path: Path) -> None:
@@ -197,5 +198,45 @@ def test_keys_that_arrow_adds_are_left_out(chat: Any) -> None:
 def test_missing_library_says_what_to_install(places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(read_records(ROWS)) == len(read_records(f"{places.root}/rows.jsonl")) == 3
+    assert len(read_records(f"{places.root}/rows.csv")) == 3
     with pytest.raises(ImportError, match=r"pip install 'lightning-rlhf\[datasets\]'"):
         read_records(f"{places.root}/rows.parquet")
+
+
+CELLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "image": (lambda kind: kind, lambda cell: cell),
+    "images": (lambda kind: datasets.List(kind), lambda cell: [cell]),
+    "image in a mapping": (lambda kind: {"x": kind}, lambda cell: {"x": cell}),
+}
+
+
+@pytest.mark.parametrize(("nested", "cell"), CELLS.values(), ids=CELLS)
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+@pytest.mark.parametrize("form", ["rows.parquet", "saved", "hub"])
+def test_paths_in_cells_are_not_opened(
+    form: str, kind: str, nested: Any, cell: Any, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a cell would be fetched when its row is read: in `fit`, and again when a batch is made."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+    row = {"prompt": "a", "extra": {"k": 1}, "picture": cell({"bytes": None, "path": "http://127.0.0.1:9/x.png"})}
+    stored = {"bytes": datasets.Value("binary"), "path": _text()}
+    features = datasets.Features({"prompt": _text(), "extra": datasets.Json(), "picture": nested(stored)})
+    table = datasets.Dataset.from_list([row], features=features)
+    table.save_to_disk(tmp_path / "saved")
+    features["picture"] = nested(getattr(datasets, kind)())
+    information = json.loads((tmp_path / "saved/dataset_info.json").read_text()) | {"features": features.to_dict()}
+    (tmp_path / "saved/dataset_info.json").write_text(json.dumps(information))
+    metadata = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    (tmp_path / "hub").mkdir()
+    for name in ("rows.parquet", "hub/train.parquet"):
+        parquet.write_table(table.data.table.replace_schema_metadata(metadata), tmp_path / name)
+    source = HubData(path=str(tmp_path / "hub"), split="train") if form == "hub" else str(tmp_path / form)
+    data = PromptDataModule(source, tokenizer=plain, batch_size=1)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch["prompts"].rows == [row | {"picture": cell({"path": "http://127.0.0.1:9/x.png"})}]

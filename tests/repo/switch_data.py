@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,16 @@ import datasets
 from lightning import LightningDataModule
 from switch_bench import Bench
 from switch_harness import Table, case, to
+from transformers import PreTrainedTokenizerFast
 
 from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
+from lightning_rlhf.data.arguments import template_arguments
 from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import ranking_of
 from lightning_rlhf.data.sources import read_records
 
 ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
+ROW |= {"tools": [{"name": "f"}], "functions": [{"name": "g"}], "chat_template_kwargs": {"x": 1}, "options": {"x": 2}}
 PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
 SCORED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "scores": [1, 0], "ratings": [0, 1]}
 SCORED |= {"systems": ["x", "y"], "authors": ["v", "w"]}
@@ -42,6 +46,7 @@ def table(bench: Bench) -> Table:
         "batch_size": to(3),
         "eval_batch_size": to(1),
         "prompt_role": to("user"),
+        "chat_template_kwargs": to({"opening": "b"}, prompt_role="user", tokenizer=opened(bench)),
         "columns": to(Columns(prompt="question")),
         "tokenizer": to(bench.other_tokenizer),
         "num_workers": to(1, by=made_elsewhere),
@@ -61,6 +66,8 @@ def table(bench: Bench) -> Table:
             ranks=to("places"),
             systems=to("authors"),
             text=to("document"),
+            tools=to("functions"),
+            chat_template_kwargs=to("options"),
         ),
         ComparisonDataModule: case(
             batches,
@@ -97,6 +104,13 @@ def table(bench: Bench) -> Table:
             **switched,
         ),
     }
+
+
+def opened(bench: Bench) -> PreTrainedTokenizerFast:
+    """The tokenizer with a template that takes an argument."""
+    tokenizer = copy.deepcopy(bench.tokenizer)
+    tokenizer.chat_template = "{{ opening }} {{ messages[0].content }} "
+    return tokenizer
 
 
 def copied(bench: Bench, first: str) -> str:
@@ -138,7 +152,7 @@ def made_elsewhere(data: LightningDataModule) -> bool:
 
 def records(columns: Columns) -> list[Any]:
     """What rows with every key and a second one like it are read as."""
-    read = [prompt_of(ROW, columns), demonstration_of(ROW, columns), text_of(ROW, columns)]
+    read = [fn(ROW, columns) for fn in (prompt_of, demonstration_of, text_of, template_arguments)]
     return read + [ranking_of(row | {"question": "z"}, columns) for row in (PAIR, SCORED, PLACED)]
 
 

@@ -49,6 +49,17 @@ def test_special_tokens_are_left_out_of_responses(make_rollout, toy_tokenizer):
     assert seen == ["d e", "f"]
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_stay_in_responses(make_rollout, toy_tokenizer, special):
+    """A reward of format has to see <think> … </think>, also where they are special tokens."""
+    toy_tokenizer.add_tokens(["<think>", "</think>", "<alone>"], special_tokens=special)
+    opening, closing, alone = toy_tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<alone>"])
+    seen = []
+    rollout = make_rollout(PROMPTS, [[opening, 13, closing, 4, 14, 0], [1, 15, alone]])  # 1 and 0 are <s> and </s>
+    prepared(lambda prompts, responses: seen.extend(responses) or [0.0, 0.0], toy_tokenizer)(rollout, ROWS)
+    assert seen == ["<think> d </think> e", "f" if special else "f <alone>"]
+
+
 def test_function_may_have_columns_of_its_own(make_rollout, toy_tokenizer):
     def score(prompts, responses, *, weight, missing="none"):
         assert missing == "none"
