@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+ABSENT = "nothing"
+"""In place of a setting that one side does not have."""
 
 
 def described(setting: Any) -> Any:
@@ -35,30 +41,80 @@ def described(setting: Any) -> Any:
     return getattr(setting, "__qualname__", type(setting).__qualname__)
 
 
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Where two described settings differ, each as `name: … before, … now`."""
+class Difference(NamedTuple):
+    """A setting that a checkpoint and a run have otherwise.
+
+    Attributes:
+        name: of the setting, outer names first, with dots between.
+        before: the checkpoint's, `ABSENT` if it has none.
+        now: the run's, `ABSENT` if it has none.
+    """
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.name}: {self.before!r} before, {self.now!r} now"
+
+    @property
+    def is_number(self) -> bool:
+        """Whether only numbers, texts or None stand against each other, and no classes."""
+        return not self.name.endswith("class") and all(_is_plain(value) for value in (self.before, self.now))
+
+    @property
+    def is_new(self) -> bool:
+        """Whether one side does not know the setting, as another version of this library does not."""
+        return ABSENT in (self.before, self.now)
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[Difference]:
+    """Where two described settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            absent = "nothing"
-            yield from differences(before.get(key, absent), now.get(key, absent), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key, ABSENT), now.get(key, ABSENT), f"{name}.{key}" if name else key)
     elif before != now:
-        yield f"{name}: {before!r} before, {now!r} now"
+        yield Difference(name, before, now)
 
 
-def refuse_differences(before: Any, now: Any, *, of: str) -> None:
-    """Nothing, where two described settings agree.
+def accept_differences(
+    before: Any, now: Any, *, of: str, is_future: Callable[[Difference], bool], writer: str | None = None
+) -> list[Difference]:
+    """Differences that change the future of a run alone; any other is refused.
 
     Args:
-        before: the checkpoint's.
+        before: the checkpoint's settings, described.
         now: today's.
         of: whose settings, for the error.
+        is_future: whether a run can go on with a difference.
+        writer: version of this library that wrote the checkpoint.
+
+    Returns:
+        those with which the run goes on, which a warning lists.
 
     Raises:
-        ValueError: they differ; all differences are listed.
+        ValueError: others, too; all are listed.
     """
     found = list(differences(before, now))
-    if found:
+    accepted = [difference for difference in found if difference.is_new or is_future(difference)]
+    if len(accepted) < len(found):
+        version = f", written by version {writer}" if writer else ""
         raise ValueError(
-            f"the checkpoint is of another run: its {of} differs in\n  " + "\n  ".join(found) + "\nresume with the "
-            "checkpoint's, or start a new run: leave out --ckpt_path and take another folder for checkpoints"
+            f"the checkpoint is of another run{version}: its {of} differs in\n  "
+            + "\n  ".join(map(str, found))
+            + "\nresume with the checkpoint's, or start a new run: leave out --ckpt_path and take another folder for "
+            "checkpoints"
         )
+    if accepted:
+        logger.warning(
+            "the run goes on with another %s than the checkpoint's, and so not as it would have:\n  %s",
+            of,
+            "\n  ".join(map(str, accepted)),
+        )
+    return accepted
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(x, bool | int | float | str | None) for x in values)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import MOST
-from lightning_rlhf.core.settings import refuse_differences
+from lightning_rlhf.core.settings import accept_differences
 from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.order import FileOrder, ShuffledOrder
 from lightning_rlhf.data.records import Located
@@ -66,6 +67,7 @@ class TextDataModule(LightningDataModule):
         self.tallies: dict[str, Tally] = {}
         self._encoder: Encoder | None = None
         self._examples: dict[str, Sequence[Any]] = {}
+        self._digests: dict[str, dict[str, str]] = {}
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -112,23 +114,36 @@ class TextDataModule(LightningDataModule):
         if source is None or name in self._examples:
             return
         tally = Tally(name=name, limit_name=limit, limit=getattr(self, limit))
-        self._examples[name] = read(read_records(source), self.encoder, self.columns, tally)
+        records = HashedRecords(read_records(source))
+        self._examples[name] = read(records, self.encoder, self.columns, tally)
         self.tallies[name] = tally
+        if "val" not in name:
+            self._digests[name] = {"content": records.digest, "tokens": digest_of_tokens(self._examples[name])}
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order of the rows; the position in it is the loader's."""
         _, world = self._place()
-        rows = {name: len(examples) for name, examples in self._examples.items() if "val" not in name}
-        return {"seed": self.seed, "batch_size of all processes": self.batch_size * world, "rows": rows}
+        rows = {name: len(self._examples[name]) for name in self._digests}
+        digests = {
+            kind: {name: digest[kind] for name, digest in self._digests.items()} for kind in ("content", "tokens")
+        }
+        return {"seed": self.seed, "batch_size of all processes": self.batch_size * world, "rows": rows} | digests
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to train on with other rows, or the same in another order.
+
+        The same rows may have become other tokens, or other rows may be too long: a warning says so.
 
         Raises:
             ValueError: the state is of other data.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
-            refuse_differences(state_dict, self.state_dict(), of="data")
+            accept_differences(
+                state_dict,
+                self.state_dict(),
+                of="data",
+                is_future=lambda difference: difference.name.startswith(("rows.", "tokens.")),
+            )
 
     def training_stream(self, name: str, collate: Collate, *, batch_size: int) -> Stream:
         """Endless shuffled batches of this process from the examples of `name`."""

@@ -48,6 +48,19 @@ def _fuse(optimizer: Optimizer) -> None:
             group["fused"], group["foreach"] = True, False
 
 
+def retune(module: LightningModule) -> None:
+    """Give a resumed optimizer and its schedule today's settings: with its state it was given the checkpoint's."""
+    optimizer = module.trainer.optimizers[0]
+    scheduler = module.trainer.lr_scheduler_configs[0].scheduler
+    fresh = module.configure_optimizers()["optimizer"]
+    for live, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        live.update({name: value for name, value in new.items() if name != "params"})
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def training_steps(module: LightningModule) -> int:
     """Optimizer steps of the run under automatic optimisation; a run without end counts as very long.
 

@@ -35,17 +35,18 @@ from lightning_rlhf.core import (
     TokenMean,
     ValueLoss,
 )
+from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
+from lightning_rlhf.modules import resume
 from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
 from lightning_rlhf.modules.credit import credit
 from lightning_rlhf.modules.evaluation import Evaluation, Evaluator, outcome_of
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
-from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
-from lightning_rlhf.modules.resume import check_resumable, reward_settings, settings
+from lightning_rlhf.modules.optim import clip_gradients, global_sum, retune, rollouts_of, scheduled, trainable
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
@@ -153,9 +154,10 @@ class PPOModule(CheckedRevival, LightningModule):
         self.collector: Collector | None = None
         self.evaluation, self.clock = Evaluation(self, evaluations), Clock()
         self.outcome: Outcome | None = None
+        self._changed: list[Difference] = []
         self._sources = (policy, reference, value)
-        decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": reward_settings(self.reward)}
-        self._settings = settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
+        decisive = {name: getattr(self, name) for name in DECISIVE} | {"reward": resume.reward_settings(self.reward)}
+        self._settings = resume.settings(optimizer, policy=policy, reference=reference, value=value, **decisive)
 
     @built_whole
     def configure_model(self) -> None:
@@ -191,6 +193,11 @@ class PPOModule(CheckedRevival, LightningModule):
     def on_fit_start(self) -> None:
         """Bring the frozen networks, which strategies do not see, to the process's device."""
         self.collector.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Take learning rates that a resumed run has otherwise than its checkpoint."""
+        if self._changed:
+            retune(self)
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""
@@ -315,13 +322,14 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, β, and what moves in surrogate and advantage, as Python numbers."""
-        counters = {"iteration": self.iteration, "episodes": self.episodes, "settings": self._settings}
+        counters = {"iteration": self.iteration, "episodes": self.episodes, "version": resume.version()}
+        counters["settings"] = resume.of_all_processes(self._settings, self._trainer)
         checkpoint["rlhf"] = counters | {name: getattr(self, name).state() for name in ADAPTIVE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue from what `on_save_checkpoint` kept."""
-        check_resumable(self, checkpoint, self._settings)
-        state = checkpoint["rlhf"]
+        self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
+        state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         for name in ADAPTIVE:
             setattr(self, name, getattr(self, name).restored(state[name]))

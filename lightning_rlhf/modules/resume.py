@@ -1,21 +1,32 @@
-"""Whether a checkpoint is of this run: training goes on only where what decides its numbers is what it was."""
+"""Whether a checkpoint is of this run, and with which other settings it may go on."""
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.core.settings import described, refuse_differences
+from lightning_rlhf.core.settings import Difference, accept_differences, described
 from lightning_rlhf.models.weights import weights_digest
 from lightning_rlhf.rollout import Reward
 
 FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
 """Settings that change memory and speed, never the result."""
+MODELS = ("policy", "reference", "value", "reward", "model", "weights", "reference_dtype")
+"""Settings of which a run cannot go on with others: its past is theirs."""
+
+
+def version() -> str:
+    """That of this library, for a checkpoint to name."""
+    try:
+        return metadata.version("lightning-rlhf")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def reward_settings(reward: Reward) -> dict[str, Any]:
@@ -48,8 +59,24 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
     return found | {"optimizer": {"class": type(example).__qualname__} | described(example.defaults)}
 
 
-def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> None:
-    """Nothing, unless a checkpoint is of another kind of module, or training is to go on from one of another run.
+def of_all_processes(settings: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
+    """Settings with the minibatch of all processes, so that their number may change where this does not.
+
+    Args:
+        settings: of a module.
+        trainer: whose processes; None counts one.
+    """
+    world = 1 if trainer is None else trainer.world_size
+    updates = dict(settings["updates"])
+    minibatch = updates.pop("minibatch")
+    return settings | {"updates": updates | {"minibatch of all processes": minibatch and minibatch * world}}
+
+
+def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """Settings in which a run goes on otherwise than its checkpoint; none where it does not train.
+
+    A run can go on with other numbers, such as a learning rate, β or a limit on lengths, which a warning lists. It
+    cannot with other models, classes or shapes.
 
     Args:
         module: about to load it.
@@ -64,11 +91,33 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
     _check_kind(module, checkpoint, state)
     trainer = module._trainer
     if trainer is None or trainer.state.fn != "fit":
-        return
+        return []
     before, today = dict(checkpoint["rlhf"]["settings"]), dict(now)
     if state is not None and not trainer.strategy.restore_checkpoint_after_setup:  # else the module holds shards by now
         before["weights"], today["weights"] = _shapes(state), _shapes(module.state_dict())
-    refuse_differences(before, today, of="configuration or model")
+    return accept_differences(
+        before,
+        today,
+        of="configuration or model",
+        is_future=lambda difference: difference.is_number and difference.name.partition(".")[0] not in MODELS,
+        writer=checkpoint["rlhf"].get("version"),
+    )
+
+
+def with_changes(state: dict[str, Any], changed: list[Difference]) -> dict[str, Any]:
+    """A checkpoint's numbers that move, with today's in place of those that were set to another start.
+
+    Args:
+        state: numbers by name of the setting, then of the field.
+        changed: what `check_resumable` returned.
+    """
+    now = {difference.name: difference.now for difference in changed}
+    return {
+        name: {field: now.get(f"{name}.{field}", number) for field, number in numbers.items()}
+        if isinstance(numbers, dict)
+        else numbers
+        for name, numbers in state.items()
+    }
 
 
 def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:

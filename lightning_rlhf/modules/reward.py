@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
+from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.meta import unread
@@ -27,8 +28,8 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
-from lightning_rlhf.modules.resume import check_resumable, settings
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, scheduled, training_steps
+from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.modules.system_accuracy import SystemAccuracy
@@ -76,6 +77,7 @@ class RewardModule(CheckedRevival, LightningModule):
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self.system_accuracy = SystemAccuracy()
+        self._changed: list[Difference] = []
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
@@ -122,6 +124,11 @@ class RewardModule(CheckedRevival, LightningModule):
         present = batch.rank >= 0
         scores = self.raw(batch.tokens[present], batch.mask[present])
         return torch.zeros(present.shape, dtype=scores.dtype, device=scores.device).masked_scatter(present, scores)
+
+    def on_train_start(self) -> None:
+        """Take a learning rate that a resumed run has otherwise than its checkpoint."""
+        if self._changed:
+            retune(self)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Mean over the prompts that have a pair, times the processes over which the strategy will average."""
@@ -254,13 +261,13 @@ class RewardModule(CheckedRevival, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember of which run it is, and which model it continues, so that it alone is a reward (`LearnedReward`)."""
         source = self._source[0]
-        checkpoint["rlhf"] = {"module": "RewardModule", "settings": self._settings}
+        checkpoint["rlhf"] = {"module": "RewardModule", "settings": self._settings, "version": version()}
         if isinstance(source, ModelSource) and source.peft is None:
             checkpoint["rlhf"]["model"] = asdict(source)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from another run's."""
-        check_resumable(self, checkpoint, self._settings)
+        self._changed = check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, Schedule, next_token_loss
+from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
-from lightning_rlhf.modules.resume import check_resumable, settings
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, scheduled, training_steps
+from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.types import TextBatch
@@ -50,6 +51,7 @@ class SFTModule(CheckedRevival, LightningModule):
         self.model: PolicyModel | None = None
         self.optimizer, self.schedule = optimizer, schedule
         self.eval_loss = Mean()
+        self._changed: list[Difference] = []
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, schedule=schedule)
 
@@ -68,6 +70,11 @@ class SFTModule(CheckedRevival, LightningModule):
         """
         check_length(self.model.network, batch.tokens.shape[1], limits="the data's `max_tokens`")
         return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1, wanted=batch.target[:, 1:])
+
+    def on_train_start(self) -> None:
+        """Take a learning rate that a resumed run has otherwise than its checkpoint."""
+        if self._changed:
+            retune(self)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Nats per token that counts, times the processes over which the strategy will average."""
@@ -103,11 +110,11 @@ class SFTModule(CheckedRevival, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember of which run it is."""
-        checkpoint["rlhf"] = {"module": "SFTModule", "settings": self._settings}
+        checkpoint["rlhf"] = {"module": "SFTModule", "settings": self._settings, "version": version()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from another run's."""
-        check_resumable(self, checkpoint, self._settings)
+        self._changed = check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
         """Write a Hugging Face folder: the `policy` of the RL stage and the backbone of the reward model.

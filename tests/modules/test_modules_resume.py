@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import shutil
 from enum import StrEnum
 from functools import partial
@@ -31,20 +33,25 @@ def words(prompts, responses):
 
 @pytest.fixture
 def prompts(write_rows):
-    return lambda count=4: write_rows(f"{count}.jsonl", [{"prompt": letter} for letter in "abcdefgh"[:count]])
+    def write(count=4, letters="abcdefgh"):
+        return write_rows(f"{count}.jsonl", [{"prompt": letter} for letter in letters[:count]])
+
+    return write
 
 
 @pytest.fixture
 def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
     """Training from `ckpt_path`, and what a checkpoint of it is."""
 
-    def run(ckpt_path=None, *, epochs=1, lm=None, rows=4, data=None, **options):
+    def run(ckpt_path=None, *, epochs=1, lm=None, rows=4, data=None, letters_of_rows="abcdefgh", **options):
         usual = {"reward": letters, "generation": Generation(max_new_tokens=3), "kl": AdaptiveKL(), "shaping": ()}
         usual |= {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": Constant(), "updates": Updates()}
         module = PPOModule(make_lm(**lm or {}).double(), tokenizer=toy_tokenizer, **usual | options)
         trainer = make_trainer(max_epochs=epochs)
         trainer.fit(
-            module, PromptDataModule(train=prompts(rows), **{"batch_size": 2} | (data or {})), ckpt_path=ckpt_path
+            module,
+            PromptDataModule(train=prompts(rows, letters_of_rows), **{"batch_size": 2} | (data or {})),
+            ckpt_path=ckpt_path,
         )
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         return str(tmp_path / "x.ckpt")
@@ -55,11 +62,7 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"surrogate": Clip(epsilon=0.3)}, "surrogate.epsilon: 0.2 before, 0.3 now"),
         ({"surrogate": KLPenalty()}, "surrogate.class: 'Clip' before, 'KLPenalty' now"),
-        ({"kl": AdaptiveKL(target=9.0)}, "kl.target: 6.0 before, 9.0 now"),
-        ({"generation": Generation(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
-        ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "optimizer.lr: 0.01 before, 0.02 now"),
         ({"optimizer": partial(torch.optim.SGD, lr=0.01)}, "optimizer.class: 'Adam' before, 'SGD' now"),
         ({"reward": words}, "reward.fn: 'letters' before, 'words' now"),
         ({"schedule": Linear()}, "schedule.class: 'Constant' before, 'Linear' now"),
@@ -81,13 +84,93 @@ def test_checkpoint_of_another_run_is_refused_with_what_differs(fit, changes, sa
 
 def test_all_differences_are_listed(fit):
     path = fit()
-    with pytest.raises(ValueError, match="of another run") as refused:
-        fit(path, epochs=2, ptx_coef=0.5, surrogate=Clip(epsilon=0.3, dual=3.0))
+    with pytest.raises(ValueError, match="of another run, written by version") as refused:
+        fit(path, epochs=2, ptx_coef=0.5, surrogate=KLPenalty())
     assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]] == [
+        "surrogate.class",
         "surrogate.epsilon",
+        "surrogate.epsilon_high",
         "surrogate.dual",
+        "surrogate.coef",
+        "surrogate.target",
         "ptx_coef",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"surrogate": Clip(epsilon=0.3)}, "surrogate.epsilon: 0.2 before, 0.3 now"),
+        ({"kl": AdaptiveKL(target=9.0)}, "kl.target: 6.0 before, 9.0 now"),
+        ({"kl": AdaptiveKL(coef=0.5)}, "kl.coef: 0.15 before, 0.5 now"),
+        ({"generation": Generation(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "optimizer.lr: 0.01 before, 0.02 now"),
+        ({"data": {"max_prompt_tokens": 1}}, None),  # of which every prompt is one
+    ],
+)
+def test_other_numbers_are_taken_and_listed(fit, caplog, changes, said):
+    path = fit()
+    caplog.set_level(logging.WARNING)
+    fit(path, epochs=2, **changes)
+    listed = [line.strip() for line in caplog.text.splitlines() if " before, " in line]
+    assert listed == ([said] if said else [])
+
+
+def test_other_learning_rate_is_the_one_that_trains(make_lm, make_trainer, as_loader, right_padded, tmp_path):
+    """Of the optimizer, its schedule and both of their checkpoints."""
+
+    def run(lr, epochs, ckpt_path=None):
+        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=lr), schedule=Constant())
+        trainer = make_trainer(max_epochs=epochs)
+        before = torch.load(ckpt_path)["state_dict"] if ckpt_path else None
+        trainer.fit(module, as_loader([right_padded(TEXTS)]), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{lr}.ckpt")
+        return before, module.state_dict(), trainer
+
+    run(0.01, 1)
+    before, small, _ = run(0.01, 2, tmp_path / "0.01.ckpt")
+    run(0.01, 1)
+    _, large, trainer = run(0.03, 2, tmp_path / "0.01.ckpt")
+    name = "model.network.transformer.wte.weight"
+    step = small[name] - before[name]
+    assert step.abs().max() > 0
+    assert torch.allclose(large[name] - before[name], 3 * step, rtol=1e-9, atol=1e-15)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.03
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.03]
+
+
+def test_other_start_of_an_adaptive_coefficient_is_taken(fit, tmp_path):
+    state = torch.load(fit(), weights_only=True)["rlhf"]["kl"]["coef"]
+    kept = torch.load(fit(tmp_path / "x.ckpt", epochs=1), weights_only=True)["rlhf"]["kl"]["coef"]
+    assert kept == state != 0.15
+    assert torch.load(fit(tmp_path / "x.ckpt", kl=AdaptiveKL(coef=0.5)), weights_only=True)["rlhf"]["kl"]["coef"] == 0.5
+
+
+def test_rows_are_told_by_their_content(fit):
+    path = fit()
+    with pytest.raises(ValueError, match=r"content.train: '\w+' before, '\w+' now"):
+        fit(path, epochs=2, letters_of_rows="abcx")
+
+
+def test_rows_that_a_template_writes_otherwise_are_warned_of(fit, toy_tokenizer, caplog):
+    """As one does that writes today's date: the rows are the same."""
+    dialogues = {"prompt_role": "user"}
+    path = fit(data=dialogues)
+    toy_tokenizer.chat_template = "a " + toy_tokenizer.chat_template
+    caplog.set_level(logging.WARNING)
+    fit(path, epochs=2, data=dialogues)
+    assert "another data than" in caplog.text
+    assert "tokens.train: " in caplog.text
+
+
+def test_key_that_another_version_lacks_is_no_other_run(fit, tmp_path, caplog):
+    kept = torch.load(fit(), weights_only=True)
+    assert kept["rlhf"]["version"] == importlib.metadata.version("lightning-rlhf")
+    del kept["rlhf"]["settings"]["ptx_coef"]
+    torch.save(kept, tmp_path / "older.ckpt")
+    caplog.set_level(logging.WARNING)
+    fit(tmp_path / "older.ckpt", epochs=2)
+    assert "ptx_coef: 'nothing' before, 0.0 now" in caplog.text
 
 
 def test_what_changes_only_memory_may_change(fit):
@@ -225,18 +308,19 @@ def test_own_subclass_takes_what_the_class_wrote(stages, make_lm, make_trainer, 
 
 
 def test_other_stages_refuse_too(make_lm, make_trainer, as_loader, right_padded, tmp_path):
-    def run(lr, epochs, ckpt_path=None):
-        adam = partial(torch.optim.Adam, lr=lr)
+    def run(lr, epochs, ckpt_path=None, optimizer=torch.optim.Adam):
         trainer = make_trainer(max_epochs=epochs)
         trainer.fit(
-            SFTModule(make_lm().double(), optimizer=adam), as_loader([right_padded(TEXTS)]), ckpt_path=ckpt_path
+            SFTModule(make_lm().double(), optimizer=partial(optimizer, lr=lr)),
+            as_loader([right_padded(TEXTS)]),
+            ckpt_path=ckpt_path,
         )
         trainer.save_checkpoint(tmp_path / "sft.ckpt")
 
     run(0.01, 1)
     run(0.01, 2, tmp_path / "sft.ckpt")
-    with pytest.raises(ValueError, match="optimizer.lr: 0.01 before, 0.5 now"):
-        run(0.5, 3, tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match="optimizer.class: 'Adam' before, 'SGD' now"):
+        run(0.5, 3, tmp_path / "sft.ckpt", torch.optim.SGD)
 
 
 class Colour(StrEnum):
@@ -249,4 +333,4 @@ def test_description_is_plain_and_says_what_it_is_of():
     assert found["a"]["class"] == "Clip"
     assert (found["a"]["epsilon"], found["f"], found["x"]) == (0.1, "letters", [1, ["2"]])
     assert list(differences(found, found)) == []
-    assert list(differences({"a": 1}, {"a": 1, "b": 2})) == ["b: 'nothing' before, 2 now"]
+    assert [str(x) for x in differences({"a": 1}, {"a": 1, "b": 2})] == ["b: 'nothing' before, 2 now"]
