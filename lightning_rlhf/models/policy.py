@@ -17,6 +17,7 @@ from lightning_rlhf.core.logprobs import token_logprobs
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.folder import write_folder
+from lightning_rlhf.models.head import is_linear
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.states import Backbone, positions
 from lightning_rlhf.models.twin import Blueprint, whole
@@ -96,18 +97,10 @@ class PolicyModel(nn.Module):
         if any(m._forward_hooks or m._forward_pre_hooks for m in (head, self.network, bare(self.network))):
             return None
         if self._linear_head is None:
-            self._linear_head = self._is_linear(head, tokens[:1, -2:])
+            self._linear_head = is_linear(self.network, self.backbone.module, head, tokens[:1, -2:])
             if not self._linear_head:
                 logger.info("%s does more than its head to make logits: all of them are computed", type(self.network))
         return head if self._linear_head else None
-
-    @torch.no_grad()
-    def _is_linear(self, head: nn.Linear, tokens: Tensor) -> bool:
-        """Whether head and backbone alone give the network's logits of some tokens: some networks scale or cap them."""
-        known = torch.ones_like(tokens)
-        whole = self.network(input_ids=tokens, attention_mask=known, use_cache=False).logits
-        states = self.backbone.module(input_ids=tokens, attention_mask=known, use_cache=False).last_hidden_state
-        return torch.equal(whole, head(states).to(whole.dtype))
 
     @property
     def end_tokens(self) -> list[int]:
