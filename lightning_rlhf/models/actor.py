@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.models.adapter import bare_base, is_adapted, is_off
+from lightning_rlhf.models.adapter import bare_base, fold, is_adapted, is_off
 from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
 from lightning_rlhf.models.vocabulary import rows_of
 
@@ -60,7 +60,7 @@ def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | Non
     actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
     if off:
         return bare_base(actor)
-    return actor.merge_and_unload() if folds else actor
+    return fold(actor) if folds else actor
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.linear_logprobs import linear_logprobs
 from lightning_rlhf.core.logprobs import token_logprobs
-from lightning_rlhf.models.adapter import is_adapted, merged
+from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.folder import write_folder
 from lightning_rlhf.models.head import is_linear
@@ -116,8 +116,12 @@ class PolicyModel(nn.Module):
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
     def reference(self) -> AbstractContextManager[object]:
-        """Inside it the policy is what it was before training: the adapter is off."""
-        return self.network.disable_adapter() if is_adapted(self.network) else nullcontext()
+        """Inside it the policy is what it was before training: the adapter is off.
+
+        Raises:
+            ValueError: with its adapter off it is not.
+        """
+        return adapter_off(self.network) if is_adapted(self.network) else nullcontext()
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the policy together."""
