@@ -6,6 +6,7 @@ import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.folder import write_folder
 from lightning_rlhf.models.head import is_linear
 from lightning_rlhf.models.sharding import shard
-from lightning_rlhf.models.states import Backbone, positions
+from lightning_rlhf.models.states import Backbone, filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
 
 logger = logging.getLogger(__name__)
@@ -77,10 +78,12 @@ class PolicyModel(nn.Module):
 
     def logits(self, tokens: Tensor, mask: Tensor, *, keep: int) -> Tensor:
         """Next-token logits of the last `keep` positions, (B, keep, V)."""
-        options = {"logits_to_keep": keep} if self.backbone.accepts("logits_to_keep") else {}
+        options: dict[str, Any] = {"input_ids": filled(tokens, mask), "attention_mask": mask.long(), "use_cache": False}
+        if self.backbone.accepts("logits_to_keep"):
+            options["logits_to_keep"] = keep
         if self.backbone.accepts("position_ids"):
             options["position_ids"] = positions(mask)
-        return self.network(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **options).logits[:, -keep:]
+        return self.network(**options).logits[:, -keep:]
 
     def compile_backbone(self) -> None:
         """Let `torch.compile` fuse the operations of every block; sampling, which works on a copy, stays as it is.

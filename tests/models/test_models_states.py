@@ -9,6 +9,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     Llama4ForCausalLM,
@@ -222,3 +224,38 @@ def test_cap_is_seen_where_the_first_logits_are_small(batch):
     expected = PolicyModel(capped()).logits(tokens, mask, keep=width + 1)[:, :-1].log_softmax(-1)
     expected = expected.gather(2, tokens[:, -width:, None]).squeeze(2)
     assert torch.allclose(found, torch.where(mask[:, -width:], expected, 0.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3n"])
+def test_gradients_are_finite_where_padding_attends_to_nothing(make_lm, batch, kind):
+    """Gemma 3n divides by the size of a state, which is 0 on the left of a prompt; padding moves no gradient."""
+    tokens, mask, groups, width = batch
+    network = make_lm("llama") if kind == "llama" else small_gemma3n()
+    policy = PolicyModel(network.double().eval())
+    found = policy(tokens, mask, width=width, groups=groups)
+    slopes = torch.autograd.grad(found.sum(), list(policy.parameters()), allow_unused=True)
+    assert all(slope is None or slope.isfinite().all() for slope in slopes)
+    alone = [policy(row[real].unsqueeze(0), real[real].unsqueeze(0), width=int(real[-width:].sum())).sum()
+             for row, real in zip(tokens, mask, strict=True)]  # fmt: skip
+    expected = torch.autograd.grad(sum(alone), list(policy.parameters()), allow_unused=True)
+    for one, other in zip(slopes, expected, strict=True):
+        assert one is other or torch.allclose(one, other, rtol=1e-3, atol=1e-4)  # its norms compute in float32
+
+
+def small_gemma3n():
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name not in ("num_hidden_layers", "initializer_range")}
+    config = Gemma3nTextConfig(
+        **sizes,
+        num_hidden_layers=2,
+        vocab_size_per_layer_input=36,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+        pad_token_id=2,
+    )
+    return Gemma3nForCausalLM(config)
