@@ -39,7 +39,7 @@ class K1(KLEstimator):
 
 @dataclass(frozen=True, kw_only=True)
 class K2(KLEstimator):
-    """½(log π − log ρ)². As a loss, of whole responses at π_old, its gradient is that of KL(π‖ρ) (Tang & Munos 2025)."""
+    """½(log π − log ρ)². As a loss, of whole responses at π_old, its gradient is KL(π‖ρ)'s (Tang & Munos 2025)."""
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         """`kl.k2`."""
