@@ -76,7 +76,8 @@ class _LinearLogprobs(torch.autograd.Function):
             top = scaled.amax(1, keepdim=True)
             total = scaled.sub_(top).div_(temperature).logsumexp(1)  # or a common offset would cost digits
             found.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, top.squeeze(1), total]))
-        logprobs, tops, totals = torch.cat(found, 1)
+        columns: Tensor = torch.cat(found, 1)
+        logprobs, tops, totals = columns[0], columns[1], columns[2]
         ctx.save_for_backward(hidden, weight, bias, tokens, tops, totals)
         ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
         return logprobs
