@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from lightning_rlhf.callbacks.after_step import after_step
 
@@ -48,7 +49,8 @@ class EMA(Callback):
         if begun.keys() != weights.keys():
             raise ValueError("the checkpoint's average is of another model: its trained parameters have other names")
         self.average = {name: _precise(_sharded_as(weight, begun[name])) for name, weight in weights.items()}
-        self._stop = after_step(trainer.optimizers[0], lambda: self.update(pl_module))
+        optimizer = trainer.optimizers[0]
+        self._stop = after_step(optimizer, lambda: self.update(pl_module) if _stepped(optimizer) else None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shard a checkpoint's average as the weights are: some strategies load it only after `on_fit_start`."""
@@ -114,6 +116,13 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The average of a checkpoint."""
         self.average = dict(state_dict["average"])
+
+
+def _stepped(optimizer: Any) -> bool:
+    """Whether torch's optimizer had a gradient: without any, as `NonFiniteGuard` leaves it, its step does nothing."""
+    if not isinstance(optimizer, Optimizer):
+        return True
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _weights(pl_module: LightningModule) -> dict[str, nn.Parameter]:

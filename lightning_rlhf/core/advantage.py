@@ -156,7 +156,10 @@ class RewardToGo(AdvantageEstimator):
 
 @dataclass(frozen=True, kw_only=True)
 class Whitened(AdvantageEstimator):
-    """Another estimator's advantages at mean 0 and variance 1 over the rollout of all processes."""
+    """Another estimator's advantages at mean 0 and variance 1 over the rollout of all processes.
+
+    The β of a KL in the loss is then in standard deviations of the advantage (`KLInLoss`).
+    """
 
     estimator: AdvantageEstimator = field(default_factory=GAE)
     """What is whitened; its returns stay as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
@@ -67,8 +68,10 @@ class AdaptiveKL(KLController):
         """β·(1 + e·episodes/horizon): larger after a KL above the target, smaller after one below.
 
         Raises:
-            ValueError: the rollout is so large against `horizon` that β could fall to 0.
+            ValueError: the rollout is so large against `horizon` that β could fall to 0, or `kl` is NaN.
         """
+        if math.isnan(kl):
+            raise ValueError("the KL to the reference is not a number: the policy diverged; lower the learning rate")
         if episodes >= 5 * self.horizon:
             raise ValueError(f"`horizon` must exceed episodes/5: got {self.horizon} for {episodes} episodes")
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)

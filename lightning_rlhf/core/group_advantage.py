@@ -34,6 +34,7 @@ class GroupStd(GroupScale):
     """The standard deviation of the group, unbiased, plus a guard (Shao et al. 2024, §4.1.2).
 
     It makes advantages blind to the scale of the reward, and weighs easy and hard prompts up (Liu et al. 2025, §3.1).
+    The β of a KL in the loss is then in standard deviations of the reward (`KLInLoss`).
     """
 
     guard: float = 1e-4
@@ -82,8 +83,8 @@ class GroupAdvantage(AdvantageEstimator):
     """Âᵢ = (Rᵢ − mean of the group) / unit, the same for every action of a response (GRPO; Shao et al. 2024).
 
     With `GroupStd` it is GRPO's, with `Unscaled` Dr. GRPO's. A group whose responses all earn the same gives 0. The
-    mean counts the response itself, so without a unit the expected gradient is (k − 1)/k of the unbiased one that
-    `LeaveOneOut` has, k responses to each prompt.
+    mean counts the response itself, so without a unit and with the KL in the reward the expected gradient is (k − 1)/k
+    of the unbiased one that `LeaveOneOut` has, k responses to each prompt. A KL in the loss is not shrunk (`KLInLoss`).
     """
 
     scale: GroupScale = field(default_factory=GroupStd)

@@ -39,7 +39,7 @@ class K1(KLEstimator):
 
 @dataclass(frozen=True, kw_only=True)
 class K2(KLEstimator):
-    """½(log π − log ρ)². As a loss, of whole responses, its gradient is that of KL(π‖ρ) (Tang & Munos 2025)."""
+    """½(log π − log ρ)². As a loss, of whole responses at π_old, its gradient is KL(π‖ρ)'s (Tang & Munos 2025)."""
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         """`kl.k2`."""
@@ -48,7 +48,10 @@ class K2(KLEstimator):
 
 @dataclass(frozen=True, kw_only=True)
 class K3(KLEstimator):
-    """ρ/π − 1 + log π − log ρ, GRPO's. As a loss its gradient is that of the *forward* KL(ρ‖π) (Tang & Munos 2025)."""
+    """ρ/π − 1 + log π − log ρ, GRPO's. As a loss its gradient is the *forward* KL(ρ‖π)'s (Tang & Munos 2025).
+
+    Of whole responses at π_old; of tokens it is that of the next token's KL at the states that π_old reaches.
+    """
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         """`kl.k3`."""
@@ -98,6 +101,11 @@ class KLInReward(ReferenceKL):
 @dataclass(frozen=True, kw_only=True)
 class KLInLoss(ReferenceKL):
     """β·KL(π_θ‖π_ref) beside the surrogate (GRPO; Shao et al. 2024, eq. 3); the reward stays the score.
+
+    What shrinks or scales the advantage does not reach it. Beside a mean that counts the response itself (`BatchMean`,
+    `GroupAdvantage` with `Unscaled`) β counts k/(k − 1) times, k responses to a mean; beside a unit of spread
+    (`Whitened`, `GroupStd`, `BatchStd`) it is a price in standard deviations of the reward, which shrink as the policy
+    sharpens.
 
     Raises:
         ValueError: the estimator is k1, whose gradient as a loss is noise around 0.

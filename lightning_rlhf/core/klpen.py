@@ -24,7 +24,8 @@ class KLPenalty(Surrogate):
     it does not move the optimum and does not repeat the KL to SFT in the reward. It is estimated by k3 = ρ − 1 − log ρ
     at the sampled action, whose gradient in expectation is that of the KL.
 
-    After the update, d = KL(π_old‖π_θ):  d < target/1.5 → b/2;  d > 1.5·target → 2b.
+    After the update, d = KL(π_old‖π_θ):  d < target/1.5 → b/2;  d > 1.5·target → 2b. Where the learning rate falls to
+    0, late updates stay below any target, and b ends at its lower bound; `target` None holds b.
     """
 
     coef: float = 1.0

@@ -72,19 +72,20 @@ class _LinearLogprobs(torch.autograd.Function):
         found = []
         matrix, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         for states, chosen in zip(torch.split(hidden.to(dtype), rows), torch.split(tokens, rows), strict=True):
-            scaled = full_precision(linear(states, matrix, shift)).div_(temperature)
-            total = scaled.logsumexp(1)
-            found.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, total]))
-        both: Tensor = torch.cat(found, 1)
-        logprobs, totals = both[0], both[1]
-        ctx.save_for_backward(hidden, weight, bias, tokens, totals)
+            scaled = full_precision(linear(states, matrix, shift))
+            top = scaled.amax(1, keepdim=True)
+            total = scaled.sub_(top).div_(temperature).logsumexp(1)  # or a common offset would cost digits
+            found.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, top.squeeze(1), total]))
+        columns: Tensor = torch.cat(found, 1)
+        logprobs, tops, totals = columns[0], columns[1], columns[2]
+        ctx.save_for_backward(hidden, weight, bias, tokens, tops, totals)
         ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, totals = ctx.saved_tensors
+        hidden, weight, bias, tokens, tops, totals = ctx.saved_tensors
         matrix, shift = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -92,7 +93,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, len(tokens), ctx.rows):
             part = slice(start, start + ctx.rows)
             states = hidden[part].to(ctx.dtype)
-            scaled = full_precision(linear(states, matrix, shift)).div_(ctx.temperature)
+            scaled = full_precision(linear(states, matrix, shift)).sub_(tops[part].unsqueeze(1)).div_(ctx.temperature)
             slope = (grad[part] / ctx.temperature).unsqueeze(1)
             scaled.sub_(totals[part].unsqueeze(1)).exp_().mul_(-slope)  # ∂/∂z: −g·π …
             of_logits = scaled.scatter_add_(1, tokens[part].unsqueeze(1), slope).to(ctx.dtype)  # … + g at the token

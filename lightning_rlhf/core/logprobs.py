@@ -30,7 +30,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     if logits.shape[:-1] != tokens.shape:
         needed, got = tuple(logits.shape[:-1]), tuple(tokens.shape)
         raise ValueError(f"`tokens` must have the shape of `logits` without its last axis, {needed}: got {got}")
-    scaled = full_precision(logits) / temperature
+    precise = full_precision(logits)
+    scaled = (precise - precise.detach().amax(-1, keepdim=True)) / temperature  # or a common offset would cost digits
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 

@@ -20,7 +20,8 @@ class MismatchWeights(Surrogate, ABC):
     """Another surrogate, each action's loss times a detached function of w = π_old(a|s) / π_sampler(a|s).
 
     E_sampler[w·loss] = E_old[loss] for whole responses, up to the truncation; per token, as is usual, the tokens before
-    it stay uncorrected. Do not also take π_sampler for π_old: that counts w twice.
+    it stay uncorrected. Do not also take π_sampler for π_old: that counts w twice. The KL that `KLInLoss` adds is not
+    weighted, as in TRL: where the sampler differs much, its gradient is another. `KLInReward` is weighted.
     """
 
     surrogate: Surrogate = field(default_factory=Clip)

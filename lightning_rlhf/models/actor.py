@@ -8,8 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.models.adapter import bare_base, is_adapted, is_off
+from lightning_rlhf.models.adapter import bare_base, fold, is_adapted, is_off
 from lightning_rlhf.models.twin import Blueprint, twin, whole_tensor
+from lightning_rlhf.models.vocabulary import rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
     if passes < WORTH_PACKING or known in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
         return actor
     expected = _probe(actor)
+    if torch.equal(expected, expected[..., :1].expand_as(expected)):  # such logits would agree with anything
+        return actor
     _pack(actor)
     try:
         if torch.allclose(_probe(actor), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
@@ -57,14 +60,14 @@ def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | Non
     actor = twin(network, lambda weight: whole_tensor(weight).to(dtype, copy=folds), blueprint=blueprint).eval()
     if off:
         return bare_base(actor)
-    return actor.merge_and_unload() if folds else actor
+    return fold(actor) if folds else actor
 
 
 @torch.no_grad()
 def _probe(network: nn.Module) -> Tensor:
-    """Logits of two tokens."""
-    tokens = torch.tensor([[0, 1]], device=next(network.parameters()).device)
-    return network(input_ids=tokens, use_cache=False).logits.float()
+    """Logits of four tokens from all over the vocabulary, for the embedding of one that pads may be 0."""
+    tokens = torch.linspace(0, (rows_of(network) or 2) - 1, 4, device=next(network.parameters()).device).long()
+    return network(input_ids=tokens.unsqueeze(0), use_cache=False).logits.float()
 
 
 class PackedLinear(nn.Module):

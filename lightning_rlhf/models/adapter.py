@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_rlhf.folders.inspection import check_adapter, loading
 
 logger = logging.getLogger(__name__)
+
+MOVED = "weights_moved_by_adapter"
+"""Attribute of an adapted network: names of weights that PEFT changed when it put the adapter on."""
+SAMPLED = 64
+"""Numbers of a weight that are looked at."""
 
 
 def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Module:
@@ -33,8 +41,19 @@ def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Mod
         raise ValueError(f"`peft` must be a peft.PeftConfig such as peft.LoraConfig: got {type(config).__name__}")
     config = copy.deepcopy(config)
     config.task_type = task
+    start = [(name, weight, sampled(weight)) for name, weight in network.named_parameters()]
     with torch.device("cpu"):  # whose random numbers are the same wherever the network is; PEFT moves the adapter to it
-        return peft.get_peft_model(network, config)
+        adapted = peft.get_peft_model(network, config)
+    moved = [name for name, weight, numbers in start if not torch.equal(sampled(weight), numbers)]
+    setattr(adapted, MOVED, moved)
+    return adapted
+
+
+@torch.no_grad()
+def sampled(weight: Tensor) -> Tensor:
+    """Up to about 64 numbers from all over a weight, enough to tell another."""
+    numbers = weight.detach().reshape(-1)
+    return numbers[:: max(1, numbers.numel() // SAMPLED)].clone()
 
 
 def is_adapted(network: nn.Module) -> bool:
@@ -45,6 +64,30 @@ def is_adapted(network: nn.Module) -> bool:
 def is_off(network: nn.Module) -> bool:
     """Whether the network's adapter is switched off, as inside `PolicyModel.reference`."""
     return is_adapted(network) and any(getattr(x, "disable_adapters", False) is True for x in network.modules())
+
+
+@contextmanager
+def adapter_off(network: nn.Module) -> Iterator[None]:
+    """Inside it an adapted network is what it was before the adapter was put on.
+
+    Raises:
+        ValueError: it would not be, because training or the adapter's start changed a weight under the adapter.
+    """
+    with network.disable_adapter():
+        acting = [name for name, weight in network.named_parameters() if weight.requires_grad]
+        acting = [name for name in acting if not name.startswith("prompt_encoder.")]
+        if acting:
+            raise ValueError(
+                f"the reference is the policy with its adapter off, but {len(acting)} of the trained weights act there "
+                f"too, such as {acting[0]}: set `bias: none` in `peft`, or `reference` to the model at the start"
+            )
+        if moved := getattr(network, MOVED, None):
+            raise ValueError(
+                "the reference is the policy with its adapter off, but the adapter's start changed the weights under "
+                f"it, such as {moved[0]}: set `init_lora_weights: true` in `peft`, or `reference` to the model at the "
+                "start"
+            )
+        yield
 
 
 def bare_base(network: nn.Module) -> nn.Module:
@@ -61,11 +104,32 @@ def merged(network: nn.Module) -> nn.Module:
     """A copy of the network with its adapter folded into the weights.
 
     Raises:
-        ValueError: it has no adapter.
+        ValueError: it has no adapter, or one that adds tokens or layers.
     """
     if not is_adapted(network):
         raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
-    return copy.deepcopy(network).merge_and_unload()
+    if not hasattr(network, "merge_and_unload"):
+        raise ValueError("`merge_adapter` was asked for, but the adapter is no change of weights: leave it out")
+    return fold(copy.deepcopy(network))
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """The network under an adapter, with the adapter folded into its weights.
+
+    A weight that an adapted layer shares with another is untied first, or the change would reach both.
+
+    Args:
+        network: in an adapter; it is changed.
+    """
+    holders = Counter(id(weight) for module in network.modules() for weight in module._parameters.values())
+    for layer in network.modules():
+        if not hasattr(layer, "base_layer") or hasattr(layer, "token_indices"):  # PEFT ties replaced rows by itself
+            continue
+        for name, weight in list(layer.base_layer.named_parameters(recurse=False)):
+            if holders[id(weight)] > 1:
+                own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                setattr(layer.base_layer, name, own)
+    return network.merge_and_unload()
 
 
 def holds_adapter(folder: str | Path) -> bool:
@@ -119,7 +183,7 @@ def _folded(peft: Any, network: nn.Module, folder: str | Path, *, task: str) -> 
     config = peft.PeftConfig.from_pretrained(folder)
     config.task_type = task if config.task_type == task else None
     logger.info("folding the adapter in %s into its base model: all weights are trained unless `peft` is set", folder)
-    return peft.PeftModel.from_pretrained(network, folder, config=config).merge_and_unload().requires_grad_()
+    return fold(peft.PeftModel.from_pretrained(network, folder, config=config)).requires_grad_()
 
 
 def _peft(reason: str) -> Any:

@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from lightning_rlhf.folders.inspection import check_weights, loading
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import holds_adapter
+from lightning_rlhf.models.fit import check_unexpected
 from lightning_rlhf.models.source import ModelSource
 from lightning_rlhf.models.unread import UnreadWeights, weight_files
 
@@ -87,6 +88,7 @@ class UnreadSource(ModelSource):
         if (reason := _why_converted(network, weights, missing)) is not None:
             tell_whole(self.path, reason)
             return super()._load(kind, **options)
+        check_unexpected(network, self.path, weights.others)
         _initialise(network, missing)
         setattr(network, UNREAD, weights)
         _built.set([*(_built.get() or []), network])

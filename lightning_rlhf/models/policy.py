@@ -6,6 +6,7 @@ import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core.linear_logprobs import linear_logprobs
 from lightning_rlhf.core.logprobs import token_logprobs
 from lightning_rlhf.folders.atomic import write_folder
-from lightning_rlhf.models.adapter import is_adapted, merged
+from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
 from lightning_rlhf.models.cache import bare
+from lightning_rlhf.models.head import is_linear
 from lightning_rlhf.models.sharding import shard
-from lightning_rlhf.models.states import Backbone, positions
+from lightning_rlhf.models.states import Backbone, filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,12 @@ class PolicyModel(nn.Module):
 
     def logits(self, tokens: Tensor, mask: Tensor, *, keep: int) -> Tensor:
         """Next-token logits of the last `keep` positions, (B, keep, V)."""
-        options = {"logits_to_keep": keep} if self.backbone.accepts("logits_to_keep") else {}
+        options: dict[str, Any] = {"input_ids": filled(tokens, mask), "attention_mask": mask.long(), "use_cache": False}
+        if self.backbone.accepts("logits_to_keep"):
+            options["logits_to_keep"] = keep
         if self.backbone.accepts("position_ids"):
             options["position_ids"] = positions(mask)
-        return self.network(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **options).logits[:, -keep:]
+        return self.network(**options).logits[:, -keep:]
 
     def compile_backbone(self) -> None:
         """Let `torch.compile` fuse the operations of every block; sampling, which works on a copy, stays as it is.
@@ -96,18 +100,10 @@ class PolicyModel(nn.Module):
         if any(m._forward_hooks or m._forward_pre_hooks for m in (head, self.network, bare(self.network))):
             return None
         if self._linear_head is None:
-            self._linear_head = self._is_linear(head, tokens[:1, -2:])
+            self._linear_head = is_linear(self.network, self.backbone.module, head, tokens[:1, -2:])
             if not self._linear_head:
                 logger.info("%s does more than its head to make logits: all of them are computed", type(self.network))
         return head if self._linear_head else None
-
-    @torch.no_grad()
-    def _is_linear(self, head: nn.Linear, tokens: Tensor) -> bool:
-        """Whether head and backbone alone give the network's logits of some tokens: some networks scale or cap them."""
-        known = torch.ones_like(tokens)
-        whole = self.network(input_ids=tokens, attention_mask=known, use_cache=False).logits
-        states = self.backbone.module(input_ids=tokens, attention_mask=known, use_cache=False).last_hidden_state
-        return torch.equal(whole, head(states).to(whole.dtype))
 
     @property
     def end_tokens(self) -> list[int]:
@@ -123,8 +119,12 @@ class PolicyModel(nn.Module):
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
     def reference(self) -> AbstractContextManager[object]:
-        """Inside it the policy is what it was before training: the adapter is off."""
-        return self.network.disable_adapter() if is_adapted(self.network) else nullcontext()
+        """Inside it the policy is what it was before training: the adapter is off.
+
+        Raises:
+            ValueError: with its adapter off it is not.
+        """
+        return adapter_off(self.network) if is_adapted(self.network) else nullcontext()
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the policy together."""

@@ -18,7 +18,7 @@ from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import ModelSource, scalar_head
-from lightning_rlhf.models.states import positions
+from lightning_rlhf.models.states import filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
 
 
@@ -74,7 +74,7 @@ class ScalarModel(nn.Module):
         bare = self._bare()
         backbone = getattr(bare, bare.base_model_prefix)
         hidden = backbone(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+            input_ids=filled(tokens, mask), attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
         return full_precision(bare.score(hidden)).squeeze(-1)
 

@@ -19,6 +19,7 @@ from lightning_rlhf.folders.inspection import check_tokenizer, check_weights, ho
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
 from lightning_rlhf.models.cache import bare
+from lightning_rlhf.models.fit import check_shapes, check_unexpected
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +164,16 @@ class ModelSource:
             check_weights(local_folder(self.path))
         with loading("a model", self.path):
             network, info = kind.from_pretrained(
-                self.path, output_loading_info=True, **place, **self._options(), **options
+                self.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # or transformers would name that option as the way out
+                **place,
+                **self._options(),
+                **options,
             )
+        check_shapes(self.path, info["mismatched_keys"])
+        if self.gguf_file is None:
+            check_unexpected(network, self.path, info["unexpected_keys"])
         return dequantised(network), sorted(info["missing_keys"])
 
     def _options(self) -> dict[str, Any]:

@@ -19,6 +19,19 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def filled(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens with the first real one of each row in place of padding, (B, L).
+
+    The embedding of a padding token may be 0; where such a position also attends to nothing, its state is 0, and norms
+    have no finite gradient there, though nothing depends on it.
+
+    Args:
+        tokens: (B, L), int64.
+        mask: (B, L), bool, True on real tokens.
+    """
+    return torch.where(mask, tokens, tokens.gather(1, mask.int().argmax(1, keepdim=True)))
+
+
 @contextmanager
 def casting_once(device: str) -> Iterator[None]:
     """Inside it autocast casts every weight once, not at each use; nothing is remembered afterwards.
@@ -82,6 +95,7 @@ class Backbone:
             width: W, 1 ≤ W < L.
             groups: (B,), int64; rows of one number have the same first L − W columns. None: nothing is known to be.
         """
+        tokens = filled(tokens, mask)
         if groups is not None and self._sharing():
             prompts, owner = groups.unique(return_inverse=True)
             if len(prompts) < len(groups):

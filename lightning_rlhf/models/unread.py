@@ -42,6 +42,8 @@ class UnreadWeights:
     """By name of the parameter: the file, and the name there."""
     doubt: str | None = None
     """Why they cannot be read one by one; None where they can."""
+    others: tuple[str, ...] = ()
+    """Names in the files that are none of the network's."""
 
     @classmethod
     def of(cls, network: nn.Module, files: Iterable[str]) -> UnreadWeights:
@@ -51,17 +53,19 @@ class UnreadWeights:
         """
         expected, prefix = dict(_named(network)), getattr(network, "base_model_prefix", "")
         places: dict[str, tuple[str, str]] = {}
-        doubt = None
+        doubt, others = None, []
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     name = key if key in expected else f"{prefix}.{key}"
-                    if name in expected:  # or it is the head of another task
+                    if name not in expected:
+                        others.append(key)
+                    else:
                         places[name] = (file, key)
                         doubt = doubt or _misfit(name, expected[name], tensors.get_slice(key))
         if len({id(expected[name]) for name in places}) < len(places):
             doubt = "its files hold weights under two names that the network ties"
-        return cls(places=places, doubt=doubt)
+        return cls(places=places, doubt=doubt, others=tuple(others))
 
     def missing(self, network: nn.Module) -> list[str]:
         """Names of parameters that lie nowhere; of tied ones the first."""

@@ -7,9 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from lightning_rlhf.models.adapter import is_adapted
-
-SAMPLED = 64
+from lightning_rlhf.models.adapter import is_adapted, sampled
 
 
 @torch.no_grad()
@@ -22,7 +20,5 @@ def weights_digest(network: nn.Module) -> str:
     for name, weight in network.named_parameters():
         if weight.is_meta or (adapted and weight.requires_grad):
             continue
-        numbers = weight.detach().reshape(-1)
-        picked = numbers[:: max(1, numbers.numel() // SAMPLED)].double().cpu()
-        digest.update(name.encode() + picked.numpy().tobytes())
+        digest.update(name.encode() + sampled(weight).double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -38,13 +38,18 @@ def draw(logits: Tensor, uniforms: Tensor | None, *, temperature: float) -> Draw
     Raises:
         ValueError: a logit is NaN or infinite.
     """
-    scaled = full_precision(logits) / temperature
+    precise = full_precision(logits)
+    scaled = (precise - precise.amax(-1, keepdim=True)) / temperature  # or a common offset would cost digits of H
     probabilities = scaled.softmax(-1)
-    token = scaled.argmax(-1) if uniforms is None else _inverse_cdf(probabilities, uniforms)
+    if uniforms is None:
+        _check_finite(probabilities.sum(-1))
+        token = scaled.argmax(-1)
+    else:
+        token = _inverse_cdf(probabilities, uniforms)
     place = token.unsqueeze(1)
     logprob = probabilities.gather(1, place).log().squeeze(1)
     mean = torch.linalg.vecdot(probabilities, scaled.clamp(min=torch.finfo(scaled.dtype).min))  # 0·−∞ is no number
-    return Draw(token, logprob, scaled.gather(1, place).squeeze(1) - logprob - mean)
+    return Draw(token, logprob, (scaled.gather(1, place).squeeze(1) - logprob - mean).clamp(min=0))
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
@@ -70,14 +75,23 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor
 def _inverse_cdf(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
     blocks = pad(probabilities, (0, -probabilities.shape[1] % block)).unflatten(1, (-1, block))
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    if not mass[:, -1].isfinite().all():
-        raise ValueError(
-            "the policy's logits are not finite: it diverged; lower the learning rate, or sample in float32"
-        )
+    _check_finite(mass[:, -1])
     which, before = _first_above(mass, uniforms.to(mass.device).unsqueeze(1) * mass[:, -1:])
     inside = blocks.gather(1, which.unsqueeze(2).expand(-1, -1, block)).squeeze(1).cumsum(-1, dtype=torch.float64)
     token, _ = _first_above(inside, before)
     return (which * block + token).squeeze(1)
+
+
+def _check_finite(total: Tensor) -> None:
+    """That every row's probabilities have a sum.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    if not total.isfinite().all():
+        raise ValueError(
+            "the policy's logits are not finite: it diverged; lower the learning rate, or sample in float32"
+        )
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

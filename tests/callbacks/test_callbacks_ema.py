@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.callbacks import EMA, Export, PredictionWriter
+from lightning_rlhf.callbacks import EMA, Export, NonFiniteGuard, PredictionWriter
 from lightning_rlhf.core import Constant
 from lightning_rlhf.folders import atomic
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
@@ -118,6 +118,20 @@ def test_average_moves_once_per_optimizer_step(make_ppo, make_trainer, as_loader
 
     make_trainer(callbacks=[Counting()]).fit(make_ppo(), as_loader([{"prompts": left_padded(RAGGED)}] * 3))
     assert len(steps) == 6
+
+
+def test_step_that_the_guard_leaves_out_is_not_averaged(make_sft, make_trainer, as_loader, right_padded, tmp_path):
+    """Four batches, of which the second has NaN gradients: three steps."""
+    ema, watch, module, number = EMA(decay=DECAY), Trajectory(), make_sft(), iter(range(9))
+    module.configure_model()
+    module.model.network.transformer.wpe.weight.register_hook(lambda x: x * torch.nan if next(number) == 1 else x)
+    guard = NonFiniteGuard(folder=str(tmp_path / "bad"))
+    make_trainer(callbacks=[guard, ema, watch]).fit(module, as_loader([right_padded(TEXTS)] * 4))
+    assert torch.equal(watch.live[1], watch.live[2])
+    expected = averaged(watch.live[:2] + watch.live[3:])
+    found = torch.cat([t.flatten() for t in ema.average.values()])
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, averaged(watch.live), rtol=0, atol=1e-6)
 
 
 def test_sampling_and_reference_use_the_live_policy(make_ppo, make_trainer, as_loader, left_padded):

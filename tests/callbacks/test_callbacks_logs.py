@@ -115,7 +115,7 @@ def test_lines_say_what_was_measured(fit, tmp_path, make_lm):
         credit = [line["score"] - BETA * line["kl"] for line in part]
         for i, line in enumerate(part):
             letters = [chr(87 + token) for token in line["tokens"] if token >= 10]
-            names = {5: "user", 6: "assistant", 7: "system"}
+            names = {2: "<unk>", 5: "user", 6: "assistant", 7: "system"}
             assert [word for word in line["response"].split() if word not in names.values()] == letters
             assert line["length"] == len(line["tokens"]) == int(outcome.rollout.response[i].sum())
             assert line["ended"] == (line["tokens"][-1] < 10)

@@ -121,3 +121,18 @@ def test_shapes_that_do_not_match_are_refused(inputs, wrong):
     given[wrong] = given[wrong][1:] if wrong == "tokens" else given[wrong][:, 1:]
     with pytest.raises(ValueError, match=r"hidden \(N, d\), weight \(V, d\)"):
         linear_logprobs(**given)
+
+
+def test_common_offset_of_the_logits_costs_no_digits():
+    """A bias of 1e4 on every token; value and gradient in float64, of the logits as float32 holds them."""
+    hidden, weight = torch.eye(V), torch.randn(V, V, generator=torch.Generator().manual_seed(0))  # W·h has no rounding
+    bias, tokens = torch.full((V,), 1e4), torch.arange(V)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    found = linear_logprobs(hidden, weight, tokens, bias=bias, temperature=0.7)
+    logits = (weight.t() + bias).detach().double().requires_grad_()
+    expected = (logits / 0.7).log_softmax(1)[range(V), tokens]
+    assert torch.allclose(found.double(), expected, rtol=0, atol=5e-6)
+    upstream = torch.linspace(-2, 3, V)
+    (of_bias,) = torch.autograd.grad((found * upstream).sum(), [bias])
+    (of_logits,) = torch.autograd.grad((expected * upstream.double()).sum(), [logits])
+    assert torch.allclose(of_bias.double(), of_logits.sum(0), rtol=0, atol=5e-6)

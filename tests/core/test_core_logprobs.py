@@ -86,3 +86,13 @@ def test_full_precision_keeps_float64_and_widens_the_rest():
 def test_token_logprobs_refuse_tokens_of_another_shape():
     with pytest.raises(ValueError, match=r"without its last axis, \(2, 3\): got \(3,\)"):
         token_logprobs(torch.zeros(2, 3, 5), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_keep_their_digits_under_a_common_offset(offset, temperature):
+    """Of the same float32 logits in float64."""
+    logits = 3 * torch.randn(20, 500, generator=torch.Generator().manual_seed(2)) + offset
+    tokens = torch.arange(20)
+    expected = (logits.double() / temperature).log_softmax(-1)[range(20), tokens]
+    assert_close(token_logprobs(logits, tokens, temperature).double(), expected, rtol=0, atol=5e-6)

@@ -99,3 +99,24 @@ def test_network_that_reads_its_weights_stays_unpacked():
         twin = make_actor(network, torch.float32, passes=64)
         assert not any(type(m) is PackedLinear for m in twin.modules())
         assert torch.allclose(logits(twin), logits(network), rtol=0, atol=1e-5)
+
+
+class Doubled(PackedLinear):
+    """A packed map that is wrong."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.skipif(not module._can_pack("cpu", torch.float32), reason="this torch cannot pack linear maps")
+@pytest.mark.parametrize("silent", [[0, 1], list(range(36))])
+def test_packed_maps_are_not_trusted_for_tokens_without_embedding(make_lm, monkeypatch, silent):
+    """Logits that are 0 agree with anything."""
+    network = make_lm("llama").eval()
+    network.model.embed_tokens.weight.data[silent] = 0
+    monkeypatch.setattr(module, "_UNPACKABLE", set())
+    monkeypatch.setattr(module, "PackedLinear", Doubled)
+    twin = make_actor(network, torch.float32, passes=64)
+    assert not any(isinstance(m, PackedLinear) for m in twin.modules())
+    monkeypatch.undo()
+    assert torch.equal(logits(twin), logits(network))

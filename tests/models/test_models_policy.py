@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_rlhf.models import ModelSource, PolicyModel
+from lightning_rlhf.models.actor import make_actor
 
 TEXTS = [[12, 13, 14, 15, 16], [10, 11, 0], [20, 21, 22, 0], [33, 30, 29, 8, 7]]
 WIDTH = 2
@@ -150,6 +151,55 @@ def test_reference_of_a_bare_policy_is_itself(make_lm):
     outside = policy(*batch, width=WIDTH)
     with policy.reference():
         assert torch.equal(policy(*batch, width=WIDTH), outside)
+
+
+def test_reference_is_refused_where_the_adapter_off_is_no_start(adapted):
+    """Biases under the adapter are trained, or PEFT moved the weights under it when it was put on."""
+    for bias in ("all", "lora_only"):
+        policy = PolicyModel(adapted(bias=bias))
+        with pytest.raises(ValueError, match=r"act there too, such as .*bias: set `bias: none` in `peft`"):
+            policy.reference().__enter__()
+    with pytest.raises(ValueError, match=r"changed the weights under it, such as .*c_attn.weight"):
+        PolicyModel(adapted(init_lora_weights="pissa")).reference().__enter__()
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+def test_reference_of_other_adapters_is_the_start(adapted, make_lm, options):
+    policy = PolicyModel(adapted(**options).eval())
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.1 * weight.requires_grad)
+    tokens = torch.tensor(TEXTS[:1])
+    start = make_lm().eval()(input_ids=tokens).logits
+    with policy.reference():
+        assert torch.allclose(policy.network(input_ids=tokens).logits, start, atol=1e-5)
+    assert not torch.allclose(policy.network(input_ids=tokens).logits, start, atol=1e-2)
+
+
+@pytest.mark.parametrize("target", [["c_attn", "lm_head"], ["wte"], ["wte", "lm_head"]])
+def test_adapter_on_tied_weights_is_folded_into_its_own_layer(adapted, toy_tokenizer, tmp_path, target):
+    """The embedding and the head share a weight under the adapter; the change is one of them's."""
+    policy = PolicyModel(adapted(target_modules=target).eval(), toy_tokenizer)
+    assert policy.network.config.tie_word_embeddings
+    tokens = torch.tensor(TEXTS[:1])
+    expected = policy.network(input_ids=tokens).logits
+    policy.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    policy.save_pretrained(tmp_path / "adapter")
+    networks = {
+        "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        "next stage": ModelSource(path=str(tmp_path / "adapter")).causal_lm(),
+        "sampler": make_actor(policy.network, torch.float32, passes=1),
+    }
+    for name, network in networks.items():
+        assert torch.allclose(network.eval()(input_ids=tokens).logits, expected, atol=1e-4), name
+    assert torch.equal(policy.network(input_ids=tokens).logits, expected)
+
+
+def test_merging_what_changes_no_weight_is_refused(make_lm, tmp_path):
+    peft = pytest.importorskip("peft")
+    network = peft.get_peft_model(make_lm(), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="the adapter is no change of weights: leave it out"):
+        PolicyModel(network).save_pretrained(tmp_path / "policy", merge_adapter=True)
 
 
 # Folders

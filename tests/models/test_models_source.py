@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTBigCodeConfig, Starcoder2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTBigCodeConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    Starcoder2Config,
+)
 
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.models.meta import expect_shards, expect_whole, unread
 from lightning_rlhf.models.source import without_dropout
 from lightning_rlhf.modules import PPOModule
 
@@ -124,3 +136,72 @@ def test_no_architecture_drops_out(kind):
     }[kind]()
     torch.manual_seed(0)
     assert torch.equal(*twice(without_dropout(AutoModelForCausalLM.from_config(config))))
+
+
+# Weights and config
+
+
+def edited(folder, weights=(), **config):
+    """The folder with other lines in its config and more weights, all of them ones."""
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    path = Path(folder, "model.safetensors")
+    tensors = load_file(path) | {name: torch.ones(size) for name, size in weights}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("scorer", [False, True])
+def test_weights_that_the_config_does_not_ask_for_are_refused(make_folder, sharded, scorer):
+    """Missing ones would start at random; without these the model is another just as much."""
+    folder = edited(make_folder("llama", attention_bias=True), attention_bias=False)
+    try:
+        source = ModelSource(path=folder)
+        if sharded:
+            expect_shards()
+            source = unread(source)
+        with pytest.raises(
+            ValueError, match=r"does not ask for, such as .*layers.0.self_attn.k_proj.bias \(8 in all\)"
+        ):
+            source.scorer(new_head=True) if scorer else source.causal_lm()
+    finally:
+        expect_whole()
+
+
+def test_more_layers_than_the_config_has_are_refused(make_folder):
+    with pytest.raises(ValueError, match=r"such as model.layers.1.input_layernorm.weight \(9 in all\)"):
+        ModelSource(path=edited(make_folder("llama"), num_hidden_layers=1)).causal_lm()
+
+
+def test_weights_of_other_tasks_and_old_buffers_may_lie_in_a_folder(make_folder, make_lm):
+    others = [("h.0.attn.bias", (1, 1, 4, 4)), ("h.0.attn.masked_bias", ()), ("v_head.summary.weight", (1, 16))]
+    network = ModelSource(path=edited(make_folder(), weights=others)).causal_lm().eval()
+    tokens = torch.tensor([[12, 13, 14]])
+    assert torch.equal(network(input_ids=tokens).logits, make_lm().eval()(input_ids=tokens).logits)
+    ModelSource(path=make_folder("llama")).scorer(new_head=True)  # the head of a language model is left behind
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+@pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaForTokenClassification])
+def test_heads_of_several_outputs_are_refused_in_our_words(make_lm, tmp_path, kind, labels):
+    config = make_lm("llama").config
+    config.num_labels = labels
+    kind(config).save_pretrained(tmp_path / "scorer")
+    for new_head in (False, True):
+        with pytest.raises(ValueError, match=f"the reward head `score` has {labels} outputs; one scalar is needed"):
+            ModelSource(path=str(tmp_path / "scorer")).scorer(new_head=new_head)
+
+
+def test_head_with_a_bias_is_refused(make_lm, tmp_path):
+    """A token classifier's head has one, for which the scorer has no place."""
+    config = make_lm("llama").config
+    config.num_labels = 1
+    LlamaForTokenClassification(config).save_pretrained(tmp_path / "scorer")
+    with pytest.raises(ValueError, match="does not ask for, such as score.bias"):
+        ModelSource(path=str(tmp_path / "scorer")).scorer(new_head=False)
+
+
+def test_weights_of_another_shape_are_refused_in_our_words(make_folder):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has the shape \[36, 16\] in its weights and \[40, 16\]"):
+        ModelSource(path=edited(make_folder("llama", tie_word_embeddings=True), vocab_size=40)).causal_lm()

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from lightning_rlhf.models import PolicyModel
 
@@ -159,3 +172,90 @@ def test_hook_on_the_head_is_obeyed(make_lm, batch):
     hook.remove()
     assert float((hooked - before).abs().max()) > 0.1
     assert torch.equal(policy(tokens, mask, width=width), before)
+
+
+GRID = SIZES | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
+
+
+def changed(kind):
+    """A language model that changes what its head gives, or whose transformer can't be told from it."""
+    torch.manual_seed(3)
+    if kind == "cohere":
+        sizes = {name: value for name, value in GRID.items() if name != "head_dim"}
+        return CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.3)).eval()
+    if kind == "granite":
+        sizes = {name: value for name, value in GRID.items() if name != "head_dim"}
+        return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0)).eval()
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**GRID, final_logit_softcapping=2.0, query_pre_attn_scalar=8)).eval()
+    return Llama4ForCausalLM(Llama4TextConfig(**GRID, intermediate_size_mlp=32, num_local_experts=2)).eval()
+
+
+def plain_logprobs(network, rows):
+    """Of tokens 1 .. of each row alone, by transformers."""
+    with torch.no_grad():
+        tables = [network(input_ids=row.unsqueeze(0)).logits[0, :-1].log_softmax(-1) for row in rows]
+    return [table.gather(1, row[1:, None]).squeeze(1) for table, row in zip(tables, rows, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["cohere", "granite", "gemma2", "llama4"])
+def test_head_is_judged_by_no_row_of_the_batch(kind):
+    """The embedding of padding is 0, so that the last columns of a short first row have logits 0, scaled or not."""
+    network = changed(kind)
+    tokens = torch.tensor([[3, 8, 9, 2, 2, 2], [3, 4, 5, 7, 9, 11]])
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6]).bool()
+    found = PolicyModel(network)(tokens, mask, width=5)
+    short, long = plain_logprobs(network, [tokens[0, :3], tokens[1]])
+    assert torch.allclose(found[0, :2], short, rtol=0, atol=1e-4)
+    assert torch.allclose(found[1], long, rtol=0, atol=1e-4)
+
+
+def test_cap_is_seen_where_the_first_logits_are_small(batch):
+    """A cap leaves logits near 0 as they are to the bit; training makes them large."""
+    tokens, mask, _, width = batch
+    network = capped()
+    head, start = network.lm_head.weight, network.lm_head.weight.detach().clone()
+    policy = PolicyModel(network)
+    with torch.no_grad():
+        head.mul_(1e-5)
+        policy(tokens, mask, width=width)
+        head.copy_(start)
+        found = policy(tokens, mask, width=width)
+    expected = PolicyModel(capped()).logits(tokens, mask, keep=width + 1)[:, :-1].log_softmax(-1)
+    expected = expected.gather(2, tokens[:, -width:, None]).squeeze(2)
+    assert torch.allclose(found, torch.where(mask[:, -width:], expected, 0.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3n"])
+def test_gradients_are_finite_where_padding_attends_to_nothing(make_lm, batch, kind):
+    """Gemma 3n divides by the size of a state, which is 0 on the left of a prompt; padding moves no gradient."""
+    tokens, mask, groups, width = batch
+    network = make_lm("llama") if kind == "llama" else small_gemma3n()
+    policy = PolicyModel(network.double().eval())
+    found = policy(tokens, mask, width=width, groups=groups)
+    slopes = torch.autograd.grad(found.sum(), list(policy.parameters()), allow_unused=True)
+    assert all(slope is None or slope.isfinite().all() for slope in slopes)
+    alone = [policy(row[real].unsqueeze(0), real[real].unsqueeze(0), width=int(real[-width:].sum())).sum()
+             for row, real in zip(tokens, mask, strict=True)]  # fmt: skip
+    expected = torch.autograd.grad(sum(alone), list(policy.parameters()), allow_unused=True)
+    for one, other in zip(slopes, expected, strict=True):
+        assert one is other or torch.allclose(one, other, rtol=1e-3, atol=1e-4)  # its norms compute in float32
+
+
+def small_gemma3n():
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name not in ("num_hidden_layers", "initializer_range")}
+    config = Gemma3nTextConfig(
+        **sizes,
+        num_hidden_layers=2,
+        vocab_size_per_layer_input=36,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+        pad_token_id=2,
+    )
+    return Gemma3nForCausalLM(config)

@@ -59,7 +59,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
 
     def ppo(**options) -> PPOModule:
         usual = {"policy": make_lm(end=ENDS), "reward": vowels, "tokenizer": make_tokenizer()}
-        return PPOModule(**(usual | USUAL | {"generation": Generation(max_new_tokens=4)} | options))
+        return PPOModule(**(usual | USUAL | {"generation": Generation(max_new_tokens=4, seed=1)} | options))
 
     evaluations = [WinRate(judge=judge), BestOfN(n=(1, 2)), GoldReward(reward=length), AlignmentTax()]
     parts = WeightedReward({"vowels": vowels, "length": length})

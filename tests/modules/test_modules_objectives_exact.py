@@ -49,6 +49,7 @@ from lightning_rlhf.core import (
     TruncatedWeights,
     Unclipped,
     Unscaled,
+    Whitened,
 )
 from lightning_rlhf.models import ScalarModel
 from lightning_rlhf.modules import PPOModule
@@ -394,13 +395,20 @@ DR_GRPO = {
     "kl_term": KLInLoss(estimator=K2(), level=SequenceLevel()),
     "surrogate": Clip(),
     "epochs": 1,
-    "rollouts": 40,
+    "rollouts": 60,
+    "lr": 0.01,
 }
 METHODS = {
     "rloo": RLOO | ON_POLICY | {"surrogate": Unclipped()},
     "cispo": RLOO | ON_POLICY | {"surrogate": CISPO(), "level": TokenLevel(), "reduction": SequenceMean()},
     "dr-grpo": DR_GRPO,
     "dr-grpo-tokens": DR_GRPO | {"level": TokenLevel(), "reduction": SequenceMean()},
+    "reinforce-pp-baseline": {
+        "samples": 4,
+        "advantage": Whitened(estimator=GroupAdvantage(scale=Unscaled())),
+        "surrogate": Clip(),
+        "level": TokenLevel(),
+    },
     "running-mean": {"advantage": BanditAdvantage(baseline=RunningMean()), "surrogate": Clip(), "lr": 0.01},
     "learned-value": {"advantage": BanditAdvantage(baseline=LearnedValue()), "surrogate": Clip(), "lr": 0.01},
 }
@@ -420,7 +428,7 @@ def test_training_on_flipped_scores_moves_away(gap_closed, method):
 
 @pytest.mark.slow
 def test_many_steps_on_a_rollout_run_off_where_nothing_bounds_them(gap_closed):
-    """E_old[ρÂ] = J + β·KL(π_θ‖π_old): the surrogate praises leaving. Four steps a rollout, where CLIP arrives."""
-    assert gap_closed(**RLOO, surrogate=SURROGATES["unclipped"]) < 0.5
-    assert gap_closed(**RLOO, surrogate=SURROGATES["cispo"]) < 0.5
-    assert gap_closed(**RLOO, surrogate=Clip()) > 0.8
+    """E_old[ρÂ] = J + β·KL(π_θ‖π_old): the surrogate praises leaving. Eight steps a rollout, where CLIP arrives."""
+    assert gap_closed(**RLOO, epochs=4, surrogate=SURROGATES["unclipped"]) < 0.5
+    assert gap_closed(**RLOO, epochs=4, surrogate=SURROGATES["cispo"]) < 0.5
+    assert gap_closed(**RLOO, epochs=4, surrogate=Clip()) > 0.8

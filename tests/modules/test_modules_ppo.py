@@ -344,13 +344,14 @@ def test_negative_ptx_coef_is_refused(make_ppo):
 # What is logged, and what adapts
 
 
-def test_logged_objective_is_counted_by_hand(make_ppo, make_trainer, as_loader, left_padded, recorder):
+@pytest.mark.parametrize("level", [0.0, 1e12])  # at 1e12 a float64 is a multiple of 1e-4
+def test_logged_objective_is_counted_by_hand(make_ppo, make_trainer, as_loader, left_padded, recorder, level):
     seen = []
 
     class Spy(Reward):
         def __call__(self, rollout, rows):
             seen.append(rollout)
-            return torch.arange(8.0, dtype=torch.float64)
+            return torch.arange(8.0, dtype=torch.float64) + level
 
     def drift(module):  # the policy leaves its reference
         with torch.no_grad():
@@ -369,8 +370,8 @@ def test_logged_objective_is_counted_by_hand(make_ppo, make_trainer, as_loader, 
     ]
     assert max(map(abs, kl)) > 1e-3
     assert logged["objective/kl"] == pytest.approx(sum(kl) / 8, abs=1e-7)  # logged as float32
-    assert logged["objective/scores"] == 3.5
-    assert logged["objective/rlhf_reward"] == pytest.approx(3.5 - 0.3 * sum(kl) / 8, abs=1e-6)
+    assert logged["objective/scores"] == pytest.approx(3.5 + level, rel=1e-7)
+    assert logged["objective/rlhf_reward"] == pytest.approx(3.5 + level - 0.3 * sum(kl) / 8, abs=1e-6, rel=1e-7)
     assert logged["objective/non_score_reward"] == pytest.approx(-0.3 * sum(kl) / 8, abs=1e-7)
     assert logged["objective/response_length"] == float(rollout.lengths.double().mean())
     assert logged["objective/eos_rate"] == float(rollout.ended.double().mean())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+
 import pytest
 import torch
 
@@ -52,3 +55,21 @@ def test_generation_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Generation(**wrong)
     assert Generation(max_new_tokens=1, temperature=0.1).seed == 0
+
+
+def test_names_that_a_generator_of_32_bits_confuses_have_numbers_of_their_own():
+    """With 63 bits of BLAKE2b as the seed of torch's CPU generator these two names had the same numbers."""
+    one, other = (
+        row_uniforms(seed=0, stream="train", iteration=iteration, rows=[row], length=8)
+        for iteration, row in ((336, 303), (741, 454))
+    )
+    assert not torch.equal(one, other)
+
+
+def test_numbers_are_the_low_bits_of_shake128():
+    """By hand, in Python's integers; a longer row begins with the shorter one's numbers."""
+    digest = hashlib.shake_128(b"3/train/5/7").digest(24)
+    words = [int.from_bytes(digest[i : i + 8], sys.byteorder) for i in (0, 8, 16)]
+    expected = [(word % 2**53) / 2**53 for word in words]
+    assert row_uniforms(seed=3, stream="train", iteration=5, rows=[7], length=3).tolist() == [expected]
+    assert row_uniforms(seed=3, stream="train", iteration=5, rows=[7], length=2).tolist() == [expected[:2]]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_rlhf.rollout import inverse_cdf
+from lightning_rlhf.rollout.draw import draw
 
 JUST_BELOW_ONE = 1 - 2**-53
 
@@ -116,3 +117,24 @@ def test_inverse_cdf_says_that_the_policy_diverged(broken):
     logits[1, 3] = broken
     with pytest.raises(ValueError, match="not finite: it diverged"):
         inverse_cdf(logits, torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_draw_keeps_its_digits_under_a_common_offset(offset):
+    """Log-prob and entropy of the same float32 logits in float64; the last row is certain of its token."""
+    logits = 3 * torch.randn(20, 500, generator=torch.Generator().manual_seed(2)) + offset
+    logits[-1, 7] += 1000
+    found = draw(logits, uniforms(20), temperature=0.7)
+    table = (logits.double() / 0.7).log_softmax(-1)
+    assert torch.allclose(found.logprob.double(), table[range(20), found.token], rtol=0, atol=1e-5)
+    assert torch.allclose(found.entropy.double(), -(table.exp() * table).sum(-1), rtol=0, atol=2e-5)
+    assert bool((found.entropy >= 0).all())
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_draw_says_that_the_policy_diverged(broken, greedy):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = broken
+    with pytest.raises(ValueError, match="the policy's logits are not finite"):
+        draw(logits, None if greedy else uniforms(2), temperature=1.0)
