@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
 
 Row = Mapping[str, Any]
@@ -161,6 +162,10 @@ class Experience:
         width = rollout.response.shape[1]  # T is R, or 1
         mask, advantages, returns = (x[index][:, :width] for x in (self.mask, self.advantages, self.returns))
         return Experience(rollout=rollout, mask=mask, advantages=advantages, returns=returns)
+
+    def unlearned(self) -> Experience:
+        """The same sequences of which no action counts: what a process passes through where it has nothing to learn."""
+        return replace(self, mask=torch.zeros_like(self.mask))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

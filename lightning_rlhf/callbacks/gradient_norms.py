@@ -58,7 +58,7 @@ class GradientNorms(Callback):
     ) -> None:
         """Keep the texts of a rollout that is measured."""
         due = self._measures and pl_module.iteration % self.every == 0
-        self._texts = batch["pretrain"] if due else None
+        self._texts = batch.get("pretrain") if due else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradient of the texts from that of the step; before clipping, and unscaled under fp16."""
@@ -79,12 +79,11 @@ class GradientNorms(Callback):
 
     @staticmethod
     def _share(pl_module: Any, texts: TextBatch) -> list[TextBatch]:
-        """The texts of the first minibatch, in as many pieces as its responses were."""
-        rollout = pl_module.outcome.rollout
-        count = pl_module.updates.steps(len(rollout)) // pl_module.updates.epochs
-        rows = torch.arange(len(rollout), device=rollout.tokens.device).chunk(count)[0]
-        pieces = len(pl_module.updates.split(rollout.select(rows), pl_module.collector.agree))
-        return [piece for piece in split_text(split_text(texts, count)[0], pieces) if piece is not None]
+        """The texts of the first minibatch, in pieces that fit in memory."""
+        updates = pl_module.updates
+        count = updates.steps(len(pl_module.outcome.rollout)) // updates.epochs
+        pieces: list[TextBatch] = updates.text_microbatches(split_text(texts, count)[0], pl_module.collector.agree)
+        return pieces
 
 
 def _gradient(

@@ -67,16 +67,21 @@ class ScalarModel(nn.Module):
             tokens: (B, L), int64, padded on either side.
             mask: real tokens, (B, L), bool.
         """
-        return self.raw(tokens, mask) + self.bias
-
-    def raw(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Scores of every token without the bias; arguments and shape as of `forward`."""
         bare = self._bare()
         backbone = getattr(bare, bare.base_model_prefix)
         hidden = backbone(
             input_ids=filled(tokens, mask), attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
-        return full_precision(bare.score(hidden)).squeeze(-1)
+        return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
+
+    @contextmanager
+    def without_bias(self) -> Iterator[None]:
+        """Inside it, scores are raw ones, to the bit."""
+        bias, self.bias = self.bias, 0.0
+        try:
+            yield
+        finally:
+            self.bias = bias
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Leave each process of the mesh a part of every weight; then all of them must call the model together."""

@@ -67,6 +67,22 @@ class Objective:
             reduction=module.reduction,
         )
 
+    def of_piece(
+        self, piece: Experience | TextBatch, tally: Tally, *, actions: Tensor, words: Tensor, ptx_coef: float
+    ) -> Tensor:
+        """Share of the step's loss that a piece of the rollout, or of the pretraining texts, has, scalar.
+
+        Args:
+            piece: what is passed through the networks.
+            tally: takes the metrics.
+            actions: count of the reduction in the whole step, of all processes.
+            words: tokens of text that count in the whole step, of all processes.
+            ptx_coef: γ.
+        """
+        if isinstance(piece, TextBatch):
+            return ptx_coef * self.text(piece, tally, count=words)
+        return self.actions(piece, tally) / actions
+
     def actions(self, piece: Experience, tally: Tally) -> Tensor:
         """Surrogate, KL in the loss and value loss over the actions of some rows, scalar."""
         old, mask = piece.rollout, piece.mask

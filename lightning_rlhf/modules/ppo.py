@@ -209,12 +209,13 @@ class PPOModule(CheckedRevival, LightningModule):
         self.outcome = outcome_of(rollout, scores, prompts, experience)
 
         with self.clock.phase("update"):
-            for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration):
+            place = {"rank": self.global_rank, "world": self.trainer.world_size}
+            for minibatch, share in self.updates.minibatches(experience, text, seed=self.iteration, **place):
                 self.update(minibatch, share, tally)  # surrogate + value loss − γ·log π(text)
 
         if self.surrogate.adaptive:
             with self.clock.phase("kl_old"):
-                for piece, _ in self.updates.microbatches(experience, None, self.collector.agree):
+                for piece in self.updates.microbatches(experience, self.collector.agree):
                     self.objective.kl_old(piece, tally)  # KL(π_old‖π_θ) after the update
         self.conclude(tally, episodes=len(rollout) * self.trainer.world_size, seconds=perf_counter() - start)
 
@@ -253,13 +254,12 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer = self.optimizers()
         counts = [self.reduction.count(minibatch.mask), 0 * minibatch.mask.sum() if text is None else text.target.sum()]
         actions, words = self.all_sum(torch.stack(counts)).clamp(min=1)
-        pieces = self.updates.microbatches(minibatch, text, self.collector.agree)
+        pieces = self.updates.microbatches(minibatch, self.collector.agree)
+        pieces = [*self.updates.text_microbatches(text, self.collector.agree), *pieces]  # the last has every network
         optimizer.zero_grad()
-        for number, (piece, share) in enumerate(pieces, start=1):
+        for number, piece in enumerate(pieces, start=1):
             with one_backward(self, optimizer, last=number == len(pieces)):
-                loss = self.objective.actions(piece, tally) / actions
-                if share is not None:
-                    loss = loss + self.ptx_coef * self.objective.text(share, tally, count=words)
+                loss = self.objective.of_piece(piece, tally, actions=actions, words=words, ptx_coef=self.ptx_coef)
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over processes
         with self.clock.phase("optimizer"):
             optimizer.step()

@@ -114,7 +114,8 @@ class RewardModule(CheckedRevival, LightningModule):
     def raw(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """r_θ at the last token without the bias; arguments and errors as of `forward`."""
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_tokens`")
-        return score_at_end(self.model.raw(tokens, mask), mask)
+        with self.model.without_bias():
+            return score_at_end(self.model(tokens, mask), mask)
 
     def rank(self, batch: ComparisonBatch) -> Tensor:
         """Scores of K responses to each prompt, bias included, (B, K); 0 where one is absent."""

@@ -31,7 +31,8 @@ class Updates:
     minibatch: int | None = None
     """Sequences per optimizer step; None takes the whole rollout. Must divide the rollout."""
     microbatch: int | None = None
-    """Sequences per forward and backward; None takes the whole minibatch. Changes memory, never the result."""
+    """Responses, or pretraining texts, per forward and backward; None takes the whole minibatch. Changes memory, never
+    the result."""
     microbatch_tokens: int | None = None
     """Tokens per forward and backward, padding included, instead of `microbatch`: short sequences go through together.
     A longer sequence goes alone."""
@@ -63,27 +64,35 @@ class Updates:
             )
         return self.epochs * (episodes // size)
 
-    def minibatches(self, experience: Experience, text: TextBatch | None, *, seed: int) -> Iterator[Minibatch]:
+    def minibatches(
+        self, experience: Experience, text: TextBatch | None, *, seed: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Minibatch]:
         """The experience and its share of the text, one optimizer step after the other.
 
-        The first epoch keeps the order of the prompts, which the data loader has shuffled, so that processes cut the
-        same minibatches as one process would; later epochs draw a fresh permutation. The text is cut alike in every
-        epoch.
+        The first epoch keeps the order of the prompts, which the data loader has shuffled; later epochs draw a fresh
+        permutation of the responses of all processes. So several processes together cut the minibatches of one. In
+        later epochs a process's part of one may be larger than another's, or a response of which nothing counts. The
+        text is cut alike in every epoch.
 
         Args:
             experience: one process's rollout.
             text: the pretraining texts of the whole rollout.
             seed: of the permutations, equal on all processes.
+            rank: this process.
+            world: processes, to which prompts were dealt in turn.
         """
         count = self.steps(len(experience)) // self.epochs
         generator = torch.Generator().manual_seed(seed)
         device = experience.advantages.device
+        places = _places(experience.rollout, rank, world)
         for epoch in range(self.epochs):
-            order = torch.arange(len(experience))
-            order = order if epoch == 0 else torch.randperm(len(experience), generator=generator)
-            texts = split_text(text, count)
-            for index, part in zip(order.chunk(count), texts, strict=True):
-                yield experience.select(index.to(device)), part
+            parts = torch.arange(len(experience)).chunk(count)
+            if epoch > 0:
+                order = torch.randperm(len(experience) * world, generator=generator)
+                parts = tuple(_rows_at(places, positions) for positions in order.chunk(count))
+            for rows, share in zip(parts, split_text(text, count), strict=True):
+                part = experience.select((rows if len(rows) else torch.zeros(1, dtype=torch.int64)).to(device))
+                yield part if len(rows) else part.unlearned(), share
 
     def pieces(self, rollout: Rollout, agree: Agree = alone) -> list[Tensor]:
         """Row numbers of each microbatch of the first epoch, (b,), int64, those of similar length together.
@@ -109,16 +118,53 @@ class Updates:
         found = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
         return at_least(found, agree(len(found)))
 
-    def microbatches(self, experience: Experience, text: TextBatch | None, agree: Agree = alone) -> list[Minibatch]:
+    def microbatches(self, experience: Experience, agree: Agree = alone) -> list[Experience]:
         """A minibatch in pieces that fit in memory, those of similar length together.
 
         Args:
             experience: a minibatch.
-            text: its pretraining texts.
-            agree: how many pieces there must be.
+            agree: how many pieces there must be; of a row that comes again for that, no action counts.
         """
-        order = self.split(experience.rollout, agree)
-        return list(zip((experience.select(index) for index in order), split_text(text, len(order)), strict=True))
+        found: list[Experience] = []
+        seen: set[int] = set()
+        for rows in self.split(experience.rollout, agree):
+            piece = experience.select(rows)
+            first = int(rows[0])
+            found.append(piece.unlearned() if first in seen else piece)
+            seen.add(first)
+        return found
+
+    def text_microbatches(self, text: TextBatch | None, agree: Agree = alone) -> list[TextBatch]:
+        """Pretraining texts in pieces that fit in memory.
+
+        Args:
+            text: those of a minibatch; None if there are none.
+            agree: how many pieces there must be; of a text that comes again for that, no token counts.
+        """
+        if text is None:
+            return []
+        count, width = text.tokens.shape
+        size = count
+        if self.microbatch_tokens is not None:
+            size = max(self.microbatch_tokens // width, 1)
+        elif self.microbatch is not None:
+            size = self.microbatch
+        again = text._replace(target=torch.zeros_like(text.target))
+        filler = TextBatch(*(field[:1] for field in again))
+        return [filler if piece is None else piece for piece in split_text(text, agree(-(-count // size)))]
+
+
+def _places(rollout: Rollout, rank: int, world: int) -> Tensor:
+    """Where each of this process's responses stands among those of all, (B,), int64, on CPU."""
+    rows, prompts = torch.arange(len(rollout)), rollout.groups.cpu()
+    samples = len(rollout) // (int(prompts.max()) + 1)
+    return (prompts * world + rank) * samples + rows % samples
+
+
+def _rows_at(places: Tensor, positions: Tensor) -> Tensor:
+    """This process's rows among those at `positions`, in their order."""
+    matches = (positions[:, None] == places[None, :]).nonzero()
+    return matches[:, 1]
 
 
 def split_text(text: TextBatch | None, parts: int) -> list[TextBatch | None]:

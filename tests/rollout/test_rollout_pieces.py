@@ -100,7 +100,7 @@ def test_pieces_of_the_first_epoch_are_its_microbatches():
     served = [
         piece.advantages[:, 0].int().tolist()
         for minibatch, _ in updates.minibatches(experience, None, seed=0)
-        for piece, _ in updates.microbatches(minibatch, None)
+        for piece in updates.microbatches(minibatch)
     ]
     assert [piece.tolist() for piece in updates.pieces(rollout)] == served == [[0, 1], [2], [3, 4], [5]]
 

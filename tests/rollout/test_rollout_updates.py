@@ -90,11 +90,79 @@ def test_texts_are_shared_out(experience, texts, count):
 
 
 @pytest.mark.parametrize(("microbatch", "sizes"), [(None, [12]), (5, [5, 5, 2]), (12, [12]), (50, [12]), (1, [1] * 12)])
-def test_microbatches_partition_a_minibatch(experience, texts, microbatch, sizes):
-    pieces = Updates(microbatch=microbatch).microbatches(experience, texts(7))
-    assert [len(piece) for piece, _ in pieces] == sizes
-    assert sum((rows(piece) for piece, _ in pieces), []) == list(range(12))
-    assert sum((firsts(text) for _, text in pieces), []) == list(range(7))
+def test_microbatches_partition_a_minibatch(experience, microbatch, sizes):
+    pieces = Updates(microbatch=microbatch).microbatches(experience)
+    assert [len(piece) for piece in pieces] == sizes
+    assert sum((rows(piece) for piece in pieces), []) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        ({}, [7]),
+        ({"microbatch": 3}, [3, 2, 2]),
+        ({"microbatch_tokens": 6}, [2, 2, 2, 1]),  # texts of three tokens
+        ({"microbatch_tokens": 2}, [1] * 7),
+    ],
+)
+def test_texts_have_microbatches_of_their_own(texts, limit, sizes):
+    """However few the responses are."""
+    pieces = Updates(**limit).text_microbatches(texts(7))
+    assert [len(piece.tokens) for piece in pieces] == sizes
+    assert sum((firsts(piece) for piece in pieces), []) == list(range(7))
+    assert Updates(**limit).text_microbatches(None) == []
+
+
+def test_texts_and_rows_that_come_again_count_once(experience, texts):
+    pieces = Updates().text_microbatches(texts(2), lambda count: 3)
+    assert [int(piece.target.sum()) for piece in pieces] == [2, 2, 0]
+    few = experience.select(torch.tensor([3, 5]))
+    pieces = Updates().microbatches(few, lambda count: 4)
+    assert sum(int(piece.mask.sum()) for piece in pieces) == 2
+    assert [len(piece) for piece in pieces] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("world", "samples"), [(2, 1), (3, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize("minibatch", [12, 24, 36])
+def test_processes_together_cut_the_minibatches_of_one(world, samples, minibatch):
+    """In every epoch; prompts are dealt to the processes in turn, with all of their responses."""
+    if 72 % (world * samples) or minibatch % world:
+        pytest.skip("does not divide")
+
+    def experience_of(places: list[int], prompts: list[int]) -> Experience:
+        number = torch.tensor(places, dtype=torch.float64).unsqueeze(1)
+        full = torch.ones(len(places), 2, dtype=torch.bool)
+        names = ("logprobs", "sampler_logprobs", "ref_logprobs", "entropy", "values")
+        rollout = Rollout(
+            tokens=full.long(),
+            attention=full,
+            response=full[:, :1],
+            ended=full[:, 0],
+            groups=torch.tensor(prompts),
+            **{name: number for name in names},
+        )
+        return Experience(rollout=rollout, mask=full[:, :1], advantages=number, returns=number)
+
+    def served(rank: int, world: int) -> list[set[int]]:
+        prompts = range(rank, 72 // samples, world)
+        places = [prompt * samples + i for prompt in prompts for i in range(samples)]
+        groups = [number for number, _ in enumerate(prompts) for _ in range(samples)]
+        updates = Updates(epochs=3, minibatch=minibatch // world)
+        parts = updates.minibatches(experience_of(places, groups), None, seed=5, rank=rank, world=world)
+        return [set(part.advantages[part.mask].int().tolist()) for part, _ in parts]
+
+    alone, together = served(0, 1), [served(rank, world) for rank in range(world)]
+    assert [set().union(*parts) for parts in zip(*together, strict=True)] == alone
+    assert all(sum(map(len, parts)) == minibatch for parts in zip(*together, strict=True))
+    assert len({frozenset(part) for part in alone}) == len(alone) or minibatch == 72
+
+
+def test_process_without_a_row_in_a_minibatch_learns_nothing(experience):
+    parts = [part for part, _ in Updates(epochs=4, minibatch=1).minibatches(experience, None, seed=0, rank=1, world=2)]
+    assert all(len(part) >= 1 for part in parts)
+    assert any(not part.mask.any() for part in parts[12:])
+    assert all(part.mask.all() for part in parts[:12])
+    assert sum(int(part.mask.sum()) for part in parts) == 4 * 12
 
 
 @pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12"), (24, "12")])
