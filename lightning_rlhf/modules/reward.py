@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, sched
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
+from lightning_rlhf.modules.step_mean import StepMean
 from lightning_rlhf.modules.system_accuracy import SystemAccuracy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
@@ -77,6 +79,7 @@ class RewardModule(CheckedRevival, LightningModule):
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self.system_accuracy = SystemAccuracy()
+        self._step = StepMean()
         self._changed: list[Difference] = []
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
@@ -132,14 +135,18 @@ class RewardModule(CheckedRevival, LightningModule):
             retune(self)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
-        """Mean over the prompts that have a pair, times the processes over which the strategy will average."""
+        """The batch's share of the step's mean over prompts that have a pair."""
         counts = preferred_pairs(batch.rank).any(2).any(1)
-        count = global_sum(self, counts.sum()).clamp(min=1)
         losses = self.loss(self._raw_rank(batch), batch.rank, batch.strength)
-        loss = torch.where(counts, losses, 0.0).sum() / count
-        self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.rank))
+        total = torch.where(counts, losses, 0.0).sum()
+        loss = self._step.loss(self, total, global_sum(self, counts.sum()))
+        self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.rank))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
-        return loss * self.trainer.world_size
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take the mean over all batches whose gradients were accumulated."""
+        self._step.finish(optimizer)
 
     def on_validation_epoch_start(self) -> None:
         """Begin new means."""

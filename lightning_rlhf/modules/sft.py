@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, Schedule, next_token_loss
@@ -22,13 +23,15 @@ from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, sched
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
+from lightning_rlhf.modules.step_mean import StepMean
 from lightning_rlhf.types import TextBatch
 
 
 class SFTModule(CheckedRevival, LightningModule):
     """Next-token prediction on demonstrations (Ouyang et al. 2022, §3.5 and C.1).
 
-    The loss is the mean over the tokens that count of the whole step, all processes together; which tokens count is the
+    The loss is the mean over the tokens that count of the whole step, all processes and all batches whose gradients the
+    trainer accumulates together; which tokens count is the
     data's choice (the response only, unless `loss_on_prompt`).
 
     Args:
@@ -51,6 +54,7 @@ class SFTModule(CheckedRevival, LightningModule):
         self.model: PolicyModel | None = None
         self.optimizer, self.schedule = optimizer, schedule
         self.eval_loss = Mean()
+        self._step = StepMean()
         self._changed: list[Difference] = []
         self._source = (model,)  # in a tuple, so that a built module is not registered twice
         self._settings = settings(optimizer, model=model, schedule=schedule)
@@ -77,12 +81,16 @@ class SFTModule(CheckedRevival, LightningModule):
             retune(self)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """Nats per token that counts, times the processes over which the strategy will average."""
-        count = global_sum(self, batch.target.sum())
-        loss = next_token_loss(self(batch), batch.target, count=count)
-        self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True, batch_size=len(batch.tokens))
+        """The batch's share of the step's mean, nats per token that counts."""
+        total = next_token_loss(self(batch), batch.target, count=1)
+        loss = self._step.loss(self, total, global_sum(self, batch.target.sum()))
+        self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.tokens))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
-        return loss * self.trainer.world_size
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take the mean over all batches whose gradients were accumulated."""
+        self._step.finish(optimizer)
 
     def on_validation_epoch_start(self) -> None:
         """Begin new means."""
