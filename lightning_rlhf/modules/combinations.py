@@ -12,6 +12,7 @@ from lightning_rlhf.core import (
     GeometricLevel,
     KLPenalty,
     MismatchWeights,
+    ReplaceScore,
     Shaping,
     SoftOverlong,
     Surrogate,
@@ -19,7 +20,7 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.level import ActionLevel
-from lightning_rlhf.rollout import Generation
+from lightning_rlhf.rollout import Generation, Reward
 
 WIDEST_GEOMETRIC_BOUND = 0.05
 """No response's length-normalised ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
@@ -83,6 +84,14 @@ def _idle_bounds(surrogate: Surrogate) -> list[str]:
     if surrogate.dual is not None and surrogate.dual - 1 > WIDEST_GEOMETRIC_BOUND:
         idle.append(f"Clip(dual={surrogate.dual})")
     return idle
+
+
+def shaping_of(reward: Reward) -> tuple[Shaping, ...]:
+    """Rules on the score where none are given.
+
+    −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
+    """
+    return (ReplaceScore(),) if reward.is_learned else ()
 
 
 def check_shaping(shaping: Sequence[Shaping], generation: Generation) -> None:

@@ -34,6 +34,7 @@ def credit(module: PPOModule, rollout: Rollout, scores: Scores, tally: Tally) ->
     values = level.state_value(rollout.values, rollout.response)
     found = module.advantage(rewards, values, mask, groups=rollout.groups, all_sum=module.all_sum)
     observe(tally, rollout, scores, rollout.ended | ~rollout.ended, "objective")
+    tally.add("objective/raw_scores", scores.total if scores.raw is None else scores.raw)
     tally.add("objective/rlhf_reward", rewards.sum(1))
     tally.add("objective/non_score_reward", penalties.sum(1))
     tally.add("policy/entropy_avg", rollout.entropy, rollout.response)

@@ -27,7 +27,6 @@ from lightning_rlhf.core import (
     KLInReward,
     Reduction,
     ReferenceKL,
-    ReplaceScore,
     Schedule,
     SequenceLevel,
     Shaping,
@@ -40,7 +39,7 @@ from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import resume
-from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value
+from lightning_rlhf.modules.combinations import check_groups, check_level, check_shaping, check_value, shaping_of
 from lightning_rlhf.modules.credit import credit
 from lightning_rlhf.modules.evaluation import Evaluation, Evaluator, outcome_of
 from lightning_rlhf.modules.hparams import keep_hyperparameters
@@ -51,6 +50,7 @@ from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
 from lightning_rlhf.modules.tally import Tally
+from lightning_rlhf.modules.training_signal import TrainingSignal
 from lightning_rlhf.rollout import Collector, Generation, OldLogprobs, Reward, Scores, Updates, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.failure import scored_or_told
@@ -85,8 +85,8 @@ class PPOModule(CheckedRevival, LightningModule):
         surrogate: how far an update follows them.
         value_loss: of V; None is `ClippedValueLoss()` where the advantage needs a value network.
         reduction: from per-action losses to a number.
-        shaping: rules on the score, applied in turn; the default replaces it by −1 where a response hit the length
-            limit. An empty list leaves it as it is.
+        shaping: rules on the score, applied in turn. None: the score of a learned reward, whose demonstrations lie
+            around 0, becomes −1 where a response hit the length limit; that of any other reward stays as it is.
         ptx_coef: γ ≥ 0, weight of the pretraining loss; above 0 the data must serve a pretraining stream.
         compile: fuse the operations of policy and reference by `torch.compile`; sampling is left alone. The first
             rollouts take a minute or more longer.
@@ -122,7 +122,7 @@ class PPOModule(CheckedRevival, LightningModule):
         surrogate: Surrogate = Clip(),
         value_loss: ValueLoss | None = None,
         reduction: Reduction = TokenMean(),
-        shaping: Sequence[Shaping] = (ReplaceScore(),),
+        shaping: Sequence[Shaping] | None = None,
         ptx_coef: float = 0.0,
         compile: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
@@ -136,7 +136,6 @@ class PPOModule(CheckedRevival, LightningModule):
         check_value(advantage, value=value, value_lr=value_lr, value_loss=value_loss)
         check_groups(advantage, generation)
         check_level(level, surrogate)
-        check_shaping(shaping, generation)
         keep_hyperparameters(
             self, tokenizer=tokenizer, ptx_coef=ptx_coef, value_lr=value_lr, reference_dtype=reference_dtype
         )
@@ -145,14 +144,16 @@ class PPOModule(CheckedRevival, LightningModule):
         self.generation, self.updates, self.old_logprobs, self.level = generation, updates, old_logprobs, level
         self.kl, self.kl_term, self.advantage = kl, kl_term, advantage
         self.surrogate, self.reduction, self.value_loss = surrogate, reduction, value_loss or ClippedValueLoss()
-        self.reward, self.shaping, self.ptx_coef = as_reward(reward), tuple(shaping), ptx_coef
+        self.reward, self.ptx_coef = as_reward(reward), ptx_coef
+        self.shaping = shaping_of(self.reward) if shaping is None else tuple(shaping)
+        check_shaping(self.shaping, generation)
         self.reference_dtype, self.compile_networks = reference_dtype, compile
         self.optimizer, self.value_lr, self.schedule = optimizer, value_lr, schedule
         self.iteration = self.episodes = 0
         self.policy: PolicyModel | None = None
         self.value: ScalarModel | None = None
         self.collector: Collector | None = None
-        self.evaluation, self.clock = Evaluation(self, evaluations), Clock()
+        self.evaluation, self.clock, self.signal = Evaluation(self, evaluations), Clock(), TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
         self._sources = (policy, reference, value)
@@ -254,8 +255,7 @@ class PPOModule(CheckedRevival, LightningModule):
         optimizer = self.optimizers()
         counts = [self.reduction.count(minibatch.mask), 0 * minibatch.mask.sum() if text is None else text.target.sum()]
         actions, words = self.all_sum(torch.stack(counts)).clamp(min=1)
-        pieces = self.updates.microbatches(minibatch, self.collector.agree)
-        pieces = [*self.updates.text_microbatches(text, self.collector.agree), *pieces]  # the last has every network
+        pieces = self.updates.passes(minibatch, text, self.collector.agree)
         optimizer.zero_grad()
         for number, piece in enumerate(pieces, start=1):
             with one_backward(self, optimizer, last=number == len(pieces)):
@@ -276,9 +276,10 @@ class PPOModule(CheckedRevival, LightningModule):
         stats |= cost(self.clock, seconds=seconds, tokens=stats["objective/response_length"] * episodes)
         stats["val/ratio_var"] = max(stats.pop("val/ratio_square") - stats["val/ratio"] ** 2, 0.0)
         self.iteration, self.episodes = self.iteration + 1, self.episodes + episodes
-        stats |= {"objective/kl_coef": self.kl.coef, "episode": float(self.episodes)}
-        stats |= {"lr": self.optimizers().param_groups[0]["lr"]}
+        rate = self.optimizers().param_groups[0]["lr"]
+        stats |= {"objective/kl_coef": self.kl.coef, "episode": float(self.episodes), "lr": rate}
         stats |= {f"surrogate/{name}": number for name, number in self.surrogate.state().items()}
+        self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])
         self.log_dict(stats, batch_size=episodes)
         bar = {"score": stats["objective/scores"], "kl": stats["objective/kl"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)

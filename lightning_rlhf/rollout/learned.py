@@ -76,6 +76,11 @@ class LearnedReward(TextReward):
             return load_checkpoint(self.path, dtype=self.dtype)
         return ScalarModel.load(unread(ModelSource(path=self.path, dtype=self.dtype)), new_head=False)
 
+    @property
+    def is_learned(self) -> bool:
+        """True."""
+        return True
+
     def networks(self) -> list[nn.Module]:
         """The scalar model."""
         return [] if self.model is None else [self.model]

@@ -51,6 +51,12 @@ class Reward(ABC):
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {name: value for name, value in public.items() if name != "tokenizer"}
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is, or is made of, a reward model, whose demonstrations have scores around 0."""
+        held = [value for x in vars(self).values() for value in (x.values() if isinstance(x, dict) else [x])]
+        return any(value.is_learned for value in held if isinstance(value, Reward))
+
     def networks(self) -> list[nn.Module]:
         """Frozen networks to move and cast with the module; they stay out of its checkpoints."""
         return []

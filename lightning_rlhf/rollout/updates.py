@@ -118,6 +118,18 @@ class Updates:
         found = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
         return at_least(found, agree(len(found)))
 
+    def passes(
+        self, experience: Experience, text: TextBatch | None, agree: Agree = alone
+    ) -> list[Experience | TextBatch]:
+        """Microbatches of a minibatch's texts, then of its responses, of which the last passes through every network.
+
+        Args:
+            experience: a minibatch.
+            text: its pretraining texts; None if there are none.
+            agree: how many pieces there must be of either.
+        """
+        return [*self.text_microbatches(text, agree), *self.microbatches(experience, agree)]
+
     def microbatches(self, experience: Experience, agree: Agree = alone) -> list[Experience]:
         """A minibatch in pieces that fit in memory, those of similar length together.
 
