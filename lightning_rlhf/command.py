@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import Any
@@ -18,9 +19,11 @@ import lightning_rlhf.modules
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
 from lightning_rlhf.consent import objection
-from lightning_rlhf.documents import load
+from lightning_rlhf.documents import load, replaced_callbacks
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.parser import Parser
+
+logger = logging.getLogger(__name__)
 
 ROOMS = (
     lightning_rlhf.core,
@@ -77,6 +80,13 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what only a flag may say (`consent`)."""
+        gone = replaced_callbacks(self._given)
+        if gone:
+            logger.warning(
+                "a later config's `trainer.callbacks` replaces those of the one before: %s will not run; write "
+                "`callbacks+:` to add to them",
+                ", ".join(gone),
+            )
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:

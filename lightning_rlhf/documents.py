@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -48,3 +50,29 @@ def _check_keys(node: MappingNode) -> None:
             line = key.start_mark.line + 1
             raise yaml.YAMLError(f"the key `{key.value}` stands twice, again in line {line}: keep one of them")
         keys.add(key.value)
+
+
+def replaced_callbacks(words: Sequence[str]) -> list[str]:
+    """Callbacks of a config that a later one leaves out, because its `trainer.callbacks` replaces the list.
+
+    Args:
+        words: of the command line, with the paths that `--config` gives.
+    """
+    listed: list[str] = []
+    gone: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        path = Path(following if word == "--config" else word.removeprefix("--config="))
+        if not word.startswith("--config") or not path.is_file():
+            continue
+        trainer = (load(path.read_text(encoding="utf-8")) or {}).get("trainer") or {}
+        if "callbacks" in trainer:
+            now = [_name(callback) for callback in trainer["callbacks"] or []]
+            gone = [*gone, *(name for name in listed if name not in now)]
+            listed = now
+        listed = [*listed, *(_name(callback) for callback in trainer.get("callbacks+") or [])]
+    return [name for name in dict.fromkeys(gone) if name not in listed]
+
+
+def _name(callback: Any) -> str:
+    path = callback.get("class_path", "") if isinstance(callback, dict) else callback
+    return str(path).rpartition(".")[2]

@@ -40,7 +40,8 @@ def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DTyp
     """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off.
 
     Raises:
-        ValueError: the source reads other tokens than the policy, or `dtype` is asked for where there is no copy.
+        ValueError: the source reads other tokens than the policy, `dtype` is asked for where there is no copy, or the
+            adapter off is not the policy at the start.
     """
     if dtype is not None and (source is not None or is_adapted(policy.network)):
         what = "comes from a source: set `reference.dtype`" if source is not None else "is the policy, its adapter off"
@@ -50,7 +51,8 @@ def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DTyp
         _check_tokens(network, source, policy.tokenizer, name="reference")
         return PolicyModel(network, policy.tokenizer).eval().requires_grad_(False)
     if is_adapted(policy.network):
-        return None
+        with policy.reference():  # refuses an adapter that leaves something behind
+            return None
     return policy.frozen_copy(None if dtype is None else getattr(torch, dtype))
 
 

@@ -45,7 +45,8 @@ from lightning_rlhf.modules.evaluation import Evaluation, Evaluator, outcome_of
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
-from lightning_rlhf.modules.optim import clip_gradients, global_sum, retune, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.optim import clip_gradients, global_sum, rollouts_of, scheduled, trainable
+from lightning_rlhf.modules.optimizer_checks import begin_training, picklable
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
@@ -148,7 +149,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.shaping = shaping_of(self.reward) if shaping is None else tuple(shaping)
         check_shaping(self.shaping, generation)
         self.reference_dtype, self.compile_networks = reference_dtype, compile
-        self.optimizer, self.value_lr, self.schedule = optimizer, value_lr, schedule
+        self.optimizer, self.value_lr, self.schedule = picklable(optimizer), value_lr, schedule
         self.iteration = self.episodes = 0
         self.policy: PolicyModel | None = None
         self.value: ScalarModel | None = None
@@ -197,8 +198,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def on_train_start(self) -> None:
         """Take learning rates that a resumed run has otherwise than its checkpoint."""
-        if self._changed:
-            retune(self)
+        begin_training(self, self._changed)
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Roll out, score, credit, update (Ouyang et al. 2022, eq. 2)."""

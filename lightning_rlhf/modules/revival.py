@@ -24,6 +24,11 @@ class CheckedRevival:
         check_names(read_checkpoint(checkpoint_path).get("hyper_parameters", {}), source=str(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, **(options | {"weights_only": True}))  # type: ignore[misc]
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Build the networks first, if that was not done here: a notebook's strategy builds them in other processes."""
+        self.configure_model()  # type: ignore[attr-defined]
+        return super().load_state_dict(state_dict, *args, **options)  # type: ignore[misc]
+
 
 def check_names(hyperparameters: Any, *, source: str) -> None:
     """That no dotted name among the values would import a package.

@@ -29,7 +29,8 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, scheduled, training_steps
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
@@ -74,7 +75,7 @@ class RewardModule(CheckedRevival, LightningModule):
         keep_hyperparameters(self, tokenizer=tokenizer)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: ScalarModel | None = None
-        self.loss, self.optimizer, self.schedule = loss, optimizer, schedule
+        self.loss, self.optimizer, self.schedule = loss, picklable(optimizer), schedule
         self.accuracy, self.margin, self.eval_loss, self.demonstrations = Mean(), Mean(), Mean(), Mean()
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
@@ -94,6 +95,7 @@ class RewardModule(CheckedRevival, LightningModule):
     def configure_model(self) -> None:
         """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            refuse_finder(self)
             source = self._source[0]
             network = (
                 unread(source).scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
@@ -131,8 +133,7 @@ class RewardModule(CheckedRevival, LightningModule):
 
     def on_train_start(self) -> None:
         """Take a learning rate that a resumed run has otherwise than its checkpoint."""
-        if self._changed:
-            retune(self)
+        begin_training(self, self._changed)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """The batch's share of the step's mean over prompts that have a pair."""

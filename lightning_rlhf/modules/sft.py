@@ -19,7 +19,8 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, retune, scheduled, training_steps
+from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, shard_networks
@@ -52,7 +53,7 @@ class SFTModule(CheckedRevival, LightningModule):
         keep_hyperparameters(self, tokenizer=tokenizer)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: PolicyModel | None = None
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule = picklable(optimizer), schedule
         self.eval_loss = Mean()
         self._step = StepMean()
         self._changed: list[Difference] = []
@@ -63,6 +64,7 @@ class SFTModule(CheckedRevival, LightningModule):
     def configure_model(self) -> None:
         """Build the network, once; shard it where the strategy asks."""
         if self.model is None:
+            refuse_finder(self)
             self.model = build_policy(self._source[0], self.tokenizer)
             shard_networks(self, [self.model])
 
@@ -77,8 +79,7 @@ class SFTModule(CheckedRevival, LightningModule):
 
     def on_train_start(self) -> None:
         """Take a learning rate that a resumed run has otherwise than its checkpoint."""
-        if self._changed:
-            retune(self)
+        begin_training(self, self._changed)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """The batch's share of the step's mean, nats per token that counts."""

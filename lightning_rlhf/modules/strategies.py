@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
+from lightning_rlhf.modules.optimizer_checks import refuse_finder
 from lightning_rlhf.modules.sharding import is_sharded
 from lightning_rlhf.modules.zero import open_backward, prepare_engine, strategy_of
 
@@ -28,6 +29,7 @@ def check_rl_strategy(module: PPOModule) -> None:
         ValueError: FSDP1, whose one forward would hold all updates; compiled blocks that are sharded, which was never
             run.
     """
+    refuse_finder(module)
     strategy = strategy_of(module)
     if module.compile_networks and is_sharded(module):
         raise ValueError(f"`compile` was not tried under {type(strategy).__name__}: set it to False")

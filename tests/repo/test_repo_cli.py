@@ -230,3 +230,51 @@ def test_test_measures_the_weights_that_validate_measures(trained: Arguments) ->
 def test_arguments_win_over_those_a_checkpoint_remembers(trained: Arguments) -> None:
     cli = main(["validate", *trained(model__generation__max_new_tokens=2)])
     assert cli.model.generation.max_new_tokens == 2
+
+
+MINIMAL = {
+    "PPOModule": ("PromptDataModule", ["--model.policy.path={policy}", "--model.reward=theirs_of_the_cli.short"]),
+    "SFTModule": ("DemonstrationDataModule", ["--model.model.path={policy}"]),
+    "RewardModule": ("ComparisonDataModule", ["--model.model.path={policy}"]),
+}
+ROWS = {"PPOModule": "prompts", "SFTModule": "demonstrations", "RewardModule": "rankings"}
+
+
+@pytest.mark.parametrize("name", MINIMAL)
+def test_saved_config_with_every_default_runs_again(
+    name: str, tiny: Any, theirs: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As do what `--print_config` prints and the arguments in the checkpoint."""
+    data, flags = MINIMAL[name]
+    train = tiny.file(ROWS[name])
+    given = [f"--model={name}", *(flag.format(policy=tiny.policy) for flag in flags)]
+    given += [f"--data={data}", f"--data.train={train}", "--data.batch_size=4", "--trainer.max_epochs=1"]
+    given += ["--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    given += ["--trainer.callbacks=RunCheckpoint", "--trainer.callbacks.dirpath=kept"]
+    with pytest.raises(SystemExit) as printed:
+        main(["fit", *given, "--print_config"])
+    assert printed.value.code == 0
+    (workplace / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    first = main(["fit", *given])
+    saved = next(workplace.glob("logs/**/config.yaml"))
+    for config in (saved, workplace / "printed.yaml"):
+        again = main(["fit", "--config", str(config), f"--trainer.callbacks.dirpath={config.stem}"])
+        assert type(again.model).__name__ == name
+        for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+    loaded = type(first.model).load_from_checkpoint(workplace / "kept" / "last.ckpt", map_location="cpu")
+    for one, other in zip(first.model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_callbacks_that_a_later_config_replaces_are_named(
+    ppo: Arguments, workplace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (workplace / "mine.yaml").write_text("trainer: {callbacks: [EMA]}\n", encoding="utf-8")
+    (workplace / "added.yaml").write_text("trainer: {callbacks+: [EMA]}\n", encoding="utf-8")
+    for config, said in (("added.yaml", False), ("mine.yaml", True)):
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            main(["fit", *ppo(), "--config", config, "--print_config"])
+        capsys.readouterr()
+        assert ("Preflight, Export" in caplog.text and "`callbacks+:`" in caplog.text) == said
