@@ -21,7 +21,7 @@ from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rollout.pieces import batches_of
 from lightning_rlhf.rollout.reward import TextReward, check_prompts, checked_scores
-from lightning_rlhf.text import Encoder
+from lightning_rlhf.text import Encoder, as_dialogue
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -92,6 +92,7 @@ class LearnedReward(TextReward):
             tokens, mask = self.encode(rollout, rows)
         else:
             check_prompts(rollout, source=self.path)
+            tokens = self._as_taught(rollout, rows)
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
 
@@ -107,6 +108,22 @@ class LearnedReward(TextReward):
             found[rows] = part
         return found
 
+    def _as_taught(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """The rollout's tokens, each ended response with the end token that comparisons taught after such a prompt."""
+        own = self.model.tokenizer
+        if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
+            return rollout.tokens
+        encoder, policy = Encoder(own), Encoder(self.tokenizer)
+        tokens, width = rollout.tokens.clone(), rollout.prompt_width
+        last = width + rollout.lengths - 1
+        for i in rollout.ended.nonzero().flatten().tolist():
+            prompt, given = rows[i].get("prompt"), tokens[i, :width][rollout.attention[i, :width]].tolist()
+            if prompt is not None:
+                # A text that the policy was not given as it stands became a message by the data's `prompt_role`.
+                plain = isinstance(prompt, str) and policy.prompt(prompt).tolist() == given
+                tokens[i, last[i]] = encoder.end_after(prompt if plain else as_dialogue(prompt))
+        return tokens
+
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores of text, (B,), each response taken as ended."""
         tokens, mask = self._encode(prompts, responses, [True] * len(responses))
@@ -121,7 +138,7 @@ class LearnedReward(TextReward):
         device = next(self.model.parameters()).device
         texts = []
         for prompt, response, closed in zip(prompts, responses, ended, strict=True):
-            answer = list(encoder.response(response))
+            answer = list(encoder.response(response, prompt))
             texts.append(torch.tensor(list(encoder.prompt(prompt)) + (answer if closed else answer[:-1])))
         lengths = torch.tensor([len(text) for text in texts])
         tokens = pad_sequence(texts, batch_first=True, padding_value=encoder.pad)
