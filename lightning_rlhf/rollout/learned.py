@@ -114,15 +114,17 @@ class LearnedReward(TextReward):
         if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
             return rollout.tokens
         encoder, policy = Encoder(own), Encoder(self.tokenizer)
-        tokens, width = rollout.tokens.clone(), rollout.prompt_width
-        last = width + rollout.lengths - 1
-        for i in rollout.ended.nonzero().flatten().tolist():
-            prompt, given = rows[i].get("prompt"), tokens[i, :width][rollout.attention[i, :width]].tolist()
-            if prompt is not None:
+        tokens, width = rollout.tokens, rollout.prompt_width
+        last = (width + rollout.lengths - 1).unsqueeze(1)
+        ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
+        given = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
+        for i, (columns, length) in enumerate(given):
+            prompt = rows[i].get("prompt")
+            if ended[i] and prompt is not None:
                 # A text that the policy was not given as it stands became a message by the data's `prompt_role`.
-                plain = isinstance(prompt, str) and policy.prompt(prompt).tolist() == given
-                tokens[i, last[i]] = encoder.end_after(prompt if plain else as_dialogue(prompt))
-        return tokens
+                plain = isinstance(prompt, str) and policy.prompt(prompt).tolist() == columns[width - length :]
+                ends[i] = encoder.end_after(prompt if plain else as_dialogue(prompt))
+        return tokens.scatter(1, last, tokens.new_tensor(ends).unsqueeze(1))
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores of text, (B,), each response taken as ended."""
