@@ -121,8 +121,7 @@ class LearnedReward(TextReward):
         for i, (columns, length) in enumerate(given):
             prompt = rows[i].get("prompt")
             if ended[i] and prompt is not None:
-                # A text that the policy was not given as it stands became a message by the data's `prompt_role`.
-                plain = isinstance(prompt, str) and policy.prompt(prompt).tolist() == columns[width - length :]
+                plain = isinstance(prompt, str) and _given_as_it_is(prompt, columns[width - length :], policy)
                 ends[i] = encoder.end_after(prompt if plain else as_dialogue(prompt))
         return tokens.scatter(1, last, tokens.new_tensor(ends).unsqueeze(1))
 
@@ -145,6 +144,14 @@ class LearnedReward(TextReward):
         lengths = torch.tensor([len(text) for text in texts])
         tokens = pad_sequence(texts, batch_first=True, padding_value=encoder.pad)
         return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
+
+
+def _given_as_it_is(prompt: str, tokens: list[int], encoder: Encoder) -> bool:
+    """Whether a prompt is plain text, and no message by the data's `prompt_role`."""
+    try:
+        return encoder.prompt(prompt).tolist() == tokens
+    except ValueError:  # as plain text it has no tokens
+        return False
 
 
 _NO_CHECKPOINT = (

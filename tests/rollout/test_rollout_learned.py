@@ -131,13 +131,14 @@ RENDERED = [3, 5, 10, 11, 4, 3, 6]
 def test_ended_response_is_read_at_the_end_that_comparisons_taught(make_rollout, make_folder, toy_tokenizer, ended_by):
     """The template's <|im_end|> (4) after a dialogue, the tokenizer's </s> (0) after a text, whichever was sampled."""
     folder = make_folder(scorer=True)
-    rows = [{"prompt": DIALOGUE}, {"prompt": "a b"}, {"prompt": "a b"}, {"prompt": "a b"}]
-    prompts = [RENDERED, [10, 11], RENDERED, [10, 11]]  # the third by `prompt_role` of the data
-    rollout = make_rollout(prompts, [[13, ended_by]] * 3 + [[13, 14, 15]], fill=25)
-    rollout.ended[:] = torch.tensor([True, True, True, False])
+    rows = [{"prompt": DIALOGUE}, *({"prompt": text} for text in ("a b", "a b", "", "a b"))]
+    empty = [3, 5, 4, 3, 6]
+    prompts = [RENDERED, [10, 11], RENDERED, empty, [10, 11]]  # the third and fourth by `prompt_role` of the data
+    rollout = make_rollout(prompts, [[13, ended_by]] * 4 + [[13, 14, 15]], fill=25)
+    rollout.ended[:] = torch.tensor([True, True, True, True, False])
     before = rollout.tokens.clone()
     network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    taught = [[*RENDERED, 13, 4], [10, 11, 13, 0], [*RENDERED, 13, 4], [10, 11, 13, 14, 15]]
+    taught = [[*RENDERED, 13, 4], [10, 11, 13, 0], [*RENDERED, 13, 4], [*empty, 13, 4], [10, 11, 13, 14, 15]]
     expected = [hugging_face_score(network, row) for row in taught]
     found = prepared(LearnedReward(folder), toy_tokenizer)(rollout, rows)
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
