@@ -35,12 +35,9 @@ ROOMS: list[dict[str, str]] = [
         "modules": "SFT, reward model, PPO as LightningModules",
         "callbacks": "checks, checkpoints, guards, export",
     },
-    {
-        "rollout": "sampling, scoring, order of updates",
-        "data": "files of text to batches of tokens",
-        "report": "a page from a run's logs",
-    },
-    {"models": "networks: policy, scalar head, adapters", "text": "messages, templates, token ids"},
+    {"rollout": "sampling, scoring, order of updates", "report": "a page from a run's logs"},
+    {"models": "networks: policy, scalar head, adapters", "data": "files of text to batches of tokens"},
+    {"text": "messages, templates, token ids, what ends a response"},
     {
         "core": "the mathematics: torch only",
         "types": "what flows between the stages",

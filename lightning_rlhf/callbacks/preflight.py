@@ -13,7 +13,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.nn.functional import pad
 
 from lightning_rlhf.callbacks.preflight_memory import memory_report
-from lightning_rlhf.callbacks.preflight_text import template_problems, template_warning, vocabulary_problems
+from lightning_rlhf.callbacks.preflight_text import (
+    end_report,
+    end_warnings,
+    template_problems,
+    template_warning,
+    vocabulary_problems,
+)
 from lightning_rlhf.types import PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -34,9 +40,10 @@ class Preflight(Callback):
 
     The ratio is 1 and, on a new run whose reference is the policy, the KL to it 0; padding moves nothing; tokenizer and
     embeddings agree; the chat template writes what it is given; where the prompts carry a `response`, those
-    demonstrations score near 0 by a learned reward. It says how much memory the networks take, and warns of sampling
-    filters in the policy's generation config, which this library's sampling leaves out. In the other stages, and under
-    strategies that shard, it checks tokenizer and template alone.
+    demonstrations score near 0 by a learned reward. It says how much memory the networks take and which tokens end a
+    response, and warns of ends that are no special tokens, and of sampling filters in the policy's generation config,
+    which this library's sampling leaves out. In the other stages, and under strategies that shard, it checks tokenizer
+    and template alone.
 
     Args:
         prompts: how many are rolled out on each process.
@@ -65,9 +72,10 @@ class Preflight(Callback):
             [] if tokenizer is None else [*vocabulary_problems(pl_module, tokenizer), *template_problems(tokenizer)]
         )
         self._report(trainer, problems)
-        warning = None if tokenizer is None else template_warning(tokenizer)
-        if warning is not None:
-            logger.warning(warning)
+        if tokenizer is not None:
+            for warning in filter(None, [template_warning(tokenizer), *end_warnings(pl_module, tokenizer)]):
+                logger.warning(warning)
+            logger.info(end_report(pl_module, tokenizer))
         logger.info(memory_report(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

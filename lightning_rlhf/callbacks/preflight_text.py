@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_rlhf.text import after_turn, end_tokens, turn_end
+
 QUESTION, ANSWER = "How are you?", "Well, thank you."
 
 
 def vocabulary_problems(module: LightningModule, tokenizer: Any) -> Iterator[str]:
     """Tokens without an embedding, and an end token that no response can have."""
-    network = (getattr(module, "policy", None) or module.model).network
+    network = _model(module).network
     rows = network.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
@@ -51,6 +53,42 @@ def template_warning(tokenizer: Any) -> str | None:
         "model trained on dialogues is asked otherwise than it was taught; unless that is meant, mend the part of "
         "tokenizer.chat_template under add_generation_prompt"
     )
+
+
+def end_report(module: LightningModule, tokenizer: Any) -> str:
+    """Which tokens end a response."""
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in _ends(module, tokenizer))
+    return f"a response ends at any of: {names}"
+
+
+def end_warnings(module: LightningModule, tokenizer: Any) -> Iterator[str]:
+    """Ends that can't be one set with the others: one of ordinary words, or no token, or a word that texts hold."""
+    after = after_turn(tokenizer)
+    if after and turn_end(tokenizer) is None:
+        yield (
+            f"the chat template ends a turn with {after[:40]!r}, which is no special token: answers to dialogues are "
+            f"taught to end with {tokenizer.eos_token!r} instead, which no turn in a prompt ends with; unless that is "
+            "meant, let tokenizer.chat_template end turns with a special token"
+        )
+    special = {*end_tokens(tokenizer), *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in _ends(module, tokenizer):
+        if token not in special:
+            name = tokenizer.convert_ids_to_tokens(token)
+            meant = "no token of the tokenizer" if name is None else f"{name!r}, an ordinary token of the tokenizer"
+            yield (
+                f"the generation config ends responses at token {token}, which is {meant}: set `eos_token_id` in "
+                f"generation_config.json to {end_tokens(tokenizer)}"
+            )
+
+
+def _ends(module: LightningModule, tokenizer: Any) -> list[int]:
+    """With those of the generation config, which a reward model has not."""
+    config = getattr(_model(module).network, "generation_config", None)
+    return end_tokens(tokenizer, getattr(config, "eos_token_id", None))
+
+
+def _model(module: LightningModule) -> Any:
+    return getattr(module, "policy", None) or module.model
 
 
 def _written(tokenizer: Any) -> tuple[str, str]:

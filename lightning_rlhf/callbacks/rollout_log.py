@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.run_file import Keyed, RunFile
+from lightning_rlhf.rollout.text import texts_of
 from lightning_rlhf.types import Outcome
 
 
@@ -58,7 +59,7 @@ def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Itera
 
 
 def responses(module: LightningModule, tokens: list[list[int]]) -> list[str | None]:
-    """As text without special tokens; None where the module has no tokenizer."""
+    """As the text that a reward is given; None where the module has no tokenizer."""
     if module.tokenizer is None:
         return [None] * len(tokens)
-    return module.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return texts_of(tokens, module.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_rlhf.models.head import is_linear
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.states import Backbone, filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
+from lightning_rlhf.text import end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +109,14 @@ class PolicyModel(nn.Module):
 
     @property
     def end_tokens(self) -> list[int]:
-        """Ids that end a response: those of the generation config, else of the config, else the tokenizer's.
+        """Ids that end a response: the tokenizer's, its chat template's, the generation config's or else the config's.
 
         Raises:
             ValueError: nothing names an end token.
         """
-        for holder in (getattr(self.network, "generation_config", None), self.network.config, self.tokenizer):
-            found = getattr(holder, "eos_token_id", None)
-            if found not in (None, []):
-                return [found] if isinstance(found, int) else list(found)
+        found = self._ends()
+        if found:
+            return found
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
     def reference(self) -> AbstractContextManager[object]:
@@ -165,3 +166,19 @@ class PolicyModel(nn.Module):
             network.save_pretrained(target)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)
+            self._name_ends(target / "generation_config.json")
+
+    def _ends(self) -> list[int]:
+        holders = (getattr(self.network, "generation_config", None), self.network.config)
+        named = [getattr(holder, "eos_token_id", None) for holder in holders]
+        return end_tokens(self.tokenizer, next((ids for ids in named if ids not in (None, [])), None))
+
+    def _name_ends(self, file: Path) -> None:
+        """Let the generation config, where one was written, name every token that ends a response."""
+        if not file.is_file():
+            return
+        config, ends = json.loads(file.read_text(encoding="utf-8")), self._ends()
+        if set(ends) == set(end_tokens(None, config.get("eos_token_id"))):
+            return
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import ModelSource, scalar_head
 from lightning_rlhf.models.states import filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
+from lightning_rlhf.text import end_tokens
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class ScalarModel(nn.Module):
     def _padding_token(self) -> int | None:
         """A token that transformers may take for padding; no end token, or it would score the token before the end."""
         named = (self.network.config, self.tokenizer)
-        ends = {end for holder in named for end in _ids(getattr(holder, "eos_token_id", None))}
+        ends = end_tokens(self.tokenizer, getattr(self.network.config, "eos_token_id", None))
         names = [(holder, name) for name in ("pad", "unk", "bos") for holder in named]
         tokens = [getattr(holder, f"{name}_token_id", None) for holder, name in names]
         return next((token for token in tokens if token is not None and token not in ends), None)
@@ -161,9 +162,3 @@ class ScalarModel(nn.Module):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
             tokenizer.padding_side = "right"
         return tokenizer
-
-
-def _ids(tokens: int | list[int] | None) -> list[int]:
-    if tokens is None:
-        return []
-    return [tokens] if isinstance(tokens, int) else list(tokens)

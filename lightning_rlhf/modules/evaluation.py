@@ -13,6 +13,7 @@ from lightning_rlhf.modules.evaluator import Evaluator
 from lightning_rlhf.modules.panel import Panel
 from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Scores
+from lightning_rlhf.rollout.text import texts_of
 from lightning_rlhf.types import Experience, Outcome, PromptBatch, Rollout, TextBatch
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Evaluation:
         outcome, tokenizer = outcome_of(*self._rollout(batch, batch_idx), batch), self.module.tokenizer
         texts: list[Any] = outcome.tokens()
         if tokenizer is not None:
-            texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+            texts = texts_of(texts, tokenizer)
         found = zip(outcome.rows, texts, outcome.numbers(), outcome.counts.tolist(), strict=True)
         return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in found if counts]
 

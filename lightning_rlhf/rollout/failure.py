@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_rlhf.rollout.reward import Reward, Scores, checked_scores
+from lightning_rlhf.rollout.text import texts_of
 from lightning_rlhf.types import Rollout, Row
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) 
     tokens = rollout.tokens[:, rollout.prompt_width :].tolist()
     responses: list[Any] = [row[:length] for row, length in zip(tokens, rollout.lengths.tolist(), strict=True)]
     if reward.tokenizer is not None:
-        responses = reward.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        responses = texts_of(responses, reward.tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:

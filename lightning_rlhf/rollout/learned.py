@@ -21,7 +21,7 @@ from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rollout.pieces import batches_of
 from lightning_rlhf.rollout.reward import TextReward, check_prompts, checked_scores
-from lightning_rlhf.text import Encoder
+from lightning_rlhf.text import Encoder, as_dialogue
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -97,6 +97,7 @@ class LearnedReward(TextReward):
             tokens, mask = self.encode(rollout, rows)
         else:
             check_prompts(rollout, source=self.path)
+            tokens = self._as_taught(rollout, rows)
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
 
@@ -112,6 +113,23 @@ class LearnedReward(TextReward):
             found[rows] = part
         return found
 
+    def _as_taught(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """The rollout's tokens, each ended response with the end token that comparisons taught after such a prompt."""
+        own = self.model.tokenizer
+        if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
+            return rollout.tokens
+        encoder, policy = Encoder(own), Encoder(self.tokenizer)
+        tokens, width = rollout.tokens, rollout.prompt_width
+        last = (width + rollout.lengths - 1).unsqueeze(1)
+        ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
+        given = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
+        for i, (columns, length) in enumerate(given):
+            prompt = rows[i].get("prompt")
+            if ended[i] and prompt is not None:
+                plain = isinstance(prompt, str) and _given_as_it_is(prompt, columns[width - length :], policy)
+                ends[i] = encoder.end_after(prompt if plain else as_dialogue(prompt))
+        return tokens.scatter(1, last, tokens.new_tensor(ends).unsqueeze(1))
+
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
         """Scores of text, (B,), each response taken as ended."""
         tokens, mask = self._encode(prompts, responses, [True] * len(responses))
@@ -126,11 +144,19 @@ class LearnedReward(TextReward):
         device = next(self.model.parameters()).device
         texts = []
         for prompt, response, closed in zip(prompts, responses, ended, strict=True):
-            answer = list(encoder.response(response))
+            answer = list(encoder.response(response, prompt))
             texts.append(torch.tensor(list(encoder.prompt(prompt)) + (answer if closed else answer[:-1])))
         lengths = torch.tensor([len(text) for text in texts])
         tokens = pad_sequence(texts, batch_first=True, padding_value=encoder.pad)
         return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
+
+
+def _given_as_it_is(prompt: str, tokens: list[int], encoder: Encoder) -> bool:
+    """Whether a prompt is plain text, and no message by the data's `prompt_role`."""
+    try:
+        return encoder.prompt(prompt).tolist() == tokens
+    except ValueError:  # as plain text it has no tokens
+        return False
 
 
 _NO_CHECKPOINT = (

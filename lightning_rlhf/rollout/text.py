@@ -22,15 +22,19 @@ class Everything(Container[str]):
 
 
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses, special tokens left out except for opening and closing tags such as `<think>` and `</think>`."""
+    """The responses of a rollout, as `texts_of` reads them."""
     texts = rollout.tokens[:, rollout.prompt_width :].tolist()
-    kept = [row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)]
+    return texts_of([row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)], tokenizer)
+
+
+def texts_of(responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Responses as text, special tokens left out except for opening and closing tags, `<think>` and `</think>`."""
     tags = _tags(tokenizer)
     if not tags:
-        return tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return tokenizer.batch_decode(responses, skip_special_tokens=True)
     special = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
     omitted = special.union(tokenizer.all_special_ids) - tags
-    kept = [[token for token in row if token not in omitted] for row in kept]
+    kept = [[token for token in row if token not in omitted] for row in responses]
     return tokenizer.batch_decode(kept, skip_special_tokens=False)
 
 

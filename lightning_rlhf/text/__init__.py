@@ -1,6 +1,7 @@
 """Text and dialogues as token ids: what data and rewards both need."""
 
 from lightning_rlhf.text.encoder import LONG_TEXT, Encoder, Exchange, Tokens, load_tokenizer
+from lightning_rlhf.text.ends import after_turn, end_tokens, turn_end
 from lightning_rlhf.text.messages import Message, Prompt, as_dialogue, checked_answer, checked_messages, checked_prompt
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "Message",
     "Prompt",
     "Tokens",
+    "after_turn",
     "as_dialogue",
     "checked_answer",
     "checked_messages",
     "checked_prompt",
+    "end_tokens",
     "load_tokenizer",
+    "turn_end",
 ]

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_rlhf.folders.inspection import check_tokenizer, loading
 from lightning_rlhf.folders.location import local_folder
+from lightning_rlhf.text.ends import end_tokens, turn_end
 from lightning_rlhf.text.messages import Message, Prompt, as_dialogue, extras
 from lightning_rlhf.text.template import ChatTemplate, doubled
 
@@ -60,7 +61,9 @@ class Encoder:
         chat_template_kwargs: arguments of the chat template for every dialogue.
 
     Attributes:
-        end: id of the end token.
+        end: id of the token that ends a text.
+        turn_end: id of the token that ends the answer to a dialogue: the one the chat template writes after a turn,
+            or `end` where it writes none.
         pad: id that fills batches: the pad token, or the end token where there is none (masks come from lengths).
 
     Raises:
@@ -84,6 +87,9 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, chat_template_kwargs)
         self._recent: tuple[str, bool, Tokens] | None = None
         self.end: int = tokenizer.eos_token_id
+        turn = turn_end(tokenizer)
+        self.turn_end: int = self.end if turn is None else turn
+        self._any_end = set(end_tokens(tokenizer))
         self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Some tokenizers end every text too: a prompt would be over before its response.
         self._closes = self._ends("a", special=True) and not self._ends("a", special=False)
@@ -152,11 +158,29 @@ class Encoder:
         text = answer if isinstance(answer, str) else self.template.turn(messages, answer[0], opened, arguments or {})
         once = doubled(opened, text)
         tokens = self._asked(opened, templated=True)
-        return Exchange(tokens, self.response(text if once is None else once), mended=once is not None)
+        return Exchange(tokens, self.response(text if once is None else once, messages), mended=once is not None)
 
-    def response(self, text: str) -> Tokens:
-        """What a rollout would yield: the text without opening tokens, then one end token."""
-        return self._ended(self._encode(text, special=False))
+    def response(self, text: str, prompt: Prompt = "") -> Tokens:
+        """What a rollout would yield: the text without opening tokens, then one end token.
+
+        Args:
+            text: without opening tokens; an end token that it ends with stays, or becomes that of a turn.
+            prompt: what it answers: after a dialogue it ends as the chat template ends a turn.
+
+        Returns:
+            token ids, at least one.
+        """
+        tokens = self._encode(text, special=False)
+        if self.end_after(prompt) == self.end:
+            return tokens if tokens and tokens[-1] in self._any_end else self._ended(tokens)
+        while tokens and tokens[-1] in self._any_end:
+            tokens.pop()
+        tokens.append(self.turn_end)
+        return tokens
+
+    def end_after(self, prompt: Prompt) -> int:
+        """Id of the end token that a response to this prompt is taught."""
+        return self.end if self.prompt_role is None and isinstance(prompt, str) else self.turn_end
 
     def document(self, text: str) -> Tokens:
         """A pretraining document with the tokenizer's opening tokens, then one end token."""

@@ -129,6 +129,38 @@ def test_lines_say_what_was_measured(fit, tmp_path, make_lm):
     assert module.outcome is not seen.outcomes[-1]  # the evaluation's by now
 
 
+def test_logs_predictions_and_failures_hold_the_text_that_the_reward_saw(
+    make_lm, make_tokenizer, make_trainer, as_loader, left_padded, tmp_path, monkeypatch
+):
+    """Tags such as <think> too, where they are special tokens: what is scored again is what was scored."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, seen = make_tokenizer(), []
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)  # 36 and 37
+
+    def reward(prompts, responses):
+        seen.append(responses)
+        return [math.nan if len(seen) == 3 else 0.0] * len(responses)
+
+    module = PPOModule(
+        policy=make_lm(end=ENDS, vocab=38).double(),
+        reward=reward,
+        tokenizer=tokenizer,
+        generation=Generation(max_new_tokens=9, samples_per_prompt=16),
+        schedule=Constant(),
+    )
+    batch = left_padded(PROMPTS, rows=rows("p", 4))
+    trainer = make_trainer(callbacks=[RolloutLog(str(tmp_path))])
+    trainer.fit(module, as_loader([{"prompts": batch}]))
+    assert [line["response"] for line in read(tmp_path / "rollouts.jsonl")] == seen[0]
+    assert any("<think>" in response for response in seen[0])
+    (records,) = make_trainer().predict(module, as_loader([batch]))
+    assert [record["response"] for record in records] == seen[1]
+    with pytest.raises(ValueError, match="failed-rewards"):
+        make_trainer().fit(module, as_loader([{"prompts": batch}]))
+    (kept,) = Path("failed-rewards").glob("rollout-*.jsonl")
+    assert [line["response"] for line in read(kept)] == seen[2]
+
+
 def test_samples_begin_before_training_and_leave_fillers_out(fit, tmp_path, make_module, make_trainer, as_loader):
     fit(tmp_path)
     lines = read(tmp_path / "samples.jsonl")

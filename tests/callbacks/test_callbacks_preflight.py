@@ -127,6 +127,33 @@ def test_template_that_asks_otherwise_than_it_teaches_is_warned_of(fit, make_tok
     assert "asked otherwise than it was taught" in caplog.text
 
 
+def test_template_that_ends_a_turn_in_words_is_warned_of(fit, make_tokenizer, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", " z z")
+    fit(tokenizer=tokenizer)
+    assert "ends a turn with 'z z', which is no special token" in caplog.text
+
+
+@pytest.mark.parametrize(("end", "said"), [(13, "'d', an ordinary token"), ([0, 99], "no token of the tokenizer")])
+def test_end_token_of_the_generation_config_that_is_none_is_warned_of(fit, make_lm, caplog, end, said):
+    lm = make_lm()
+    lm.generation_config.eos_token_id = end
+    fit(lm=lm)
+    assert said in caplog.text
+    assert "set `eos_token_id` in generation_config.json to [4, 0]" in caplog.text
+
+
+@pytest.mark.parametrize(("stage", "ends"), [(SFTModule, [4, 0, 1]), (RewardModule, [4, 0])])
+def test_end_tokens_are_told_in_every_stage(stage, ends, make_lm, make_scorer, make_trainer, toy_tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    module = stage((make_lm if stage is SFTModule else make_scorer)(end=1), toy_tokenizer)
+    module.configure_model()
+    Preflight().on_train_start(make_trainer(), module)
+    named = ", ".join(f"{toy_tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+    assert f"a response ends at any of: {named}" in caplog.text
+    assert "end" not in "".join(record.message for record in caplog.records if record.levelno > logging.INFO)
+
+
 def test_sampling_filters_are_warned_of(fit, caplog):
     def filtered(module):
         module.policy.network.generation_config.top_k = 20

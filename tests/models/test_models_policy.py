@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -89,31 +90,63 @@ def test_logprobs_are_float32_in_low_precision(make_lm, dtype):
 # End tokens
 
 
-def test_end_tokens_come_from_the_nearest_source(make_lm, toy_tokenizer):
+def test_end_tokens_are_those_of_template_tokenizer_and_generation_config(make_lm, toy_tokenizer):
+    """The template ends a turn with 4; of the network's configs the generation config goes first."""
     network = make_lm(end=7)
-    toy_tokenizer.eos_token = "<|im_end|>"  # 4
     policy = PolicyModel(network, toy_tokenizer)
     network.generation_config.eos_token_id = [9, 8]
-    assert policy.end_tokens == [9, 8]
+    assert policy.end_tokens == [4, 0, 9, 8]
     network.generation_config.eos_token_id = 5
-    assert policy.end_tokens == [5]
+    assert policy.end_tokens == [4, 0, 5]
     network.generation_config.eos_token_id = 0  # an id, though falsy
-    assert policy.end_tokens == [0]
+    assert policy.end_tokens == [4, 0]
     network.generation_config = GenerationConfig()
-    assert policy.end_tokens == [7]
+    assert policy.end_tokens == [4, 0, 7]
+    toy_tokenizer.eos_token = "<|im_end|>"
+    assert policy.end_tokens == [4, 7]
     network.config.eos_token_id = None
     assert policy.end_tokens == [4]
-    toy_tokenizer.eos_token = None
+    toy_tokenizer.eos_token = toy_tokenizer.chat_template = None
     with pytest.raises(ValueError, match="set `eos_token_id`"):
         _ = policy.end_tokens
     with pytest.raises(ValueError, match="names an end token"):
         _ = PolicyModel(network).end_tokens
 
 
-def test_an_empty_list_of_end_tokens_names_none(make_lm, toy_tokenizer):
+def test_an_empty_list_of_end_tokens_names_none(make_lm):
     network = make_lm(end=7)
     network.generation_config.eos_token_id = []
-    assert PolicyModel(network, toy_tokenizer).end_tokens == [7]
+    assert PolicyModel(network).end_tokens == [7]
+
+
+@pytest.mark.parametrize(
+    ("end", "named", "written"),
+    [
+        ("<|im_end|>", 4, 4),
+        ("<|im_end|>", [4], [4]),
+        ("<|im_end|>", 0, [4, 0]),
+        ("</s>", 0, [4, 0]),
+        ("</s>", 7, [4, 0, 7]),
+    ],
+)
+def test_exported_generation_config_names_every_end(make_lm, toy_tokenizer, tmp_path, end, named, written):
+    """With what else it said; where all agree, as it was."""
+    network = make_lm()
+    network.generation_config.update(eos_token_id=named, do_sample=True, top_k=7)
+    toy_tokenizer.eos_token = end
+    PolicyModel(network, toy_tokenizer).save_pretrained(tmp_path / "policy")
+    found = json.loads((tmp_path / "policy" / "generation_config.json").read_text("utf-8"))
+    network.generation_config.save_pretrained(tmp_path)
+    assert found == json.loads((tmp_path / "generation_config.json").read_text("utf-8")) | {"eos_token_id": written}
+    assert network.generation_config.eos_token_id == named
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == end
+
+
+def test_network_without_an_end_is_exported_without_one(make_lm, tmp_path):
+    network = make_lm()
+    network.generation_config.eos_token_id = network.config.eos_token_id = None
+    PolicyModel(network).save_pretrained(tmp_path / "policy")
+    assert "eos_token_id" not in json.loads((tmp_path / "policy" / "generation_config.json").read_text("utf-8"))
 
 
 # Copies and adapters
@@ -223,7 +256,7 @@ def test_saved_folder_loads_in_transformers(make_lm, toy_tokenizer, tmp_path, ki
     assert tokenizer(text)["input_ids"] == [3, 5, 10, 11, 4, 3, 6]
     source = ModelSource(path=str(tmp_path / "policy"))
     again = PolicyModel(source.causal_lm(), source.tokenizer())
-    assert again.end_tokens == [0, 4]
+    assert again.end_tokens == [4, 0]
     batch = padded(TEXTS, "left")
     ours = PolicyModel(network)(*batch, width=WIDTH)
     assert torch.equal(again(*batch, width=WIDTH), ours)

@@ -150,8 +150,8 @@ def test_bias_travels_in_the_folder(make_scorer, toy_tokenizer, tmp_path, kind):
 
 
 def test_folder_names_no_padding_token_that_ends_texts(make_scorer, toy_tokenizer, tmp_path):
-    """The toy tokenizer's end token is 0, and that of the beginning, 1, is the only other to pad with."""
-    for name, pad in {"none": None, "end": 0}.items():
+    """The toy tokenizer ends texts with 0 and turns with 4; the token of the beginning, 1, is left to pad with."""
+    for name, pad in {"none": None, "end": 0, "turn": 4}.items():
         ScalarModel(make_scorer(pad_token_id=pad), toy_tokenizer).save_pretrained(tmp_path / name)
         assert json.loads((tmp_path / name / "config.json").read_text())["pad_token_id"] == 1
         assert AutoTokenizer.from_pretrained(tmp_path / name).pad_token_id == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_rlhf.types import Rollout
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
 TEXTS = [[12, 13, 14, 0], [10, 11, 0], [14, 15, 16, 11, 30, 0], [17, 0], [20, 21, 22, 0]]
 NAMES = {"reward", "kl", "entropy", "response_length", "eos_rate"}
+ENDS = [0, 5, 9, 14, 21, 30]
 
 
 class Kept(Reward):
@@ -36,7 +38,7 @@ def make_ppo(make_lm):
         usual = {"policy": make_lm(kind), "reward": Kept(), "generation": Generation(max_new_tokens=6, temperature=0.8)}
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
         network = (usual | options)["policy"]
-        network.generation_config.eos_token_id = [0, 5, 9, 14, 21, 30]  # some responses end, some do not
+        network.generation_config.eos_token_id = ENDS  # some responses end, some do not
         return PPOModule(**(usual | options))
 
     return make
@@ -53,7 +55,7 @@ def perturb(module: PPOModule, scale: float = 0.05) -> None:
             p.add_(scale * torch.ones_like(p).cumsum(0).cos())
 
 
-def by_hand(network, rollout: Rollout, temperature: float) -> list[dict[str, float]]:
+def by_hand(network, rollout: Rollout, temperature: float, ends: Sequence[int] = ENDS) -> list[dict[str, float]]:
     """Per response: log π, length and whether it ended, from one unpadded pass a row."""
     found = []
     for i in range(len(rollout)):
@@ -62,7 +64,7 @@ def by_hand(network, rollout: Rollout, temperature: float) -> list[dict[str, flo
         with torch.no_grad():
             logits = network(input_ids=torch.tensor([tokens])).logits[0].double() / temperature
         logprobs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).flatten()
-        found.append({"logprob": float(logprobs[-n:].sum()), "length": n, "ended": tokens[-1] in (0, 5, 9, 14, 21, 30)})
+        found.append({"logprob": float(logprobs[-n:].sum()), "length": n, "ended": tokens[-1] in ends})
     return found
 
 
@@ -173,7 +175,7 @@ def test_predictions_are_what_was_measured(make_ppo, make_lm, make_trainer, as_l
     perturb(module)
     (records,) = make_trainer().predict(module, as_loader([left_padded(PROMPTS, rows=rows(8))]))
     (rollout,) = module.reward.rollouts
-    ours = by_hand(module.policy.network, rollout, 0.8)
+    ours = by_hand(module.policy.network, rollout, 0.8, ends=[*ENDS, 4])  # the template ends a turn with 4
     theirs = by_hand(make_lm().double().eval(), rollout, 0.8)
     letters = {10 + i: chr(ord("a") + i) for i in range(26)} | {5: "user", 6: "assistant", 7: "system", 2: "<unk>"}
     for i, record in enumerate(records):

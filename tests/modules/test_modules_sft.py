@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -204,3 +205,24 @@ def test_training_follows_an_evaluation(make_lm, make_trainer, as_loader, right_
     trainer = make_trainer()
     trainer.fit(module, batches, batches)
     assert float(trainer.callback_metrics["eval/loss"]) < next(iter(first.values()))
+
+
+@pytest.mark.parametrize(("end", "named"), [("<|im_end|>", 0), ("<|im_end|>", [0, 4]), ("</s>", 0), ("<|im_end|>", 4)])
+def test_rollouts_end_where_sft_taught_them_to(make_folder, make_trainer, toy_tokenizer, tmp_path, end, named):
+    """Whatever end token the tokenizer and the generation config name, the template's <|im_end|> (4) is taught."""
+    toy_tokenizer.eos_token = end
+    source = ModelSource(path=make_folder(end=named, tokenizer=toy_tokenizer), dtype="float64")
+    asked = [{"role": "user", "content": "a b"}]
+    data = [{"messages": [*asked, {"role": "assistant", "content": "c d"}]}]
+    sft = SFTModule(source, optimizer=partial(torch.optim.Adam, lr=0.02), schedule=Constant())
+    make_trainer(max_epochs=40).fit(sft, DemonstrationDataModule(train=data, batch_size=1))
+    sft.save_pretrained(tmp_path / "sft")
+    config = json.loads((tmp_path / "sft" / "generation_config.json").read_text("utf-8"))
+    ends = {4, toy_tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    assert config["eos_token_id"] == named if ends == {4} else set(config["eos_token_id"]) == ends
+    policy = ModelSource(path=str(tmp_path / "sft"), dtype="float64")
+    ppo = PPOModule(policy, reward=lambda prompts, responses: [1.0], generation=Generation(max_new_tokens=12))
+    (found,) = make_trainer().validate(
+        ppo, PromptDataModule(train=[{"prompt": asked}], val=[{"prompt": asked}], batch_size=1), verbose=False
+    )
+    assert (found["eval/eos_rate"], found["eval/response_length"]) == (1.0, 3.0)  # c d <|im_end|>

@@ -19,7 +19,7 @@ BELOW = {  # what each room may import of the library beside itself
     "types": set(),
     "folders": set(),
     "text": {"folders"},
-    "models": {"core", "folders", "types"},
+    "models": {"core", "folders", "text", "types"},
     "data": {"core", "text", "types"},
     "rollout": {"core", "folders", "models", "text", "types"},
     "modules": {"core", "models", "rollout", "text", "types"},

@@ -14,6 +14,7 @@ from lightning_rlhf.core import Constant
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, SFTModule
 from lightning_rlhf.rollout import Generation, LearnedReward, Reward, as_reward
+from lightning_rlhf.text import Encoder
 
 PROMPTS = [[10, 11], [12]]
 RESPONSES = [[13, 14, 0], [15]]
@@ -104,7 +105,7 @@ def test_messages_go_through_the_template_of_the_reward_model(
     reward = prepared(LearnedReward(folder), toy_tokenizer)
     rollout = make_rollout([[3, 5, 10, 11, 4, 3, 6], [3, 7, 12, 4, 3, 6]], RESPONSES)
     tokens, mask = reward.encode(rollout, rows)
-    by_hand = [[3, 5, 35, 34, 4, 3, 6, 32, 31, 0], [3, 7, 33, 4, 3, 6, 30]]  # a is 35; the second was cut short
+    by_hand = [[3, 5, 35, 34, 4, 3, 6, 32, 31, 4], [3, 7, 33, 4, 3, 6, 30]]  # a is 35; the second was cut short
     assert [row[real].tolist() for row, real in zip(tokens, mask, strict=True)] == by_hand
     network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     expected = [hugging_face_score(network, row) - 0.5 for row in by_hand]
@@ -118,6 +119,44 @@ def test_same_vocabulary_reads_the_tokens_and_not_the_text(make_rollout, make_fo
     network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     found = reward(make_rollout(PROMPTS, [[9, 14], [8]]), ROWS)
     expected = [hugging_face_score(network, row) for row in ([10, 11, 9, 14], [12, 8])]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+DIALOGUE = [{"role": "user", "content": "a b"}]
+RENDERED = [3, 5, 10, 11, 4, 3, 6]
+"""<|im_start|> user a b <|im_end|> <|im_start|> assistant"""
+
+
+@pytest.mark.parametrize("ended_by", [0, 4])
+def test_ended_response_is_read_at_the_end_that_comparisons_taught(make_rollout, make_folder, toy_tokenizer, ended_by):
+    """The template's <|im_end|> (4) after a dialogue, the tokenizer's </s> (0) after a text, whichever was sampled."""
+    folder = make_folder(scorer=True)
+    rows = [{"prompt": DIALOGUE}, *({"prompt": text} for text in ("a b", "a b", "", "a b"))]
+    empty = [3, 5, 4, 3, 6]
+    prompts = [RENDERED, [10, 11], RENDERED, empty, [10, 11]]  # the third and fourth by `prompt_role` of the data
+    rollout = make_rollout(prompts, [[13, ended_by]] * 4 + [[13, 14, 15]], fill=25)
+    rollout.ended[:] = torch.tensor([True, True, True, True, False])
+    before = rollout.tokens.clone()
+    network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    taught = [[*RENDERED, 13, 4], [10, 11, 13, 0], [*RENDERED, 13, 4], [*empty, 13, 4], [10, 11, 13, 14, 15]]
+    expected = [hugging_face_score(network, row) for row in taught]
+    found = prepared(LearnedReward(folder), toy_tokenizer)(rollout, rows)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(rollout.tokens, before)
+    comparisons = Encoder(toy_tokenizer)
+    assert [list(comparisons.prompt(r["prompt"])) + list(comparisons.response("d", r["prompt"])) for r in rows[:2]] == (
+        taught[:2]
+    )
+
+
+def test_response_is_read_as_it_ended_where_all_agree(make_rollout, make_folder, toy_tokenizer):
+    toy_tokenizer.eos_token = "<|im_end|>"
+    folder = make_folder(scorer=True, tokenizer=toy_tokenizer)
+    rollout = make_rollout([RENDERED, [10, 11]], [[13, 4], [13, 4]])
+    rollout.ended[:] = True
+    network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = [hugging_face_score(network, row) for row in ([*RENDERED, 13, 4], [10, 11, 13, 4])]
+    found = prepared(LearnedReward(folder), toy_tokenizer)(rollout, [{"prompt": DIALOGUE}, {"prompt": "a b"}])
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 

@@ -251,8 +251,8 @@ def test_learned_reward_templates_text_prompts_on_request(text_rollout, make_fol
     folder = make_folder(scorer=True, tokenizer=other_tokenizer)
     reward = prepared(LearnedReward(folder, prompt_role="user"), toy_tokenizer)
     tokens, mask = reward.encode(text_rollout, ROWS)
-    # <|im_start|> user a b <|im_end|> <|im_start|> assistant d e </s>
-    assert tokens[0][mask[0]].tolist() == [3, 5, 35, 34, 4, 3, 6, 32, 31, 0]
+    # <|im_start|> user a b <|im_end|> <|im_start|> assistant d e <|im_end|>, as the template ends a turn
+    assert tokens[0][mask[0]].tolist() == [3, 5, 35, 34, 4, 3, 6, 32, 31, 4]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -115,3 +115,15 @@ def test_responses_end_at_the_policy_s_end_tokens(make_lm, left_padded):
         assert not set(tokens[: n - 1]) & {17, 5, 9, 30, 21}
         assert tokens[n:] == [17] * (LENGTH - n)
     assert sampled.tokens.shape == (len(PROMPTS), LENGTH)
+
+
+def test_rollouts_stop_at_what_any_of_template_tokenizer_and_config_names(make_lm, left_padded, toy_tokenizer):
+    """4 ends a turn by the template, 0 a text by the tokenizer, and the generation config names 9."""
+    network = make_lm("llama", end=9).eval()
+    policy, prompts = PolicyModel(network, toy_tokenizer), [[3, 5, 10, 4, 3, 6], [10, 11]]  # a dialogue, and a text
+    uniforms = torch.rand(400, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = Sampler(policy, Generation(max_new_tokens=LENGTH))(left_padded(prompts), uniforms, samples=200)
+    last = found.tokens[torch.arange(400), found.tokens.shape[1] - LENGTH + found.response.sum(1) - 1]
+    assert torch.equal(found.ended, torch.isin(last, torch.tensor([0, 4, 9])))
+    for answers in (slice(0, 200), slice(200, 400)):
+        assert set(last[answers][found.ended[answers]].tolist()) == {0, 4, 9}
