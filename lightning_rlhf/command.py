@@ -20,6 +20,7 @@ from lightning_rlhf.callbacks import PredictionWriter
 from lightning_rlhf.consent import objection
 from lightning_rlhf.documents import load
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
+from lightning_rlhf.models.shards import guard
 from lightning_rlhf.parser import Parser
 
 ROOMS = (
@@ -103,6 +104,10 @@ class RLHFCLI(LightningCLI):
                 f"`ckpt_path`: {chosen.ckpt_path} was written by {writer}, but the config has {reader}: give a "
                 f"checkpoint of {reader}, or set `model` to {writer}"
             )
+
+    def after_instantiate_classes(self) -> None:
+        """Have a checkpoint that is a folder looked into before it is loaded, also for modules of your own."""
+        guard(self.trainer.strategy)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it.
