@@ -52,7 +52,11 @@ class RLHFCLI(LightningCLI):
     def __init__(self, args: Any = None) -> None:
         self._given = [str(word) for word in (sys.argv[1:] if args is None else args)]
         asked = any(word == "-h" or "help" in word or "comments" in word for word in self._given)
-        set_parsing_settings(docstring_parse_attribute_docstrings=asked)  # from source files: slow, and for help alone
+        set_parsing_settings(
+            docstring_parse_attribute_docstrings=asked,  # from source files: slow, and for help alone
+            config_read_mode_urls_enabled=False,
+            config_read_mode_fsspec_enabled=False,  # Lightning's CLI lets any config name another one by its address
+        )
         set_loader("yaml", load, exceptions=(YAMLError,))
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
