@@ -21,6 +21,7 @@ from lightning_rlhf.callbacks import PredictionWriter
 from lightning_rlhf.consent import objection
 from lightning_rlhf.documents import load, replaced_callbacks
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
+from lightning_rlhf.models.shards import guard
 from lightning_rlhf.parser import Parser
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,11 @@ class RLHFCLI(LightningCLI):
     def __init__(self, args: Any = None) -> None:
         self._given = [str(word) for word in (sys.argv[1:] if args is None else args)]
         asked = any(word == "-h" or "help" in word or "comments" in word for word in self._given)
-        set_parsing_settings(docstring_parse_attribute_docstrings=asked)  # from source files: slow, and for help alone
+        set_parsing_settings(
+            docstring_parse_attribute_docstrings=asked,  # from source files: slow, and for help alone
+            config_read_mode_urls_enabled=False,
+            config_read_mode_fsspec_enabled=False,  # Lightning's CLI lets any config name another one by its address
+        )
         set_loader("yaml", load, exceptions=(YAMLError,))
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
@@ -113,6 +118,10 @@ class RLHFCLI(LightningCLI):
                 f"`ckpt_path`: {chosen.ckpt_path} was written by {writer}, but the config has {reader}: give a "
                 f"checkpoint of {reader}, or set `model` to {writer}"
             )
+
+    def after_instantiate_classes(self) -> None:
+        """Have a checkpoint that is a folder looked into before it is loaded, also for modules of your own."""
+        guard(self.trainer.strategy)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it.

@@ -1,4 +1,4 @@
-"""What a config file may not decide: to run code that came with a model, or to load pickles."""
+"""What a config file may not decide: to run code that came with a model, to load pickles, or to fetch a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None
 
     `trust_remote_code` has to be typed by whoever starts the run, under the very name of the argument it is for: then a
     config that was downloaded, or written by an earlier run, turns nothing on. `weights_only: false` has no flag.
+    A `ckpt_path` that is an address has to be typed as well.
 
     Args:
         config: of a subcommand, defaults, files and flags together, as nested mappings.
@@ -22,6 +23,8 @@ def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None
     for name, value in _leaves(config, ()):
         if name[-1] == "weights_only" and value is False:
             return "`weights_only`: checkpoints are loaded without pickle, which could run code: leave it out"
+        if name == ("ckpt_path",) and "://" in str(value) and not any(str(value) in word for word in arguments):
+            return f"`ckpt_path`: a config file can't ask the network for {value}: type it, --ckpt_path={value}"
         flag = "--" + ".".join(part for part in name if part not in ("init_args", "dict_kwargs"))
         if name[-1] == "trust_remote_code" and value and flag not in typed:
             return (

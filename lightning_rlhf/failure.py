@@ -13,6 +13,8 @@ TRACEBACK = "LIGHTNING_RLHF_TRACEBACK"
 SPEAKERS = ("lightning_rlhf", "lightning.pytorch", "lightning.fabric", "torch.optim", "jsonargparse")
 """Packages that check what a config sets: a sentence that one of them raised on purpose is meant for the user."""
 _CHECKS = ("__init__", "__post_init__")
+_KILLED = "DataLoader worker (pid"
+"""Begins what PyTorch raises, anywhere in the main thread, when the system has killed a data worker."""
 READERS = ("lightning_rlhf.folders", "lightning_rlhf.models", "lightning_rlhf.text")
 """Rooms that read folders and files, whose complaints are of these and not of the config that names them."""
 
@@ -21,7 +23,8 @@ def sentence(error: BaseException) -> str | None:
     """The error on one line, or None where it is no refusal but a bug, or `TRACEBACK` asks for the traceback.
 
     A refusal stopped at a `raise` of one of `SPEAKERS`, or is the operating system's answer to one of them: a file
-    that can't be opened, a full disk. An error out of torch, transformers or a user's own reward is a bug.
+    that can't be opened, a full disk; or a data worker was killed. An error out of torch,
+    transformers or a user's own reward is a bug.
     """
     error = _origin(error)
     trace = list(_frames(error))
@@ -29,6 +32,11 @@ def sentence(error: BaseException) -> str | None:
         return None  # the user's own code raised it
     if not trace or os.environ.get(TRACEBACK) == "1":
         return None
+    if isinstance(error, RuntimeError) and str(error).startswith(_KILLED):
+        return (
+            f"{one_line(str(error)).rstrip('. ')}, as the system kills one where memory is short; the last checkpoint "
+            "is whole: resume with fewer `num_workers`, 0 for none"
+        )
     if isinstance(error, OSError) and error.filename is not None and _asked_by_speaker(trace):
         return f"{error.filename}: {error.strerror}"
     frame, instruction = trace[-1]

@@ -10,6 +10,28 @@ from typing import Any
 
 import torch
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MERGED = (
+    "ADALORA",
+    "BOFT",
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "LORA",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "VBLORA",
+    "VERA",
+)
+"""Types of PEFT adapters that are folded into weights, and whose configs name no other model to load."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "spiece.*", "*.tiktoken", "tekken.json")
 """Names under which weights that are no safetensors, and tokenizers, are saved."""
@@ -37,15 +59,23 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         its `adapter_config.json`.
 
     Raises:
-        ValueError: it does not, it names one, or it does not say which model it belongs to.
+        ValueError: it does not, it names one, is of a type that loads more than its folder, or does not say which model
+            it belongs to.
     """
     file = folder / "adapter_config.json"
     config = read_object(file, needed="a folder written by PEFT's `save_pretrained`")
     if config.get("megatron_config"):
         raise ValueError(f"{file}: `megatron_config` makes PEFT import the module that the file names: remove it")
+    if config.get("peft_type") not in MERGED:
+        raise ValueError(
+            f"{file}: `peft_type` is {config.get('peft_type')!r}, which may load more than this folder, or can't be "
+            f"folded into a model: give one of {', '.join(MERGED)}"
+        )
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise ValueError(f"{file} does not say which model it belongs to: set `base_model_name_or_path`")
     _check_safetensors(folder, index="adapter_model.safetensors.index.json")
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for them on a hub
+        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}, only {_content(folder)}: copy it again")
     return config
 
 

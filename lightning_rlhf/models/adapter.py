@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from lightning_rlhf.folders.inspection import check_adapter, loading
+from lightning_rlhf.folders.location import local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +143,8 @@ def base_of(folder: str | Path) -> str:
     """Where the model lies that a folder's adapter belongs to.
 
     Raises:
-        ValueError: a folder is not whole, or adapters name each other.
+        ValueError: a folder is not whole, adapters name each other, or the model is one of a hub that is not in the
+            local cache.
     """
     chain = [str(folder), _named_base(folder)]
     while holds_adapter(chain[-1]):
@@ -151,7 +154,22 @@ def base_of(folder: str | Path) -> str:
                 "name the model's folder"
             )
         chain.append(_named_base(chain[-1]))
-    return chain[1]
+    return chain[1] if local_folder(chain[1]) is not None else _cached(chain[1], named_by=folder)
+
+
+def _cached(name: str, *, named_by: str | Path) -> str:
+    """The folder in which a model of a hub lies that was loaded before.
+
+    Raises:
+        ValueError: it was not.
+    """
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{named_by}/adapter_config.json names {name} of a hub as its base model, which is not in the local cache, "
+            f"and a folder never asks the network: run `hf download {name}`, or name there the folder it lies in"
+        ) from error
 
 
 def _named_base(folder: str | Path) -> str:

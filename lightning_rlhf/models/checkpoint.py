@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -36,7 +37,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What Lightning wrote, on CPU; tensors are mapped from the file and read when they are used.
 
     Raises:
-        ValueError: the file is torn, holds pickled objects, or is no checkpoint.
+        ValueError: the file is torn, holds pickled objects, is no checkpoint, or one of Lightning 1.
     """
     if not is_zipfile(path):
         raise ValueError(
@@ -54,4 +55,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no whole checkpoint ({reason}): use the one before it") from error
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of a LightningModule: it has no `state_dict`")
+    check_version(found.get("pytorch-lightning_version", "2.0"), path=path)
     return found
+
+
+def check_version(version: Any, *, path: str | Path) -> None:
+    """Return if a checkpoint is of Lightning 2 or later: earlier ones lack what today's Lightning looks for.
+
+    Raises:
+        ValueError: it is not.
+    """
+    major = re.match(r"(\d+)\.\d", str(version))
+    if major is None or int(major[1]) < 2:
+        raise ValueError(
+            f"{path} names {str(version)[:40]!r} as the version of Lightning that wrote it: give a checkpoint that "
+            "this library wrote, with Lightning 2 or later"
+        )

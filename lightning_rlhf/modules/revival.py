@@ -1,4 +1,4 @@
-"""`load_from_checkpoint` that takes values from a file, and never the name of something to import."""
+"""`load_from_checkpoint` that takes values from a file, and never the name of something to run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,45 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_rlhf.models.checkpoint import read_checkpoint
+from lightning.pytorch import Callback
+
+from lightning_rlhf.models.checkpoint import check_version, read_checkpoint
+from lightning_rlhf.models.shards import guard
+
+OLD = ("hparams", "module_arguments")
+"""Where Lightning before 1.0 kept a module's arguments, and where today's still looks."""
+OPTIONS = ("map_location", "hparams_file", "strict", "weights_only")
+"""Arguments of Lightning's `load_from_checkpoint`; all others are the module's."""
+CODE = "trust_remote_code"
 
 
 class CheckedRevival:
     """For a LightningModule: stands before it among the bases."""
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Have the trainer look into a checkpoint before it loads it; there are no callbacks."""
+        guard(self.trainer.strategy)  # type: ignore[attr-defined]
+        return []
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> Any:
         """The module of a checkpoint, its arguments from the hyper-parameters in it; see Lightning for `options`.
 
+        An argument of the module among `options` takes the place of the checkpoint's, which is then not looked at.
+
         Raises:
-            ValueError: the file is torn or pickled, or names a class of a package that is not imported: whoever trusts
-                it imports it first.
+            ValueError: the file is torn or pickled, asks to run code that came with a model, or names a class of a
+                package that is not imported: whoever trusts it imports it first.
         """
-        check_names(read_checkpoint(checkpoint_path).get("hyper_parameters", {}), source=str(checkpoint_path))
+        if options.get("hparams_file") is not None:
+            raise ValueError("`hparams_file` is not read: pass the arguments that differ from the checkpoint's")
+        checkpoint = read_checkpoint(checkpoint_path)
+        check_version(checkpoint.get("pytorch-lightning_version", ""), path=checkpoint_path)
+        stored = checkpoint.get("hyper_parameters", {})
+        if not isinstance(stored, Mapping) or any(key in checkpoint for key in OLD):
+            raise ValueError(f"{checkpoint_path} keeps its arguments as Lightning before 1.0: build the module anew")
+        given = options.keys() - set(OPTIONS)
+        check_names({name: value for name, value in stored.items() if name not in given}, source=str(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, **(options | {"weights_only": True}))  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
@@ -31,27 +55,55 @@ class CheckedRevival:
 
 
 def check_names(hyperparameters: Any, *, source: str) -> None:
-    """That no dotted name among the values would import a package.
+    """That the values turn on no code of a model's own, and that no dotted name among them would import a package.
 
     Raises:
-        ValueError: one would.
+        ValueError: one does.
     """
-    for name in _dotted(hyperparameters):
-        package = name.partition(".")[0]
+    for key, value in _leaves(hyperparameters, ""):
+        if CODE in key and value not in (False, None):
+            raise ValueError(
+                f"{source} asks for `{CODE}`, and a checkpoint must not run code: if you have read the code that comes "
+                f"with the model, pass that argument yourself, as load_from_checkpoint(..., "
+                f"{key.partition('.')[0]}=ModelSource(path=..., {CODE}=True))"
+            )
+        if _may_hold_config(value):
+            raise ValueError(f"{source}: `{key}` is a config in a text, {value[:80]!r}: pass that argument yourself")
+        if not _is_dotted(value):
+            continue
+        package = value.partition(".")[0]
+        if package in sys.stdlib_module_names:
+            raise ValueError(
+                f"{source} names {value} of Python's own library, and a checkpoint must not run it: pass `"
+                f"{key.partition('.')[0]}` yourself"
+            )
         if package not in sys.modules and find_spec(package) is not None:
             raise ValueError(
-                f"{source} names {name}, which is not imported, and a checkpoint must not import: if you trust it, "
+                f"{source} names {value}, which is not imported, and a checkpoint must not import: if you trust it, "
                 f"`import {package}` first"
             )
 
 
-def _dotted(value: Any) -> Iterator[str]:
-    """Strings that could be the path of a class or a function."""
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Values that hold no others, each with its keys joined by dots."""
     if isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _dotted(inner)
-    elif isinstance(value, list | tuple):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}".removeprefix("."))
+    elif isinstance(value, list | tuple | set | frozenset):
         for inner in value:
-            yield from _dotted(inner)
-    elif isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split(".")):
-        yield value
+            yield from _leaves(inner, name)
+    else:
+        yield name, value
+
+
+def _is_dotted(value: Any) -> bool:
+    """Whether a value could be the path of a class or a function."""
+    return isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
+
+
+def _may_hold_config(value: Any) -> bool:
+    """Whether a value is a text that jsonargparse might read as YAML, with a key that decides what runs.
+
+    A backslash between quotes could spell such a key in another way.
+    """
+    return isinstance(value, str) and (CODE in value or "class_path" in value or ('"' in value and "\\" in value))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_rlhf.report import learning, reward_model, supervised
 from lightning_rlhf.report.draw import draw, require_matplotlib
 from lightning_rlhf.report.figure import Figure, Missing
 from lightning_rlhf.report.frontier_figure import frontier
 from lightning_rlhf.report.page import Section, page
+from lightning_rlhf.report.replacing import replacing
 from lightning_rlhf.report.runs import Run, read_runs
 from lightning_rlhf.report.samples import columns_of, section
 from lightning_rlhf.report.settings import differing
@@ -78,10 +80,10 @@ def write_report(folders: Sequence[str | Path], *, output: Path) -> Path:
         samples=section(columns) if columns else NO_SAMPLES,
         notes=[note for run in runs for note in run.notes],
     )
-    partial = output / f"{PAGE}.part"
-    partial.write_text(document, encoding="utf-8")
-    partial.replace(output / PAGE)
-    _write_numbers(output / NUMBERS, [figure for part in sections for figure, _ in part.figures])
+    with replacing(output / PAGE) as part:
+        part.write_text(document, encoding="utf-8")
+    with replacing(output / NUMBERS) as part:
+        _write_numbers(part, [figure for section in sections for figure, _ in section.figures])
     return output / PAGE
 
 
@@ -99,4 +101,9 @@ def _write_numbers(path: Path, figures: Sequence[Figure]) -> None:
         writer.writerow(["figure", "series", "x", "y", "low", "high"])
         for figure in figures:
             for mark in figure.marks:
-                writer.writerows([figure.name, mark.label, *row] for row in mark.rows())
+                writer.writerows(map(_cell, [figure.name, mark.label, *row]) for row in mark.rows())
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet takes for a formula stands behind an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

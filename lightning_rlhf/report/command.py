@@ -30,5 +30,7 @@ def main(args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     if given.output is None and len(given.folders) > 1:
         parser.error("several runs make one report: say where it goes by --output DIR")
+    if given.output is None and (Path(given.folders[0]) / "report").is_symlink():
+        parser.error(f"{given.folders[0]}/report is a link: say where the report goes by --output DIR")
     output = Path(given.output) if given.output is not None else Path(given.folders[0]) / "report"
     print(write_report(given.folders, output=output))

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_rlhf.report.figure import Figure
 from lightning_rlhf.report.marks import Bars
 from lightning_rlhf.report.palette import FAINT, GRID, INK, THEMED
+from lightning_rlhf.report.replacing import replacing
 from lightning_rlhf.text.escape import html
 
 SIZE = (6.4, 3.9)
@@ -74,7 +75,8 @@ def draw(figure: Figure, *, png: Path) -> str:
         canvas = Canvas(figsize=SIZE, layout="constrained")
         axis = canvas.subplots()
         _compose(axis, figure)
-        canvas.savefig(png, dpi=160, facecolor="white")
+        with replacing(png) as part:
+            canvas.savefig(part, format="png", dpi=160, facecolor="white")
         axis.set_title("")  # the page has it as a heading
         written = io.StringIO()
         canvas.savefig(written, format="svg", transparent=True, metadata=METADATA)

@@ -10,6 +10,8 @@ import yaml
 
 NOISE = ("trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "config")
 """Beginnings of keys that say where a run wrote, not what it did."""
+LARGEST = 10_000
+"""Values of a config, far more than any has."""
 
 
 def read_settings(paths: Sequence[Path]) -> dict[str, str]:
@@ -22,12 +24,30 @@ def read_settings(paths: Sequence[Path]) -> dict[str, str]:
         return {}
     try:
         found = yaml.safe_load(paths[-1].read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _check_size(found)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{paths[-1]} is no YAML ({reason}): restore it, or remove it to go on without") from error
     if not isinstance(found, dict):
         raise ValueError(f"{paths[-1]} holds no settings but {type(found).__name__}: remove it to go on without")
     return {key: value for key, value in _flat(found) if not key.startswith(NOISE)}
+
+
+def _check_size(value: Any) -> None:
+    """Return if a value, with what it holds, is of the size of a config.
+
+    Raises:
+        ValueError: it is larger, as where an alias contains itself or repeats too often.
+    """
+    values, seen = [value], 0
+    while values:
+        inner, seen = values.pop(), seen + 1
+        if seen > LARGEST:
+            raise ValueError(f"more than {LARGEST} values, aliases written out")
+        if isinstance(inner, dict):
+            values += [*inner, *inner.values()]
+        elif isinstance(inner, list | tuple | set):
+            values += inner
 
 
 def differing(settings: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:

@@ -39,7 +39,8 @@ def scored_or_told(
     problem: Exception | None = None
     try:
         total, parts, *_ = reward.scored(rollout, rows)
-        scores = Scores(checked_scores(total, count=len(rollout), source=type(reward).__name__), parts)
+        name, trained_in = type(reward).__name__, rollout.logprobs.dtype
+        scores = Scores(checked_scores(total, count=len(rollout), source=name, dtype=trained_in), parts)
     except Exception as error:
         problem = error
     if agreed(problem is None):

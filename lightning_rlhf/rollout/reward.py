@@ -183,8 +183,14 @@ def check_prompts(rollout: Rollout, *, source: str) -> None:
         )
 
 
-def checked_scores(scores: Any, *, count: int, source: str) -> Tensor:
+def checked_scores(scores: Any, *, count: int, source: str, dtype: torch.dtype | None = None) -> Tensor:
     """Scores as a float tensor (count,).
+
+    Args:
+        scores: what a reward returned.
+        count: how many are needed.
+        source: whose they are, for the error.
+        dtype: in which they will be used, where it is known: each must be finite in it.
 
     Raises:
         TypeError: they are no numbers.
@@ -201,10 +207,12 @@ def checked_scores(scores: Any, *, count: int, source: str) -> Tensor:
         raise ValueError(
             f"the reward {source} must return one number per response: got {tuple(values.shape)} for {count}"
         )
-    if not values.isfinite().all():
-        first = int((~values.isfinite()).nonzero()[0])
+    used = values if dtype is None else values.to(dtype)
+    if not used.isfinite().all():
+        first = int((~used.isfinite()).nonzero()[0])
         raise ValueError(
-            f"the reward {source} returned {values[first].item()} for response {first}: return finite numbers"
+            f"the reward {source} returned {values[first].item()} for response {first}: return numbers that are finite "
+            f"in {str(used.dtype).removeprefix('torch.')}"
         )
     return values
 

@@ -20,8 +20,9 @@ from lightning_rlhf.types import Rollout, Row
 class TimedReward(Reward):
     """Any reward, ended with an error where it hangs.
 
-    By an alarm signal in the main thread, so that autocast and gradient modes are those of the caller; a call into C
-    that never returns is not ended. Not on Windows.
+    By an alarm signal in the main thread, so that autocast and gradient modes are those of the caller. It rings again
+    each second, with what `except Exception` does not catch, until the reward ends; a call into C that never returns is
+    not ended. Not on Windows.
 
     Args:
         reward: what scores.
@@ -57,18 +58,31 @@ class TimedReward(Reward):
             return self.reward.scored(rollout, rows)
 
 
+AGAIN = 1.0
+"""Seconds from one ring to the next."""
+
+
+class _Ring(BaseException):
+    """Raised in the middle of a reward, past a loop of its own that tries again after any Exception."""
+
+
 @contextmanager
 def _alarm(seconds: float, message: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("TimedReward works in the main thread only: use the reward without it")
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(message)
+        raise _Ring
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    except _Ring:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)  # for it may have rung before the line above
+        raise TimeoutError(message) from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -223,6 +224,30 @@ def test_hanging_reward_is_ended(fit):
     with pytest.raises(RewardError, match=r"rollout 2: .*TimeoutError: no answer within 0.3 s"):
         fit(4, reward=reward)
     assert time.monotonic() - start < 20
+
+
+def test_hanging_reward_that_catches_every_exception_is_ended(fit):
+    """Also where it catches the first ring by a bare `except`."""
+    caught = []
+
+    def retrying(responses):
+        while True:
+            try:
+                try:
+                    time.sleep(0.01)
+                except Exception:
+                    caught.append("never")
+            except BaseException:
+                if caught:
+                    raise
+                caught.append("once")
+
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"rollout 2: .*TimeoutError: no answer within 0.3 s"):
+        fit(4, reward=TimedReward(flaky(retrying), seconds=0.3))
+    assert caught == ["once"]
+    assert time.monotonic() - start < 20
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_timed_reward_scores_as_the_one_inside(fit, token_reward):

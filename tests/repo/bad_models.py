@@ -242,6 +242,6 @@ ADAPTERS = [
     folder("adapters-of-each-other", lambda b: circle(b, 2), "leads round to itself"),
     adapter("base-missing", "there is no folder runs/base/model", base_model_name_or_path="runs/base/model"),
     adapter("megatron", "import the module", megatron_config={"a": 1}, megatron_core="canary_of_the_adapter"),
-    adapter("unknown-type", "can't load an adapter", peft_type="NONE_SUCH"),
+    adapter("unknown-type", "`peft_type` is 'NONE_SUCH'", peft_type="NONE_SUCH"),
 ]
 CASES = [*FOLDERS, *TOKENIZERS, *PAIRS, *ADAPTERS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 
 from lightning_rlhf import Clip, ModelSource, Stop
 from lightning_rlhf.cli import console
@@ -39,6 +41,22 @@ def test_run_that_a_guard_stops_ends_in_a_sentence() -> None:
     error = caught(lambda: Stop().act(None, None, "rollout 3: objective/kl is 9.0, over its budget of 5.0"))
     assert type(error) is RuntimeError
     assert sentence(error).startswith("rollout 3: objective/kl is 9.0, over its budget of 5.0: the run was stopped")
+    assert status(error) == 1
+
+
+def test_killed_data_worker_is_a_sentence_wherever_it_is_noticed() -> None:
+    """By PyTorch's handler of a signal, in the middle of anything; the message is PyTorch's own."""
+    worker = subprocess.Popen(["sleep", "60"])
+    _set_worker_pids(7, (worker.pid,))
+    try:
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        error = caught(_error_if_any_worker_fails)
+    finally:
+        _remove_worker_pids(7)
+        worker.wait()
+    assert "killed by signal: Killed" in sentence(error)
+    assert "resume with fewer `num_workers`" in sentence(error)
     assert status(error) == 1
 
 

@@ -87,6 +87,78 @@ def test_hub_name_asks_the_network(path: str, workplace: Path, asked: list[Any])
     assert asked
 
 
+@pytest.mark.parametrize("where", ["typed", "in a config", "part of a config"])
+def test_config_is_not_fetched(where: str, ppo: Any, workplace: Path, asked: list[Any], capsys: Any) -> None:
+    address = "http://127.0.0.1:9/own.yaml"
+    arguments = ppo()
+    (workplace / "own.yaml").write_text(f"{'config' if where == 'in a config' else 'model'}: {address}\n")
+    with pytest.raises(SystemExit):
+        main(["validate", *arguments, "--config", address if where == "typed" else "own.yaml"])
+    assert asked == []
+
+
+def test_checkpoint_that_a_config_names_is_not_fetched(
+    ppo: Any, workplace: Path, asked: list[Any], capsys: Any
+) -> None:
+    address = "http://127.0.0.1:9/last.ckpt"
+    (workplace / "own.yaml").write_text(f"ckpt_path: {address}\n")
+    with pytest.raises(SystemExit):
+        main(["validate", *ppo(), "--config", "own.yaml"])
+    assert f"type it, --ckpt_path={address}" in capsys.readouterr().err
+    assert asked == []
+    with pytest.raises((Reached, OSError)):  # the negative control
+        main(["validate", *ppo(), f"--ckpt_path={address}"])
+    assert asked
+
+
+def adapter(tiny: Any, place: Path, **changes: Any) -> Path:
+    """A folder with a LoRA adapter of the policy."""
+    peft = pytest.importorskip("peft")
+    network = peft.get_peft_model(
+        ModelSource(path=tiny.policy).causal_lm(),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    network.save_pretrained(place / "adapter")
+    file = place / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": tiny.policy} | changes))
+    return place / "adapter"
+
+
+def test_adapter_that_loads_others_is_refused(tiny: Any, workplace: Path, asked: list[Any]) -> None:
+    path = adapter(tiny, workplace, peft_type="XLORA", adapters={"one": "some-owner/some-adapter"}, hidden_size=16)
+    with pytest.raises(ValueError, match=r"`peft_type` is 'XLORA', which may load more.*LORA"):
+        ModelSource(path=str(path)).causal_lm()
+    assert asked == []
+
+
+@pytest.mark.parametrize("left", ["x.safetensors", "adapter_model.bin"])
+def test_adapter_without_its_weights_asks_no_network(left: str, tiny: Any, workplace: Path, asked: list[Any]) -> None:
+    path = adapter(tiny, workplace)
+    (path / "adapter_model.safetensors").rename(path / left)
+    (path / "x.safetensors").touch()
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
+        ModelSource(path=path.name).causal_lm()
+    assert asked == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_base_of_a_hub_is_read_from_the_cache_alone(
+    cached: bool, tiny: Any, workplace: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = adapter(tiny, workplace, base_model_name_or_path="some-owner/some-model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workplace / "cache"))
+    place = workplace / "cache" / "models--some-owner--some-model"
+    if cached:
+        shutil.copytree(tiny.policy, place / "snapshots" / ("a" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("a" * 40)
+        assert ModelSource(path=str(path)).causal_lm().config.hidden_size == 16
+    else:
+        with pytest.raises(ValueError, match="not in the local cache.*hf download some-owner/some-model"):
+            ModelSource(path=str(path)).causal_lm()
+    assert asked == []
+
+
 # Code
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,54 @@ def test_several_runs_are_overlaid(rl_run: Callable[..., Path], reward_run: Path
     curve = [(row["x"], row["y"]) for row in rows if row["figure"] == "reliability" and row["low"]]
     assert [tuple(map(float, point)) for point in curve] == [(0.55, 0.5), (0.95, 1.0)]
     assert "Where the settings differ" in page
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a"])
+def test_name_of_a_run_is_no_formula(name: str, rl_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = rl_run("policy").rename(tmp_path / name)
+    write_report([folder, rl_run("other")], output=tmp_path / "out")
+    with (tmp_path / "out" / "report.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["series"] for row in rows if row["figure"] == "reward"} >= {f"'{name}", "other"}
+    assert not any(row["series"].startswith(name) for row in rows)
+    assert min(float(row["y"]) for row in rows if row["figure"] == "reward") == 0.0  # numbers stay as they are
+
+
+def test_link_in_the_place_of_a_file_is_replaced(rl_run: Callable[..., Path], tmp_path: Path) -> None:
+    """What it leads to stays as it is."""
+    mine, out = tmp_path / "mine.txt", tmp_path / "out"
+    mine.write_text("mine")
+    out.mkdir()
+    names = ["report.html", "report.csv", "reward.png"]
+    for name in [*names, *(f".{name}.part" for name in names), "report.html.part"]:
+        (out / name).symlink_to(mine)
+    write_report([rl_run()], output=out)
+    assert mine.read_text() == "mine"
+    assert not any((out / name).is_symlink() for name in names)
+    assert not any((out / f".{name}.part").exists() for name in names)
+
+
+def test_link_in_the_place_of_the_folder_is_refused(
+    rl_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = rl_run()
+    (tmp_path / "mine").mkdir()
+    (folder / "report").symlink_to(tmp_path / "mine")
+    with pytest.raises(SystemExit):
+        main(["report", str(folder)])
+    assert "is a link: say where the report goes by --output" in capsys.readouterr().err
+    assert not any((tmp_path / "mine").iterdir())
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a {b: *a}", "a: &a [*a]", "[" * 5000], ids=["bomb", "map", "list", "deep"])
+def test_config_without_end_is_refused(text: str, rl_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = rl_run()
+    (folder / "version_0" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml is no YAML \("):
+        write_report([folder], output=tmp_path / "out")
 
 
 def test_several_runs_need_a_place_to_write(rl_run: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:

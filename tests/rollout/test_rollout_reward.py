@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from functools import partial
 
 import numpy as np
@@ -15,6 +17,7 @@ from lightning_rlhf.data import ComparisonDataModule
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule
 from lightning_rlhf.rollout import FunctionReward, Generation, LearnedReward, ModuleReward, TextReward, as_reward
+from lightning_rlhf.rollout.failure import RewardError, scored_or_told
 from lightning_rlhf.types import Rollout
 
 A = 10
@@ -48,6 +51,19 @@ def prepared(reward, tokenizer):
     reward = as_reward(reward)
     reward.prepare(tokenizer)
     return reward
+
+
+@pytest.mark.parametrize("score", [1e300, -1e39])
+def test_score_must_be_finite_where_it_is_used(score, text_rollout, toy_tokenizer, tmp_path, monkeypatch):
+    """In float32, as the log-probabilities are; in float64 it is let in."""
+    monkeypatch.chdir(tmp_path)
+    reward = prepared(lambda prompts, responses: torch.tensor([0.0, score, 0.0], dtype=torch.float64), toy_tokenizer)
+    asked = {"rows": ROWS, "agreed": lambda fine: fine, "iteration": 3}
+    said = re.escape(f"{score} for response 1: return numbers that are finite in float32")
+    with pytest.raises(RewardError, match=said):
+        scored_or_told(reward, text_rollout, **asked)
+    wide = dataclasses.replace(text_rollout, logprobs=text_rollout.logprobs.double())
+    assert scored_or_told(reward, wide, **asked).total.tolist() == [0.0, score, 0.0]
 
 
 # Functions
