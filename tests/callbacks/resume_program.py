@@ -1,6 +1,7 @@
 """Trains, is killed, goes on: `python resume_program.py FOLDER NAMES`.
 
 FOLDER holds `lm` and the JSONL files. Each name is `DEVICES-KILL`; KILL says where the first run dies, or `never`.
+`1to2` devices are one before that, and two afterwards.
 What the last run ends with is `FOLDER/NAME/end-RANK.pt`. All runs are forks of one process, which imports once.
 """
 
@@ -163,15 +164,16 @@ def main() -> None:
     data = Path(sys.argv[1])
     for name in sys.argv[2].split(","):
         devices, kill = name.split("-")
+        first, _, last = devices.partition("to")
         folder = data / name
         folder.mkdir()
         if kill != "never":
-            status = forked(data, folder, int(devices), kill, None)
+            status = forked(data, folder, int(first), kill, None)
             assert not list(folder.glob("end-*")), "it was to die"
             left = sorted(path.name for path in (folder / "checkpoints").iterdir())
             (folder / "left.txt").write_text("\n".join(left))
             (folder / "status.txt").write_text(str(status))
-        forked(data, folder, int(devices), "never", None if kill == "never" else "last")
+        forked(data, folder, int(last or first), "never", None if kill == "never" else "last")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ PROMPTS = ["a b", "c", "d e f", "g", "h i", "j k l m", "n", "o p", "q r s", "t",
 KILLS = ["rollout", "minibatch", "write", "rename"]
 POLITE = {"1-interrupt": 1, "1-terminate": 143}
 """Signals to every process of the run, and the status it ends with."""
+MOVED = ["1to2-rollout", "2to1-minibatch"]
+"""Resumed on another number of processes, with the batch and the minibatch of all of them as before."""
 NAMES = [*(f"1-{kill}" for kill in KILLS), "2-rollout", "2-minibatch", "2-write"]
 
 
@@ -33,7 +35,7 @@ def ends(tmp_path_factory, forking_python, make_lm, make_tokenizer) -> Callable[
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
-        [forking_python, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES, *POLITE])],
+        [forking_python, str(PROGRAM), str(folder), ",".join(["1-never", "2-never", *NAMES, *MOVED, *POLITE])],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
@@ -81,6 +83,18 @@ def test_killed_run_ends_as_the_uninterrupted_one(ends, name):
         expected = {"rollout": 0, "minibatch": 0, "write": 1, "rename": 1}[kill]
         assert sum(part.endswith(".part") for part in resumed.pop("left")) == expected
         assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_run_goes_on_with_another_number_of_processes(ends, name):
+    """The numbers are those of one process, but for the order in which sums are taken."""
+    whole, resumed = ends("1-never"), ends(name)
+    assert whole["numbers"][2:] == resumed["numbers"][2:] == [6, 48]
+    assert whole["global_step"] == resumed["global_step"]
+    assert resumed["numbers"][:2] == pytest.approx(whole["numbers"][:2], abs=1e-9)
+    for key, weight in whole["weights"].items():
+        if isinstance(weight, torch.Tensor):
+            assert torch.allclose(weight, resumed["weights"][key], rtol=0, atol=1e-9), key
 
 
 @pytest.mark.parametrize("name", POLITE)

@@ -8,6 +8,7 @@ import shutil
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lightning_rlhf.core.settings import described, differences
 from lightning_rlhf.data import ComparisonDataModule, PromptDataModule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.modules.resume import of_all_processes
 from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, Updates, WeightedReward
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
@@ -334,3 +336,15 @@ def test_description_is_plain_and_says_what_it_is_of():
     assert (found["a"]["epsilon"], found["f"], found["x"]) == (0.1, "letters", [1, ["2"]])
     assert list(differences(found, found)) == []
     assert [str(x) for x in differences({"a": 1}, {"a": 1, "b": 2})] == ["b: 'nothing' before, 2 now"]
+
+
+@pytest.mark.parametrize(
+    ("minibatch", "world", "expected"), [(4, 1, 4), (2, 2, 4), (1, 4, 4), (4, 2, 8), (None, 2, None)]
+)
+    ("minibatch", "world", "expected"), [(4, 1, 4), (2, 2, 4), (1, 4, 4), (4, 2, 8), (None, 2, None)]
+)
+def test_minibatch_of_a_checkpoint_is_that_of_all_processes(make_lm, minibatch, world, expected):
+    module = PPOModule(make_lm(), letters, updates=Updates(minibatch=minibatch))
+    described_updates = of_all_processes(module._settings, SimpleNamespace(world_size=world))["updates"]
+    assert described_updates["minibatch of all processes"] == expected
+    assert "minibatch" not in described_updates
