@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
@@ -14,6 +15,8 @@ from lightning_rlhf.folders.atomic import check_writable
 
 logger = logging.getLogger(__name__)
 
+DType = Literal["float32", "float64", "bfloat16", "float16"]
+
 
 class Export(Callback):
     """Calls the module's `save_pretrained` when training ends; with the averaged weights where an `EMA` runs.
@@ -22,10 +25,11 @@ class Export(Callback):
         folder: written whole or not at all. An earlier export there is replaced, and is there until then; a folder that
             holds anything else is refused when training starts, as is one that holds a path of the run.
         merge_adapter: fold a LoRA adapter into the weights.
+        dtype: of the weights in the folder; None is that in which they were trained, float32 under `bf16-mixed`.
     """
 
-    def __init__(self, folder: str, merge_adapter: bool = False) -> None:
-        self.folder, self.merge_adapter = folder, merge_adapter
+    def __init__(self, folder: str, merge_adapter: bool = False, dtype: DType | None = None) -> None:
+        self.folder, self.merge_adapter, self.dtype = folder, merge_adapter, dtype
         self._problem: Exception | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +65,7 @@ class Export(Callback):
         all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
         try:
             if trainer.is_global_zero or all_take_part:
-                pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter)
+                pl_module.save_pretrained(self.folder, merge_adapter=self.merge_adapter, dtype=self.dtype)
         except (OSError, ValueError) as error:
             self._problem = error
         if trainer.is_global_zero and self._problem is None:

@@ -21,8 +21,10 @@ from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.head import is_linear
 from lightning_rlhf.models.sharding import shard
+from lightning_rlhf.models.source import DType
 from lightning_rlhf.models.states import Backbone, filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
+from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
 
 logger = logging.getLogger(__name__)
@@ -147,13 +149,14 @@ class PolicyModel(nn.Module):
             weight.data = weight.data.to(dtype)
         return clone
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write a Hugging Face folder: weights, config, generation config, tokenizer with its template.
 
         Args:
-            folder: written whole or not at all; what stood there before is replaced. Of a sharded policy the first
+            folder: written whole or not at all; an earlier export there is replaced. Of a sharded policy the first
                 process writes it, and all of them must call this.
             merge_adapter: fold a LoRA adapter into the weights; otherwise an adapter folder is written.
+            dtype: of the weights in the folder; None is that in which they were trained.
 
         Raises:
             ValueError: `merge_adapter` without an adapter.
@@ -163,7 +166,7 @@ class PolicyModel(nn.Module):
             return
         network = merged(network) if merge_adapter else network
         with write_folder(folder) as target:
-            network.save_pretrained(target)
+            write_network(network, target, dtype)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)
             self._name_ends(target / "generation_config.json")

@@ -17,9 +17,10 @@ from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.sharding import shard
-from lightning_rlhf.models.source import ModelSource, scalar_head
+from lightning_rlhf.models.source import DType, ModelSource, scalar_head
 from lightning_rlhf.models.states import filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
+from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
 
 
@@ -133,13 +134,14 @@ class ScalarModel(nn.Module):
         """The demonstration bias of a checkpoint."""
         self.bias = float(state["demonstration_bias"])
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, `demonstration_bias` in its config.
 
         Args:
             folder: written whole or not at all. Of a sharded model the first process writes it, and all of them must
                 call this.
             merge_adapter: fold a LoRA adapter into the weights.
+            dtype: of the weights in the folder; None is that in which they were trained.
         """
         network = whole(self.network, self.blueprint)
         if network is None:
@@ -149,8 +151,9 @@ class ScalarModel(nn.Module):
         network.config.demonstration_bias = self.bias
         network.config.pad_token_id = self._padding_token()
         with write_folder(folder) as target:
-            network.save_pretrained(target)
-            network.config.save_pretrained(target)  # an adapter folder would have none, and the bias stands in it
+            write_network(network, target, dtype)
+            if not (target / "config.json").is_file():  # in an adapter's folder; the bias stands in it
+                network.config.save_pretrained(target)
             if self.tokenizer is not None:
                 self._padding_tokenizer().save_pretrained(target)
 

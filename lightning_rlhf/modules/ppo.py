@@ -335,10 +335,10 @@ class PPOModule(CheckedRevival, LightningModule):
         for name in ADAPTIVE:
             setattr(self, name, getattr(self, name).restored(state[name]))
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write the policy as a Hugging Face folder, whole or not at all; `merge_adapter` folds a LoRA adapter in."""
         self.configure_model()
-        self.policy.save_pretrained(folder, merge_adapter=merge_adapter)
+        self.policy.save_pretrained(folder, merge_adapter=merge_adapter, dtype=dtype)
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Σ over all processes."""

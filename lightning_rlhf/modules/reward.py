@@ -21,7 +21,7 @@ from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.meta import unread
-from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.models.source import DType, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.modules.calibration import Calibration
 from lightning_rlhf.modules.demonstration_bias import DemonstrationBias
@@ -278,12 +278,13 @@ class RewardModule(CheckedRevival, LightningModule):
         """Refuse to train on from another run's."""
         self._changed = check_resumable(self, checkpoint, self._settings)
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.
 
         Args:
             folder: written whole or not at all.
             merge_adapter: fold a LoRA adapter into the weights.
+            dtype: of the weights in the folder; None is that in which they were trained.
         """
         self.configure_model()
-        self.model.save_pretrained(folder, merge_adapter=merge_adapter)
+        self.model.save_pretrained(folder, merge_adapter=merge_adapter, dtype=dtype)

@@ -16,6 +16,7 @@ from lightning_rlhf.core import Cosine, Schedule, next_token_loss
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
@@ -125,12 +126,13 @@ class SFTModule(CheckedRevival, LightningModule):
         """Refuse to train on from another run's."""
         self._changed = check_resumable(self, checkpoint, self._settings)
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write a Hugging Face folder: the `policy` of the RL stage and the backbone of the reward model.
 
         Args:
             folder: written whole or not at all.
             merge_adapter: fold a LoRA adapter into the weights.
+            dtype: of the weights in the folder; None is that in which they were trained.
         """
         self.configure_model()
-        self.model.save_pretrained(folder, merge_adapter=merge_adapter)
+        self.model.save_pretrained(folder, merge_adapter=merge_adapter, dtype=dtype)

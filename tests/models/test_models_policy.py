@@ -311,3 +311,18 @@ def test_saving_replaces_an_older_folder(make_lm, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded.lm_head.weight, make_lm(seed=2).lm_head.weight)
     assert not torch.equal(loaded.lm_head.weight, make_lm(seed=1).lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_folder_can_be_in_another_precision_than_the_policy(make_lm, tmp_path, dtype):
+    """The head stays tied to the embeddings."""
+    model = PolicyModel(make_lm("llama", tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "cast", dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cast")
+    assert loaded.dtype is getattr(torch, dtype)
+    for name, weight in model.network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.to(loaded.dtype))
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("own", "cast")]
+    assert sizes[1] < (0.65 if dtype == "bfloat16" else 1.01) * sizes[0]
+    assert next(model.network.parameters()).dtype is torch.float32

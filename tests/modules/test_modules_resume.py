@@ -341,8 +341,6 @@ def test_description_is_plain_and_says_what_it_is_of():
 @pytest.mark.parametrize(
     ("minibatch", "world", "expected"), [(4, 1, 4), (2, 2, 4), (1, 4, 4), (4, 2, 8), (None, 2, None)]
 )
-    ("minibatch", "world", "expected"), [(4, 1, 4), (2, 2, 4), (1, 4, 4), (4, 2, 8), (None, 2, None)]
-)
 def test_minibatch_of_a_checkpoint_is_that_of_all_processes(make_lm, minibatch, world, expected):
     module = PPOModule(make_lm(), letters, updates=Updates(minibatch=minibatch))
     described_updates = of_all_processes(module._settings, SimpleNamespace(world_size=world))["updates"]

@@ -248,6 +248,12 @@ def _around(bench: Bench) -> Table:
             fitted(callback, model)
         return _files(folder)
 
+    def exported_bytes(callback: Export) -> int:
+        folder = bench.empty()
+        with contextlib.chdir(folder):
+            fitted(callback, bench.policy)
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
     def exported_adapter(callback: Export) -> list[str]:
         return exported(callback, adapted)
 
@@ -355,6 +361,7 @@ def _around(bench: Bench) -> Table:
             {"folder": "out"},
             folder=to("elsewhere"),
             merge_adapter=to(True, by=exported_adapter),
+            dtype=to("bfloat16", by=exported_bytes),
         ),
         GradientNorms: case(measured, every=to(2)),
         KLGuard: case(

@@ -1,0 +1,41 @@
+"""A network's weights and config, as they are written to a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rlhf.models.source import DType
+
+
+def write_network(network: nn.Module, folder: Path, dtype: DType | None = None) -> None:
+    """Write a transformers or PEFT network.
+
+    Args:
+        network: as transformers or PEFT built it.
+        folder: takes the files.
+        dtype: of the floating-point weights there; None is that of the network.
+    """
+    if dtype is None:
+        network.save_pretrained(folder)
+        return
+    network.save_pretrained(folder, state_dict=_cast(network.state_dict(), getattr(torch, dtype)))
+    config = folder / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps(values | {"dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another precision; those that are tied stay one."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    found = {}
+    for name, weight in state.items():
+        key = weight.data_ptr(), weight.shape
+        if key not in cast:
+            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+        found[name] = cast[key]
+    return found
