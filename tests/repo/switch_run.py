@@ -48,6 +48,7 @@ from lightning_rlhf.core import (
     KLInLoss,
     MeanOfMeans,
     PlackettLuce,
+    ReplaceScore,
     TokenLevel,
     Unclipped,
 )
@@ -58,7 +59,6 @@ from lightning_rlhf.modules import (
     BestOfN,
     GoldReward,
     PPOModule,
-    ReplaceScore,
     RewardModule,
     SFTModule,
     WinRate,
