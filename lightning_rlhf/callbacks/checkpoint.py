@@ -159,7 +159,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run in that has made all its steps, for what follows the last: Lightning would pass it over."""
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or "loops" not in checkpoint:  # of weights alone
             return
         self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
         if 0 <= trainer.max_steps <= checkpoint["global_step"]:

@@ -108,7 +108,7 @@ def accept_differences(
         )
     if accepted:
         logger.warning(
-            "the run goes on with another %s than the checkpoint's, and so not as it would have:\n  %s",
+            "the run goes on, though its %s differs from the checkpoint's, and so not as it would have:\n  %s",
             of,
             "\n  ".join(map(str, accepted)),
         )

@@ -24,6 +24,8 @@ from lightning_rlhf.text import Encoder, load_tokenizer
 
 Reader = Callable[[Sequence[Located], Encoder, Columns, Tally], Sequence[Any]]
 Collate = Callable[..., Any]
+TOKENS = "tokens, as the chat template writes them today"
+"""Key of the digest that changes with a template, the date in it, or a limit on lengths."""
 
 
 class TextDataModule(LightningDataModule):
@@ -118,15 +120,13 @@ class TextDataModule(LightningDataModule):
         self._examples[name] = read(records, self.encoder, self.columns, tally)
         self.tallies[name] = tally
         if "val" not in name:
-            self._digests[name] = {"content": records.digest, "tokens": digest_of_tokens(self._examples[name])}
+            self._digests[name] = {"content": records.digest, TOKENS: digest_of_tokens(self._examples[name])}
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order of the rows; the position in it is the loader's."""
         _, world = self._place()
         rows = {name: len(self._examples[name]) for name in self._digests}
-        digests = {
-            kind: {name: digest[kind] for name, digest in self._digests.items()} for kind in ("content", "tokens")
-        }
+        digests = {kind: {name: digest[kind] for name, digest in self._digests.items()} for kind in ("content", TOKENS)}
         return {"seed": self.seed, "batch_size of all processes": self.batch_size * world, "rows": rows} | digests
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class TextDataModule(LightningDataModule):
                 state_dict,
                 self.state_dict(),
                 of="data",
-                is_future=lambda difference: difference.name.startswith(("rows.", "tokens.")),
+                is_future=lambda difference: difference.name.startswith(("rows.", TOKENS)),
             )
 
     def training_stream(self, name: str, collate: Collate, *, batch_size: int) -> Stream:
