@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks.torn import defect
 
@@ -49,3 +50,13 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch's own writer, where the file under it fails
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a checkpoint could not be written because a disk is full, broken or read-only.
+
+    DeepSpeed hands on what torch's own writer raises, a RuntimeError that says where it stopped.
+    """
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "No space left"))
+    return isinstance(error, OSError | CheckpointException)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks.batch_end import finish, following
-from lightning_rlhf.callbacks.checked_io import CheckedIO
+from lightning_rlhf.callbacks.checked_io import CheckedIO, is_of_the_disk
+from lightning_rlhf.callbacks.kept_logs import keep_logs
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.signals import Signals
 from lightning_rlhf.callbacks.torn import defect, discard, rename, settle
@@ -30,8 +31,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     `last.ckpt` in a fixed folder, so that `--ckpt_path last` finds it; the one before is kept. Each is written under
     another name, brought to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
-    a warning and the checkpoints before stay. `last` passes over one that is torn, and says so. A validation that is
-    due after the batch that was saved is run when the checkpoint is resumed from.
+    a warning and the checkpoints before stay; so it does where a logger cannot write. `last` passes over one that is
+    torn, and says so. A validation that is due after the batch that was saved is run when the checkpoint is resumed
+    from.
 
     Args:
         dirpath: the folder, locked for this run while it trains.
@@ -84,8 +86,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen for signals; warn of what a new run replaces."""
+        """Begin to listen for signals, and to see loggers through a full disk; warn of what a new run replaces."""
         super().on_train_start(trainer, pl_module)
+        keep_logs(trainer)
         self._step_of_last = trainer.global_step if trainer.ckpt_path else None
         if trainer.ckpt_path and self._following is not None:
             finish(trainer, self._following)
@@ -199,7 +202,9 @@ class RunCheckpoint(ModelCheckpoint):
         problem: BaseException | None = None
         try:
             trainer.save_checkpoint(part)
-        except (OSError, CheckpointException) as error:
+        except (Exception, CheckpointException) as error:
+            if not is_of_the_disk(error):
+                raise
             problem = error
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
         if trainer.is_global_zero and problem is None:

@@ -12,6 +12,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rlhf.callbacks.checked_io import write
+from lightning_rlhf.callbacks.torn import discard
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,27 +83,32 @@ class NonFiniteGuard(Callback):
         self.left_out = state_dict["left_out"]
 
     def _count(self, trainer: Trainer, parameters: list[str]) -> None:
-        path = self._dump(trainer, parameters)
+        kept = self._dump(trainer, parameters)
         if self.left_out == self.limit:
             raise RuntimeError(
                 f"the gradients of step {trainer.global_step} are not finite, and {self.limit} such steps were left "
-                f"out already: the run was stopped; the last checkpoint is from before, the batch in {path}; lower "
+                f"out already: the run was stopped; the last checkpoint is from before, {kept}; lower "
                 "the learning rate, or train in float32 or bf16-mixed"
             )
         self.left_out += 1
         logger.warning(
-            "the gradients of step %d are not finite: it is left out (%d of %d); the batch is in %s",
+            "the gradients of step %d are not finite: it is left out (%d of %d); %s",
             trainer.global_step,
             self.left_out,
             self.limit,
-            path,
+            kept,
         )
 
-    def _dump(self, trainer: Trainer, parameters: list[str]) -> Path:
+    def _dump(self, trainer: Trainer, parameters: list[str]) -> str:
+        """Where the batch is."""
         path = Path(self.folder) / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"parameters": parameters, "batch": _plain(self._batch)}, path)
-        return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write({"parameters": parameters, "batch": _plain(self._batch)}, path)
+        except OSError as error:
+            discard(path)
+            return f"the batch could not be written ({error})"
+        return f"the batch is in {path}"
 
 
 def _skipped(trainer: Trainer) -> int:

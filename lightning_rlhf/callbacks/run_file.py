@@ -7,11 +7,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+
+from lightning_rlhf.callbacks.torn import discard
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +77,22 @@ class RunFile:
             with self.path.open("a", encoding="ascii", newline="\n") as file:
                 file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
         except OSError as error:
-            os.truncate(self.path, before)
+            with suppress(OSError):
+                os.truncate(self.path, before)
             logger.error("%s was not written to (%s): training goes on without these lines", self.path, error)
 
     def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Take out lines, all at once: the file is written anew and renamed."""
+        """Take out lines, all at once: the file is written anew and renamed, or stays as it is."""
         if self.path is None or not self.path.exists():
             return
         part = self.path.with_name(self.path.name + ".part")
-        with self.path.open(encoding="ascii") as lines, part.open("w", encoding="ascii", newline="\n") as kept:
-            kept.writelines(line for line in lines if not unwanted(json.loads(line)))
-        part.replace(self.path)
+        try:
+            with self.path.open(encoding="ascii") as lines, part.open("w", encoding="ascii", newline="\n") as kept:
+                kept.writelines(line for line in lines if not unwanted(json.loads(line)))
+            part.replace(self.path)
+        except OSError as error:
+            discard(part)
+            logger.error("%s was not written anew (%s): it holds lines that are replaced", self.path, error)
 
 
 def _end_of(path: Path, before: float) -> int:

@@ -227,6 +227,21 @@ def test_test_replaces_its_own_lines_and_validate_writes_none(fit, tmp_path, mak
     ]
 
 
+def test_full_disk_leaves_the_file_that_was_to_be_written_anew(tmp_path, monkeypatch, caplog):
+    file = RunFile(str(tmp_path), "log.jsonl")
+    file.path = tmp_path / "log.jsonl"
+    file.append([{"a": 1}, {"a": 2}])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    file.drop(lambda line: line["a"] == 1)
+    assert read(file.path) == [{"a": 1}, {"a": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert "No space left on device" in caplog.text
+
+
 def test_full_disk_costs_the_lines_and_not_the_run(tmp_path, monkeypatch, caplog):
     file = RunFile(str(tmp_path), "log.jsonl")
     file.path = tmp_path / "log.jsonl"
