@@ -16,10 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks.batch_end import finish, following
 from lightning_rlhf.callbacks.checked_io import CheckedIO, is_of_the_disk
+from lightning_rlhf.callbacks.earlier import move_checkpoints
 from lightning_rlhf.callbacks.kept_logs import keep_logs
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.signals import Signals
 from lightning_rlhf.callbacks.torn import defect, discard, rename, settle
+from lightning_rlhf.callbacks.writable import on_first
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class RunCheckpoint(ModelCheckpoint):
     another name, brought to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
     a warning and the checkpoints before stay; so it does where a logger cannot write. `last` passes over one that is
     torn, and says so. A validation that is due after the batch that was saved is run when the checkpoint is resumed
-    from.
+    from. A run that does not go on from a checkpoint of the folder first moves those it finds into `earlier-1` there.
 
     Args:
         dirpath: the folder, locked for this run while it trains.
@@ -86,21 +88,18 @@ class RunCheckpoint(ModelCheckpoint):
             self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen for signals, and to see loggers through a full disk; warn of what a new run replaces."""
+        """Move an earlier run's checkpoints aside; see loggers through a full disk; begin to listen for signals."""
         super().on_train_start(trainer, pl_module)
         keep_logs(trainer)
-        self._step_of_last = trainer.global_step if trainer.ckpt_path else None
+        here = bool(trainer.ckpt_path) and Path(trainer.ckpt_path).parent.resolve() == self._folder.resolve()
+        self._step_of_last = trainer.global_step if here else None
         if trainer.ckpt_path and self._following is not None:
             finish(trainer, self._following)
             if not self._following["validation"]:
                 self._limit_steps(trainer)
         self.signals.watch()
-        if trainer.is_global_zero and not trainer.ckpt_path and (self._folder / LAST).exists():
-            logger.warning(
-                "%s holds checkpoints of an earlier run, which this one replaces: stop now and add --ckpt_path last to "
-                "go on with that run, or give this one another `dirpath`",
-                self._folder,
-            )
+        if not here and not trainer.fast_dev_run:
+            on_first(trainer, self._move_earlier, folder=self._folder, argument="dirpath")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,6 +176,16 @@ class RunCheckpoint(ModelCheckpoint):
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
         """Always False: a resumed run writes the best checkpoints of the run that was killed again."""
         return False
+
+    def _move_earlier(self) -> None:
+        moved = move_checkpoints(self._folder)
+        if moved is not None:
+            logger.warning(
+                "%s held checkpoints of an earlier run, which are now in %s: to go on with that run, stop this one, "
+                "move them back and add --ckpt_path last",
+                self._folder,
+                moved,
+            )
 
     @property
     def _folder(self) -> Path:

@@ -184,11 +184,26 @@ def test_last_without_any_begins(fit):
     assert fit(2, ckpt_path="last").iteration == 2
 
 
-def test_new_run_over_an_old_one_is_warned_of(fit, caplog):
-    fit(1)
+def test_new_run_moves_the_checkpoints_of_an_old_one_aside(fit, kept, caplog):
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
+
+    fit(2)
+    first = content(kept)
+    (kept / "best-step=1.ckpt").mkdir()  # as FSDP2 writes
     assert "earlier run" not in caplog.text
     fit(1)
-    assert "add --ckpt_path last" in caplog.text
+    second = content(kept)
+    assert f"earlier run, which are now in {kept / 'earlier-1'}" in caplog.text
+    assert names(kept) == ["earlier-1", "last.ckpt"]
+    assert names(kept / "earlier-1") == ["best-step=1.ckpt", "last-previous.ckpt", "last.ckpt"]
+    (kept / "earlier-1" / "best-step=1.ckpt").rmdir()
+    assert content(kept / "earlier-1") == first
+    fit(2, ckpt_path=str(kept / "earlier-1" / "last.ckpt"))  # of another folder
+    assert (content(kept / "earlier-1"), content(kept / "earlier-2")) == (first, second)
+    assert iteration(kept / "last.ckpt") == 2
+    fit(2, ckpt_path="last")
+    assert names(kept) == ["earlier-1", "earlier-2", "last.ckpt"]
 
 
 def test_full_disk_leaves_the_checkpoints_before_and_the_run(fit, kept, monkeypatch, caplog):
