@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class CheckedIO(TorchCheckpointIO):
         Raises:
             ValueError: the file is torn.
         """
+        path = expanduser(path)
         problem = defect(Path(path)) if Path(path).exists() else None
         if problem is not None:
             raise ValueError(f"{path} is torn: {problem}; take another one, or --ckpt_path last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -91,7 +92,9 @@ class RunCheckpoint(ModelCheckpoint):
         """Move an earlier run's checkpoints aside; see loggers through a full disk; begin to listen for signals."""
         super().on_train_start(trainer, pl_module)
         keep_logs(trainer)
-        here = bool(trainer.ckpt_path) and Path(trainer.ckpt_path).parent.resolve() == self._folder.resolve()
+        here = (
+            bool(trainer.ckpt_path) and Path(expanduser(trainer.ckpt_path)).parent.resolve() == self._folder.resolve()
+        )
         self._step_of_last = trainer.global_step if here else None
         if trainer.ckpt_path and self._following is not None:
             finish(trainer, self._following)

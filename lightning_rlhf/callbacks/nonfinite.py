@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_rlhf.callbacks.checked_io import write
 from lightning_rlhf.callbacks.torn import discard
+from lightning_rlhf.callbacks.writable import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,24 @@ class NonFiniteGuard(Callback):
         folder: takes the batch and the names of the parameters concerned, a file for each process.
 
     Raises:
-        ValueError: `limit` is negative.
+        ValueError: `limit` is negative; at the start, the folder cannot be written to.
     """
 
     def __init__(self, limit: int = 3, folder: str = "runs/nonfinite") -> None:
         if limit < 0:
             raise ValueError(f"`limit` must be at least 0: got {limit}")
-        self.limit, self.folder, self.left_out = limit, folder, 0
+        self.limit, self.folder, self.left_out = limit, expanduser(folder), 0
         self._batch: Any = None
         self._skipped = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before training that the folder cannot be written to.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if stage == "fit" and not trainer.fast_dev_run:
+            check_writable(trainer, Path(self.folder), argument="folder")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step comes from."""

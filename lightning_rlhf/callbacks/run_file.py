@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ OPENING = re.compile(rb'\{"iteration": (\d+)[,}]')
 class RunFile:
     """Grows by whole lines, all of a rollout or an evaluation at once; each begins with its `iteration`.
 
-    Process 0 writes what all have; meanwhile no other run may. Where the disk refuses, what was half written is taken back and training goes on.
-    Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in two.
+    Process 0 writes what all have; meanwhile no other run may. Where the disk refuses, what was half written is taken
+    back and training goes on. Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in
+    two.
 
     Args:
         folder: None is the trainer's log_dir.
@@ -58,7 +60,7 @@ class RunFile:
             ValueError: another run holds the file, or the folder cannot be written to.
         """
         folder = trainer.log_dir if self.folder is None else self.folder  # log_dir needs every process
-        self.path = None if trainer.fast_dev_run else Path(folder or ".") / self.name
+        self.path = None if trainer.fast_dev_run else Path(expanduser(folder or ".")) / self.name
         if self.path is None:
             return
         self._lock.claim(trainer, self.path.with_name(f".{self.name}.lock"), argument="folder")
