@@ -45,11 +45,11 @@ class PredictionWriter(BasePredictionWriter):
             ValueError: its path is a folder's, or cannot be written to.
         """
         super().setup(trainer, pl_module, stage)
-        path = Path(self.path)
-        if path.is_dir():
-            raise ValueError(f"`path`: {path} is a folder: give the name of a file in it")
-        if stage == "predict":
-            check_writable(trainer, path.parent, argument="path")
+        if stage != "predict":
+            return
+        if Path(self.path).is_dir():
+            raise ValueError(f"`path`: {self.path} is a folder: give the name of a file in it")
+        check_writable(trainer, Path(self.path).parent, argument="path")
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -180,6 +180,13 @@ def test_torn_checkpoint_that_was_named_is_refused(fit, kept):
         fit(2, ckpt_path=str(kept / "last.ckpt"))
 
 
+def test_folder_of_shards_is_refused_where_a_file_is_read(fit, kept):
+    (kept / "sharded.ckpt").mkdir(parents=True)
+    (kept / "sharded.ckpt" / "latest").write_text("step")
+    with pytest.raises(ValueError, match="sharded.ckpt is a folder, as strategies that shard a model write: set the"):
+        fit(2, ckpt_path=str(kept / "sharded.ckpt"))
+
+
 def test_last_without_any_begins(fit):
     assert fit(2, ckpt_path="last").iteration == 2
 
