@@ -217,7 +217,8 @@ class RunCheckpoint(ModelCheckpoint):
         except (Exception, CheckpointException) as error:
             if not is_of_the_disk(error):
                 raise
-            problem = error
+            of_some = list(getattr(error, "failures", {}).values())  # a CheckpointException holds those of processes
+            problem = of_some[0][0] if of_some else error
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
         if trainer.is_global_zero and problem is None:
             problem = _name(part, path, before)

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import tempfile
+import traceback
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -290,7 +291,7 @@ def test_any_logger_that_cannot_write_costs_no_run(fit, tmp_path, monkeypatch, c
     [
         RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-        CheckpointException("some failed", {}),
+        CheckpointException("write", {1: (OSError(28, "inline_container"), traceback.StackSummary())}),
     ],
 )
 def test_full_disk_as_sharded_writers_say_it_costs_no_run(fit, kept, monkeypatch, caplog, error):
@@ -300,7 +301,9 @@ def test_full_disk_as_sharded_writers_say_it_costs_no_run(fit, kept, monkeypatch
     monkeypatch.setattr(checked_io, "write", full)
     assert fit(2).iteration == 2
     assert names(kept) == []
-    assert "was not written" in caplog.text
+    said = [record.getMessage() for record in caplog.records if "was not written" in record.getMessage()]
+    assert len(said) == 3
+    assert all(("inline_container" in line or "PytorchStreamWriter" in line) and "\n" not in line for line in said)
 
 
 def test_other_error_in_a_checkpoint_ends_the_run(fit, monkeypatch):
