@@ -127,18 +127,10 @@ class RLHFCLI(LightningCLI):
         """Run it.
 
         Raises:
-            ValueError: the checkpoint's weights are those of another network, or it is a folder and the strategy reads
-                files.
+            ValueError: the checkpoint's weights are those of another network.
         """
         try:
             super()._run_subcommand(subcommand)
-        except IsADirectoryError as error:
-            if error.filename != str(self.config[subcommand].ckpt_path):
-                raise
-            raise ValueError(
-                f"`ckpt_path`: {error.filename} is a folder, as strategies that shard a model write: set the "
-                "`trainer.strategy` that wrote it"
-            ) from error
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     rescorer, comparison = Rescorer(as_reward(chosen.reward), tokenizer, chosen.prompt_role), Comparison()
     records = stream_records(chosen.log)
-    with _whole(Path(chosen.output)) as file:
+    with _whole(Path(expanduser(chosen.output))) as file:
         while batch := list(islice(records, chosen.batch_size)):
             scores = rescorer(batch)
             for record, score in zip(batch, scores, strict=True):
@@ -166,7 +167,7 @@ def _with_folder(args: Sequence[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         if flag == "--reward":
             value = value if equals else "".join(found[place + 1 : place + 2])
-            if Path(value).exists():
+            if Path(expanduser(value)).exists():
                 found[place : place + (1 if equals else 2)] = ["--reward=LearnedReward", f"--reward.path={value}"]
                 break
     return found

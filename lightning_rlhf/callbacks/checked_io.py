@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks.torn import defect
 
@@ -32,6 +34,7 @@ class CheckedIO(TorchCheckpointIO):
         Raises:
             ValueError: the file is torn.
         """
+        path = expanduser(path)
         problem = defect(Path(path)) if Path(path).exists() else None
         if problem is not None:
             raise ValueError(f"{path} is torn: {problem}; take another one, or --ckpt_path last")
@@ -49,3 +52,13 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch's own writer, where the file under it fails
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a checkpoint could not be written because a disk is full, broken or read-only.
+
+    DeepSpeed hands on what torch's own writer raises, a RuntimeError that says where it stopped.
+    """
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "No space left"))
+    return isinstance(error, OSError | CheckpointException)

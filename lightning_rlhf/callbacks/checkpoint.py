@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks.batch_end import finish, following
-from lightning_rlhf.callbacks.checked_io import CheckedIO
+from lightning_rlhf.callbacks.checked_io import CheckedIO, is_of_the_disk
+from lightning_rlhf.callbacks.earlier import move_checkpoints
+from lightning_rlhf.callbacks.kept_logs import keep_logs
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.signals import Signals
 from lightning_rlhf.callbacks.torn import defect, discard, rename, settle
+from lightning_rlhf.callbacks.writable import on_first
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +34,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     `last.ckpt` in a fixed folder, so that `--ckpt_path last` finds it; the one before is kept. Each is written under
     another name, brought to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
-    a warning and the checkpoints before stay. `last` passes over one that is torn, and says so. A validation that is
-    due after the batch that was saved is run when the checkpoint is resumed from.
+    a warning and the checkpoints before stay; so it does where a logger cannot write. `last` passes over one that is
+    torn, and says so. A validation that is due after the batch that was saved is run when the checkpoint is resumed
+    from. A run that does not go on from a checkpoint of the folder first moves those it finds into `earlier-1` there.
 
     Args:
         dirpath: the folder, locked for this run while it trains.
@@ -84,20 +89,20 @@ class RunCheckpoint(ModelCheckpoint):
             self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen for signals; warn of what a new run replaces."""
+        """Move an earlier run's checkpoints aside; see loggers through a full disk; begin to listen for signals."""
         super().on_train_start(trainer, pl_module)
-        self._step_of_last = trainer.global_step if trainer.ckpt_path else None
+        keep_logs(trainer)
+        here = (
+            bool(trainer.ckpt_path) and Path(expanduser(trainer.ckpt_path)).parent.resolve() == self._folder.resolve()
+        )
+        self._step_of_last = trainer.global_step if here else None
         if trainer.ckpt_path and self._following is not None:
             finish(trainer, self._following)
             if not self._following["validation"]:
                 self._limit_steps(trainer)
         self.signals.watch()
-        if trainer.is_global_zero and not trainer.ckpt_path and (self._folder / LAST).exists():
-            logger.warning(
-                "%s holds checkpoints of an earlier run, which this one replaces: stop now and add --ckpt_path last to "
-                "go on with that run, or give this one another `dirpath`",
-                self._folder,
-            )
+        if not here and not trainer.fast_dev_run:
+            on_first(trainer, self._move_earlier, folder=self._folder, argument="dirpath")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -175,6 +180,16 @@ class RunCheckpoint(ModelCheckpoint):
         """Always False: a resumed run writes the best checkpoints of the run that was killed again."""
         return False
 
+    def _move_earlier(self) -> None:
+        moved = move_checkpoints(self._folder)
+        if moved is not None:
+            logger.warning(
+                "%s held checkpoints of an earlier run, which are now in %s: to go on with that run, stop this one, "
+                "move them back and add --ckpt_path last",
+                self._folder,
+                moved,
+            )
+
     @property
     def _folder(self) -> Path:
         return Path(str(self.dirpath))
@@ -199,8 +214,11 @@ class RunCheckpoint(ModelCheckpoint):
         problem: BaseException | None = None
         try:
             trainer.save_checkpoint(part)
-        except (OSError, CheckpointException) as error:
-            problem = error
+        except (Exception, CheckpointException) as error:
+            if not is_of_the_disk(error):
+                raise
+            of_some = list(getattr(error, "failures", {}).values())  # a CheckpointException holds those of processes
+            problem = of_some[0][0] if of_some else error
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
         if trainer.is_global_zero and problem is None:
             problem = _name(part, path, before)

@@ -19,6 +19,8 @@ from lightning_rlhf.types import PPOBatch, TextBatch
 
 logger = logging.getLogger(__name__)
 
+NORMS = ("policy/rl_grad_norm", "ptx/grad_norm", "ptx/grad_norm_ratio")
+
 
 class GradientNorms(Callback):
     """Measures both gradients of PPO-ptx apart, at the first optimizer step of a rollout, and changes neither.
@@ -56,9 +58,13 @@ class GradientNorms(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PPOBatch, batch_idx: int
     ) -> None:
-        """Keep the texts of a rollout that is measured."""
-        due = self._measures and pl_module.iteration % self.every == 0
-        self._texts = batch.get("pretrain") if due else None
+        """Keep the texts of a rollout that is measured; its row alone holds what was measured."""
+        if not self._measures:
+            return
+        for metric in trainer._results.values():
+            if metric.meta.name in NORMS:
+                metric.reset()  # or Lightning would write it again
+        self._texts = batch.get("pretrain") if pl_module.iteration % self.every == 0 else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradient of the texts from that of the step; before clipping, and unscaled under fp16."""
@@ -74,8 +80,8 @@ class GradientNorms(Callback):
             p.grad = gradient
         texts_norm = _norm(list(parts.values()))
         rest_norm = _norm([a - b for a, b in zip(whole, parts.values(), strict=True)])
-        norms = {"policy/rl_grad_norm": rest_norm, "ptx/grad_norm": texts_norm}
-        pl_module.log_dict(norms | {"ptx/grad_norm_ratio": texts_norm / rest_norm}, batch_size=1)
+        norms = dict(zip(NORMS, (rest_norm, texts_norm, texts_norm / rest_norm), strict=True))
+        pl_module.log_dict(norms, batch_size=1)
 
     @staticmethod
     def _share(pl_module: Any, texts: TextBatch) -> list[TextBatch]:

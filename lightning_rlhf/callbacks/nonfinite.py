@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_rlhf.callbacks.checked_io import write
+from lightning_rlhf.callbacks.torn import discard
+from lightning_rlhf.callbacks.writable import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +31,24 @@ class NonFiniteGuard(Callback):
         folder: takes the batch and the names of the parameters concerned, a file for each process.
 
     Raises:
-        ValueError: `limit` is negative.
+        ValueError: `limit` is negative; at the start, the folder cannot be written to.
     """
 
     def __init__(self, limit: int = 3, folder: str = "runs/nonfinite") -> None:
         if limit < 0:
             raise ValueError(f"`limit` must be at least 0: got {limit}")
-        self.limit, self.folder, self.left_out = limit, folder, 0
+        self.limit, self.folder, self.left_out = limit, expanduser(folder), 0
         self._batch: Any = None
         self._skipped = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before training that the folder cannot be written to.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if stage == "fit" and not trainer.fast_dev_run:
+            check_writable(trainer, Path(self.folder), argument="folder")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step comes from."""
@@ -80,27 +94,32 @@ class NonFiniteGuard(Callback):
         self.left_out = state_dict["left_out"]
 
     def _count(self, trainer: Trainer, parameters: list[str]) -> None:
-        path = self._dump(trainer, parameters)
+        kept = self._dump(trainer, parameters)
         if self.left_out == self.limit:
             raise RuntimeError(
                 f"the gradients of step {trainer.global_step} are not finite, and {self.limit} such steps were left "
-                f"out already: the run was stopped; the last checkpoint is from before, the batch in {path}; lower "
+                f"out already: the run was stopped; the last checkpoint is from before, {kept}; lower "
                 "the learning rate, or train in float32 or bf16-mixed"
             )
         self.left_out += 1
         logger.warning(
-            "the gradients of step %d are not finite: it is left out (%d of %d); the batch is in %s",
+            "the gradients of step %d are not finite: it is left out (%d of %d); %s",
             trainer.global_step,
             self.left_out,
             self.limit,
-            path,
+            kept,
         )
 
-    def _dump(self, trainer: Trainer, parameters: list[str]) -> Path:
+    def _dump(self, trainer: Trainer, parameters: list[str]) -> str:
+        """Where the batch is."""
         path = Path(self.folder) / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"parameters": parameters, "batch": _plain(self._batch)}, path)
-        return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write({"parameters": parameters, "batch": _plain(self._batch)}, path)
+        except OSError as error:
+            discard(path)
+            return f"the batch could not be written ({error})"
+        return f"the batch is in {path}"
 
 
 def _skipped(trainer: Trainer) -> int:

@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+from lightning_rlhf.callbacks.writable import check_writable
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -26,11 +29,27 @@ class PredictionWriter(BasePredictionWriter):
     Args:
         path: of the file, replaced whole when prediction ends. With several processes each writes its own, the rank
             before the suffix (`responses.rank1.jsonl`).
+
+    Raises:
+        ValueError: at the start of prediction, the path is a folder's or cannot be written to.
     """
 
     def __init__(self, path: str = "responses.jsonl") -> None:
         super().__init__(write_interval="epoch")
-        self.path = path
+        self.path = expanduser(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before prediction that the file cannot be written.
+
+        Raises:
+            ValueError: its path is a folder's, or cannot be written to.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        if Path(self.path).is_dir():
+            raise ValueError(f"`path`: {self.path} is a folder: give the name of a file in it")
+        check_writable(trainer, Path(self.path).parent, argument="path")
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from os.path import expanduser
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_rlhf.callbacks.writable import check_writable
 from lightning_rlhf.report import require_matplotlib, write_report
 
 logger = logging.getLogger(__name__)
@@ -26,15 +28,19 @@ class Report(Callback):
     """
 
     def __init__(self, folder: str, output: str | None = None) -> None:
-        self.folder, self.output = folder, output
+        self.folder = expanduser(folder)
+        self.output = str(Path(self.folder) / "report") if output is None else expanduser(output)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before training, and not after it.
 
         Raises:
             ImportError: matplotlib is missing.
+            ValueError: the report cannot be written there.
         """
         require_matplotlib()
+        if stage == "fit" and not trainer.fast_dev_run:
+            check_writable(trainer, Path(self.output), argument="output")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, on the first process."""
@@ -42,9 +48,8 @@ class Report(Callback):
             return
         for log in trainer.loggers:
             log.save()  # Lightning itself writes the last lines only after this hook
-        output = Path(self.folder) / "report" if self.output is None else Path(self.output)
         try:
-            page = write_report([self.folder], output=output)
+            page = write_report([self.folder], output=Path(self.output))
         except (OSError, ValueError) as error:
             logger.warning("no report of %s was written: %s", self.folder, error)
             return

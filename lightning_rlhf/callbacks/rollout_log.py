@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_rlhf.callbacks.run_file import Keyed, RunFile
+from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.rollout.text import texts_of
 from lightning_rlhf.types import Outcome
 
 
-class RolloutLog(Callback):
+class RolloutLog(FileCallback):
     """Writes `rollouts.jsonl`: one training response a line, in the order of the prompts whatever the processes.
 
     `pandas.read_json("rollouts.jsonl", lines=True)` reads it, and `lightning-rlhf rescore` scores it by another reward.

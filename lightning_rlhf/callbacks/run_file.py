@@ -7,11 +7,19 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks.earlier import move_file
+from lightning_rlhf.callbacks.run_lock import RunLock
+from lightning_rlhf.callbacks.torn import discard
+from lightning_rlhf.callbacks.writable import on_first
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +32,9 @@ OPENING = re.compile(rb'\{"iteration": (\d+)[,}]')
 class RunFile:
     """Grows by whole lines, all of a rollout or an evaluation at once; each begins with its `iteration`.
 
-    Process 0 writes what all have. Where the disk refuses, what was half written is taken back and training goes on.
-    Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in two.
+    Process 0 writes what all have; meanwhile no other run may. Where the disk refuses, what was half written is taken
+    back and training goes on. Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in
+    two.
 
     Args:
         folder: None is the trainer's log_dir.
@@ -38,23 +47,35 @@ class RunFile:
     def __init__(self, folder: str | None, name: str) -> None:
         self.folder, self.name = folder, name
         self.path: Path | None = None
+        self._lock = RunLock()
 
     def begin(self, trainer: Trainer, *, before: float) -> None:
-        """Find the file, on all processes; on process 0 cut off what belongs to a run or a rollout that is no more.
+        """Find the file, on all processes; on process 0 cut off what belongs to a rollout that is no more.
 
         Args:
             trainer: whose log_dir and processes.
-            before: the first `iteration` of which nothing is kept; 0 begins anew.
+            before: the first `iteration` of which nothing is kept; 0 begins anew and moves an earlier file aside.
+
+        Raises:
+            ValueError: another run holds the file, or the folder cannot be written to.
         """
         folder = trainer.log_dir if self.folder is None else self.folder  # log_dir needs every process
-        self.path = None if trainer.fast_dev_run else Path(folder or ".") / self.name
-        if self.path is None or not trainer.is_global_zero:
+        self.path = None if trainer.fast_dev_run else Path(expanduser(folder or ".")) / self.name
+        if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if before == 0 and self.path.exists() and self.path.stat().st_size:
-            logger.warning("%s is of an earlier run, which this one replaces", self.path)
-        with self.path.open("ab") as file:
-            file.truncate(_end_of(self.path, before))
+        self._lock.claim(trainer, self.path.with_name(f".{self.name}.lock"), argument="folder")
+        on_first(trainer, partial(self._cut, before), folder=self.path.parent, argument="folder")
+
+    def end(self) -> None:
+        """Let other runs write the file."""
+        self._lock.release()
+
+    def _cut(self, before: float) -> None:
+        path = self.path
+        if before == 0 and path.exists() and path.stat().st_size:
+            logger.warning("%s was of an earlier run: it is now %s", path, move_file(path))
+        with path.open("ab") as file:
+            file.truncate(_end_of(path, before))
 
     def gathered(self, trainer: Trainer, keyed: Iterable[Keyed]) -> list[dict[str, Any]]:
         """The records of all processes in the order of their keys, on process 0; elsewhere none."""
@@ -74,17 +95,36 @@ class RunFile:
             with self.path.open("a", encoding="ascii", newline="\n") as file:
                 file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
         except OSError as error:
-            os.truncate(self.path, before)
+            with suppress(OSError):
+                os.truncate(self.path, before)
             logger.error("%s was not written to (%s): training goes on without these lines", self.path, error)
 
     def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Take out lines, all at once: the file is written anew and renamed."""
+        """Take out lines, all at once: the file is written anew and renamed, or stays as it is."""
         if self.path is None or not self.path.exists():
             return
         part = self.path.with_name(self.path.name + ".part")
-        with self.path.open(encoding="ascii") as lines, part.open("w", encoding="ascii", newline="\n") as kept:
-            kept.writelines(line for line in lines if not unwanted(json.loads(line)))
-        part.replace(self.path)
+        try:
+            with self.path.open(encoding="ascii") as lines, part.open("w", encoding="ascii", newline="\n") as kept:
+                kept.writelines(line for line in lines if not unwanted(json.loads(line)))
+            part.replace(self.path)
+        except OSError as error:
+            discard(part)
+            logger.error("%s was not written anew (%s): it holds lines that are replaced", self.path, error)
+
+
+class FileCallback(Callback):
+    """Lets go of its `file` when a stage ends, however it ends."""
+
+    file: RunFile
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs write the file."""
+        self.file.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let other runs write the file."""
+        self.file.end()
 
 
 def _end_of(path: Path, before: float) -> int:

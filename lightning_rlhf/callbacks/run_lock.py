@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_rlhf.callbacks.writable import on_first
+
 if os.name == "posix":
     import fcntl
 
@@ -36,21 +38,16 @@ class RunLock:
         Raises:
             ValueError: another run holds it, or the folder cannot be written to.
         """
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                holder = self.take(path)
-            except OSError as error:
-                problem = f"can't write to {path.parent} ({error}): give a folder that can be written to"
-            else:
-                if holder is not None:
-                    problem = (
-                        f"another run writes to {path.parent}: {holder}; wait for it, end it, or give this run another "
-                        "folder"
-                    )
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise ValueError(f"`{argument}`: {problem}")
+
+        def problem() -> str | None:
+            holder = self.take(path)
+            if holder is None:
+                return None
+            return (
+                f"another run writes to {path.parent}: {holder}; wait for it, end it, or give this run another folder"
+            )
+
+        on_first(trainer, problem, folder=path.parent, argument=argument)
 
     def take(self, path: Path) -> str | None:
         """Lock the file, and write into it who holds it; it and its folder are created.

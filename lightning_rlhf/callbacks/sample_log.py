@@ -8,16 +8,16 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_rlhf.callbacks.rollout_log import responses
-from lightning_rlhf.callbacks.run_file import Keyed, RunFile
+from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.callbacks.sample_table import show
 from lightning_rlhf.types import PromptBatch
 
 
-class SampleLog(Callback):
+class SampleLog(FileCallback):
     """Writes `samples.jsonl`: one held-out response a line, at every validation of a training run and at every test.
 
     A new run first answers the whole validation set, so that there is a state before training (`iteration` 0) to

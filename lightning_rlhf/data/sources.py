@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def _expand(path: str) -> list[str]:
     Raises:
         ValueError: there are none.
     """
+    path = expanduser(path)
     if Path(path).is_file() or is_saved(Path(path)):
         return [path]
     found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())

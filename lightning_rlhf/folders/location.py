@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os.path import expanduser
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -17,6 +18,7 @@ def local_folder(path: str) -> Path | None:
     Raises:
         ValueError: `path` is a path and there is no such folder, or it is a file.
     """
+    path = expanduser(path)
     folder = Path(path)
     if path and folder.is_dir():
         return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os.path import expanduser
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +26,7 @@ def has_file(path: str | Path) -> bool:
         get_filesystem(path)
     except (ValueError, ImportError) as error:
         raise ValueError(f"`ckpt_path`: nothing here can read {path}: {error}") from error
-    here = Path(path)
+    here = Path(expanduser(path))
     if here.is_dir() and not any(here.iterdir()):
         raise ValueError(f"`ckpt_path`: {path} is an empty folder: give the checkpoint in it or beside it")
     if here.exists() and not (here.is_dir() or here.is_file()):
@@ -39,6 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is torn, holds pickled objects, is no checkpoint, or one of Lightning 1.
     """
+    path = expanduser(path)
     if not is_zipfile(path):
         raise ValueError(
             f"{path} is no whole checkpoint: it was cut short or is another kind of file; use the one before it"

@@ -8,6 +8,7 @@ import pickle
 import sys
 from functools import partial
 from importlib import import_module
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,22 @@ DEEPSPEED = {
 
 
 def guard(strategy: Strategy) -> None:
-    """Have a strategy look into a checkpoint's folder before it loads it, and say it where a file is too old."""
+    """Have a strategy look into a checkpoint's folder before it loads it, and say where it cannot be read here."""
     if not isinstance(strategy.load_checkpoint, partial):
         strategy.load_checkpoint = partial(_load, strategy.load_checkpoint)  # type: ignore[method-assign]
 
 
 def _load(load: Any, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    checkpoint_path = expanduser(checkpoint_path)
     if Path(checkpoint_path).is_dir():
         check_folder(Path(checkpoint_path))
-    checkpoint: dict[str, Any] = load(checkpoint_path, *arguments, **options)
+    try:
+        checkpoint: dict[str, Any] = load(checkpoint_path, *arguments, **options)
+    except IsADirectoryError as error:
+        raise ValueError(
+            f"`ckpt_path`: {checkpoint_path} is a folder, as strategies that shard a model write: set the "
+            "`trainer.strategy` that wrote it"
+        ) from error
     check_version(checkpoint.get("pytorch-lightning_version", ""), path=checkpoint_path)
     return checkpoint
 

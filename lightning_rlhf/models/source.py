@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ class ModelSource:
     only, never from a config file."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expanduser(self.path))  # `~` is the home directory
         if self.attention is not None and "/" in self.attention and not self.trust_remote_code:
             raise ValueError(
                 f"`attention` names code of a hub, {self.attention!r}: use `sdpa`, `eager` or `flash_attention_2`, or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from lightning_rlhf.report.book import write_report
@@ -28,9 +29,10 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="where to write; RUN_DIR/report for one run folder")
     given = parser.parse_args(args)
+    given.folders = [expanduser(folder) for folder in given.folders]
     if given.output is None and len(given.folders) > 1:
         parser.error("several runs make one report: say where it goes by --output DIR")
     if given.output is None and (Path(given.folders[0]) / "report").is_symlink():
         parser.error(f"{given.folders[0]}/report is a link: say where the report goes by --output DIR")
-    output = Path(given.output) if given.output is not None else Path(given.folders[0]) / "report"
+    output = Path(expanduser(given.output)) if given.output is not None else Path(given.folders[0]) / "report"
     print(write_report(given.folders, output=output))

@@ -63,7 +63,7 @@ def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) 
         responses = texts_of(responses, reward.tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
             for row, response in zip(rows, responses, strict=True):
                 file.write(json.dumps(dict(row) | {"response": response}, ensure_ascii=False, default=str) + "\n")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class LearnedReward(TextReward):
         self, path: str, dtype: DType = "float32", prompt_role: str | None = None, batch_tokens: int = 32768
     ) -> None:
         check_positive(batch_tokens=batch_tokens)
-        self.path, self.dtype, self.prompt_role, self.batch_tokens = path, dtype, prompt_role, batch_tokens
+        self.path, self.dtype = expanduser(path), dtype
+        self.prompt_role, self.batch_tokens = prompt_role, batch_tokens
         self.model: ScalarModel | None = None
         self.shares_vocabulary = True
 

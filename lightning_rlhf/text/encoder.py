@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from os.path import expanduser
 from typing import Any, NamedTuple, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """
     if not isinstance(source, str):
         return source
+    source = expanduser(source)
     folder = local_folder(source)
     if folder is not None:
         check_tokenizer(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import resource
 import signal
 import tempfile
+import traceback
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf.callbacks import RunCheckpoint, checked_io
 from lightning_rlhf.callbacks import checkpoint as room
@@ -177,15 +181,37 @@ def test_torn_checkpoint_that_was_named_is_refused(fit, kept):
         fit(2, ckpt_path=str(kept / "last.ckpt"))
 
 
+def test_folder_of_shards_is_refused_where_a_file_is_read(fit, kept):
+    (kept / "sharded.ckpt").mkdir(parents=True)
+    (kept / "sharded.ckpt" / "latest").write_text("step")
+    with pytest.raises(ValueError, match="sharded.ckpt is a folder, as strategies that shard a model write: set the"):
+        fit(2, ckpt_path=str(kept / "sharded.ckpt"))
+
+
 def test_last_without_any_begins(fit):
     assert fit(2, ckpt_path="last").iteration == 2
 
 
-def test_new_run_over_an_old_one_is_warned_of(fit, caplog):
-    fit(1)
+def test_new_run_moves_the_checkpoints_of_an_old_one_aside(fit, kept, caplog):
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
+
+    fit(2)
+    first = content(kept)
+    (kept / "best-step=1.ckpt").mkdir()  # as FSDP2 writes
     assert "earlier run" not in caplog.text
     fit(1)
-    assert "add --ckpt_path last" in caplog.text
+    second = content(kept)
+    assert f"earlier run, which are now in {kept / 'earlier-1'}" in caplog.text
+    assert names(kept) == ["earlier-1", "last.ckpt"]
+    assert names(kept / "earlier-1") == ["best-step=1.ckpt", "last-previous.ckpt", "last.ckpt"]
+    (kept / "earlier-1" / "best-step=1.ckpt").rmdir()
+    assert content(kept / "earlier-1") == first
+    fit(2, ckpt_path=str(kept / "earlier-1" / "last.ckpt"))  # of another folder
+    assert (content(kept / "earlier-1"), content(kept / "earlier-2")) == (first, second)
+    assert iteration(kept / "last.ckpt") == 2
+    fit(2, ckpt_path="last")
+    assert names(kept) == ["earlier-1", "earlier-2", "last.ckpt"]
 
 
 def test_full_disk_leaves_the_checkpoints_before_and_the_run(fit, kept, monkeypatch, caplog):
@@ -214,6 +240,79 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("new_column", [False, True], ids=["appended to", "written anew"])
+def test_full_disk_costs_no_line_of_a_csv_log(fit, tmp_path, caplog, new_column):
+    """Rollouts 2 and 3 find no room: the file stays as it was, and rollout 4 writes their rows."""
+    log, seen = CSVLogger(tmp_path, name="log", version=""), []
+    path = tmp_path / "log" / "metrics.csv"
+
+    class Fill(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if pl_module.iteration:
+                seen.append(path.read_bytes())
+            room = len(seen[0]) + 40 if pl_module.iteration in (1, 2) else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if new_column and pl_module.iteration == 2:
+                pl_module.log("new", 1.0)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"logger": log, "log_every_n_steps": 1}
+    with files_of_at_most(before[0]):
+        fit(4, callbacks=[Fill()], trainer_options=options, every_n_batches=100)
+    assert seen[0] == seen[1] == seen[2]
+    with path.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 4
+    assert all(row["loss/policy_avg"] for row in rows)
+    assert names(path.parent) == ["hparams.yaml", "metrics.csv"]
+    said = [record.getMessage() for record in caplog.records if "could not write" in record.getMessage()]
+    assert len(said) == 1
+    assert "CSVLogger" in said[0]
+    assert "File too large" in said[0]
+
+
+def test_any_logger_that_cannot_write_costs_no_run(fit, tmp_path, monkeypatch, caplog):
+    log = TensorBoardLogger(tmp_path, name="log")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    fill = Act({1: lambda: monkeypatch.setattr(log.experiment, "add_scalar", full)})
+    assert fit(3, callbacks=[fill], trainer_options={"logger": log, "log_every_n_steps": 1}).iteration == 3
+    assert caplog.text.count("TensorBoardLogger could not write") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        CheckpointException("write", {1: (OSError(28, "inline_container"), traceback.StackSummary())}),
+    ],
+)
+def test_full_disk_as_sharded_writers_say_it_costs_no_run(fit, kept, monkeypatch, caplog, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(checked_io, "write", full)
+    assert fit(2).iteration == 2
+    assert names(kept) == []
+    said = [record.getMessage() for record in caplog.records if "was not written" in record.getMessage()]
+    assert len(said) == 3
+    assert all(("inline_container" in line or "PytorchStreamWriter" in line) and "\n" not in line for line in said)
+
+
+def test_other_error_in_a_checkpoint_ends_the_run(fit, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(checked_io, "write", broken)
+    with pytest.raises(RuntimeError, match="device-side"):
+        fit(2)
 
 
 def test_write_that_the_system_ends_leaves_no_trace(fit, kept, tmp_path, monkeypatch, caplog):

@@ -8,6 +8,7 @@ import math
 import shutil
 from decimal import Decimal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.callbacks import EMA, Export, PredictionWriter, RolloutLog, RunCheckpoint
+from lightning_rlhf.callbacks import (
+    EMA,
+    Export,
+    NonFiniteGuard,
+    PredictionWriter,
+    Report,
+    RolloutLog,
+    RunCheckpoint,
+    SampleLog,
+)
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import GAE, Constant
 from lightning_rlhf.data import PromptDataModule
@@ -374,3 +384,40 @@ def test_export_that_fails_ends_the_run_after_its_end_is_saved(
     trainer.fit(make_ppo(), batches, ckpt_path="last")
     assert len(steps) == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def begins(callback):
+    return lambda trainer: callback.on_train_start(trainer, SimpleNamespace(outcome=None, iteration=0))
+
+
+def set_up(callback, stage="fit"):
+    return lambda trainer: callback.setup(trainer, SimpleNamespace(predict_step=len), stage)
+
+
+PLACES = {
+    "RolloutLog": ("folder", lambda place: begins(RolloutLog(place))),
+    "SampleLog": ("folder", lambda place: begins(SampleLog(place))),
+    "NonFiniteGuard": ("folder", lambda place: set_up(NonFiniteGuard(folder=place))),
+    "Report": ("output", lambda place: set_up(Report(place))),
+    "Report.output": ("output", lambda place: set_up(Report("run", place))),
+    "PredictionWriter": ("path", lambda place: set_up(PredictionWriter(f"{place}/out.jsonl"), "predict")),
+}
+
+
+@pytest.mark.parametrize(("argument", "start"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("first", [True, False], ids=["first process", "other process"])
+def test_unwritable_place_is_found_before_training(tmp_path, argument, start, first):
+    """A parent is a file; the other processes end with what the first one found."""
+    (tmp_path / "file").write_text("x")
+    place, said = tmp_path / "file" / "sub" / "run", "said by the first"
+    strategy = SimpleNamespace(broadcast=lambda problem, *_: problem if first else said, checkpoint_io=None)
+    trainer = SimpleNamespace(
+        is_global_zero=first, strategy=strategy, fast_dev_run=False, log_dir=None, ckpt_path=None, loggers=[]
+    )
+    with pytest.raises(ValueError, match=f"`{argument}`: " + ("can't write to .*give a folder" if first else said)):
+        start(str(place))(trainer)
+
+
+def test_prediction_to_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`path`: .* is a folder: give the name of a file in it"):
+        set_up(PredictionWriter(str(tmp_path)), "predict")(SimpleNamespace())

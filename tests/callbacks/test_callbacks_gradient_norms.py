@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.nn.functional import cross_entropy
 
@@ -39,7 +41,7 @@ def vowels(prompts, responses):
 def fitted(make_lm, make_tokenizer, as_loader, left_padded, right_padded):
     """A policy after a run, and the run's trainer."""
 
-    def fit(*callbacks, ptx_coef: float = GAMMA, rollouts: int = 1, **updates) -> tuple[PPOModule, Trainer]:
+    def fit(*callbacks, ptx_coef: float = GAMMA, rollouts: int = 1, log=False, **updates) -> tuple[PPOModule, Trainer]:
         torch.manual_seed(0)
         module = PPOModule(
             make_lm(end=list(range(10))),
@@ -55,7 +57,8 @@ def fitted(make_lm, make_tokenizer, as_loader, left_padded, right_padded):
             accelerator="cpu",
             devices=1,
             max_epochs=1,
-            logger=False,
+            logger=log,
+            log_every_n_steps=1,
             callbacks=list(callbacks),
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -111,6 +114,21 @@ def test_it_measures_every_so_many_rollouts(fitted):
     fitted(callback, rollouts=3)
     first, second, third = ([step[name] for name in NORMS] for step in callback.seen)
     assert first == second != third  # `callback_metrics` keeps the last
+
+
+def test_rows_of_other_rollouts_hold_nothing(fitted, tmp_path):
+    callback, log = Steps(2), CSVLogger(tmp_path, name="", version="")
+    fitted(callback, rollouts=4, log=log)
+    with (tmp_path / "metrics.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [bool(row["policy/grad_norm"]) for row in rows] == [True] * 4
+    for name in NORMS:
+        assert [row[name] and float(row[name]) for row in rows] == [
+            pytest.approx(callback.seen[0][name]),
+            "",
+            pytest.approx(callback.seen[2][name]),
+            "",
+        ]
 
 
 def test_nothing_is_measured_without_texts_or_gradients(fitted, caplog):

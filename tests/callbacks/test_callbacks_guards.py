@@ -162,6 +162,18 @@ def test_step_of_nan_is_left_out(train, tmp_path):
     assert dump["batch"]["tokens"].tolist() == [TEXTS[0], [*TEXTS[1], 0, 0]]
 
 
+def test_batch_that_cannot_be_kept_costs_no_run(train, tmp_path, monkeypatch, caplog):
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    _, steps, _ = train({1})
+    assert int(steps) == 3
+    assert list((tmp_path / "bad").iterdir()) == []
+    assert "the batch could not be written ([Errno 28] No space left on device)" in caplog.text
+
+
 def test_left_out_steps_have_a_limit(train):
     with pytest.raises(RuntimeError, match="gradients of step 2 are not finite, and 1 such steps were left out"):
         train({0, 2}, limit=1)

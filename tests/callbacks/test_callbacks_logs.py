@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_rlhf.callbacks import RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.run_file import RunFile
+from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.core import BanditAdvantage, BatchMean, Constant, FixedKL, ReplaceScore
 from lightning_rlhf.modules import PPOModule, SFTModule
+from lightning_rlhf.report.places import find_places
 from lightning_rlhf.rollout import Generation, WeightedReward
 from lightning_rlhf.types import Outcome
 
@@ -204,13 +205,45 @@ def test_resumed_log_is_that_of_an_uninterrupted_run(fit, tmp_path, torn):
     assert read(part / "samples.jsonl") == read(whole / "samples.jsonl")
 
 
-def test_new_run_replaces_the_log_and_says_so(fit, tmp_path, caplog):
+def test_new_run_moves_the_log_of_an_old_one_aside(fit, tmp_path, caplog):
     fit(tmp_path)
-    before = (tmp_path / "rollouts.jsonl").read_bytes()
-    with caplog.at_level(logging.WARNING, logger="lightning_rlhf"):
+    before = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in ("rollouts", "samples")}
+    (tmp_path / "rollouts.earlier-1.jsonl").write_bytes(b"taken")
+    fit(tmp_path)
+    numbers = {"rollouts": 2, "samples": 1}
+    for name, number in numbers.items():
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == before[name]
+        assert (tmp_path / f"{name}.earlier-{number}.jsonl").read_bytes() == before[name]
+        assert f"{name}.jsonl was of an earlier run: it is now {tmp_path}/{name}.earlier-{number}.jsonl" in caplog.text
+    assert (tmp_path / "rollouts.earlier-1.jsonl").read_bytes() == b"taken"
+    (place,) = find_places(tmp_path)
+    assert sorted(path.name for path in place.others) == ["rollouts.jsonl", "samples.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "samples.jsonl"])
+def test_second_run_in_the_folder_of_a_log_is_refused(fit, tmp_path, monkeypatch, name):
+    take = RunLock.take
+    monkeypatch.setattr(RunLock, "take", lambda self, path: "process 7" if name in path.name else take(self, path))
+    with pytest.raises(ValueError, match=f"`folder`: another run writes to {tmp_path}: process 7; wait for it"):
         fit(tmp_path)
-    assert (tmp_path / "rollouts.jsonl").read_bytes() == before
-    assert "rollouts.jsonl is of an earlier run, which this one replaces" in caplog.text
+    monkeypatch.undo()
+    fit(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rollouts.jsonl", "samples.jsonl"]
+
+
+def test_log_is_locked_for_the_time_of_the_run(fit, tmp_path):
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(sorted(path.name for path in tmp_path.glob(".*")))
+
+        def on_validation_end(self, *_):
+            raise RuntimeError("broken")
+
+    seen: list[list[str]] = []
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, Look())
+    assert seen == [[".rollouts.jsonl.lock", ".samples.jsonl.lock"]]
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_test_replaces_its_own_lines_and_validate_writes_none(fit, tmp_path, make_trainer, as_loader, left_padded):
@@ -225,6 +258,21 @@ def test_test_replaces_its_own_lines_and_validate_writes_none(fit, tmp_path, mak
     assert [(line["stage"], line["iteration"], line["prompt"]) for line in lines[len(before) :]] == [
         ("test", 3, f"t {i}") for i in range(3)
     ]
+
+
+def test_full_disk_leaves_the_file_that_was_to_be_written_anew(tmp_path, monkeypatch, caplog):
+    file = RunFile(str(tmp_path), "log.jsonl")
+    file.path = tmp_path / "log.jsonl"
+    file.append([{"a": 1}, {"a": 2}])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    file.drop(lambda line: line["a"] == 1)
+    assert read(file.path) == [{"a": 1}, {"a": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert "No space left on device" in caplog.text
 
 
 def test_full_disk_costs_the_lines_and_not_the_run(tmp_path, monkeypatch, caplog):
