@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.gradient_norms import GradientNorms
-from lightning_rlhf.models.cache import bare
 
 MOMENTS = 2
 """Tensors that Adam keeps of each trained parameter, as large as it."""
@@ -123,11 +122,10 @@ def _tokens(updates: Any, *, rows: int, width: int) -> int:
 
 def _kept(network: nn.Module, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a network's activations; 0 where its config has other names for its sizes."""
-    model = bare(network)
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(network, "config", None)
     layers, hidden = (getattr(config, name, None) or 0 for name in ("num_hidden_layers", "hidden_size"))
     name = "is_activation_checkpointing"  # transformers renamed it
-    again = getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing", False)
+    again = getattr(network, name if hasattr(network, name) else "is_gradient_checkpointing", False)
     stored = next(network.parameters()).dtype
     layer = LAYER * dtype.itemsize / 2 * (1.0 if dtype == stored else AUTOCAST)
     kept = LAYER_INPUT * stored.itemsize / 2 * layers + layer if again else layer * layers
