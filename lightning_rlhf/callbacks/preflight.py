@@ -12,7 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.nn.functional import pad
 
-from lightning_rlhf.callbacks.preflight_memory import memory_report
+from lightning_rlhf.callbacks.preflight_memory import (
+    memory_available,
+    memory_estimate,
+    memory_report,
+    memory_warning,
+)
 from lightning_rlhf.callbacks.preflight_text import (
     end_report,
     end_warnings,
@@ -40,10 +45,10 @@ class Preflight(Callback):
 
     The ratio is 1 and, on a new run whose reference is the policy, the KL to it 0; padding moves nothing; tokenizer and
     embeddings agree; the chat template writes what it is given; where the prompts carry a `response`, those
-    demonstrations score near 0 by a learned reward. It says how much memory the networks take and which tokens end a
-    response, and warns of ends that are no special tokens, and of sampling filters in the policy's generation config,
-    which this library's sampling leaves out. In the other stages, and under strategies that shard, it checks tokenizer
-    and template alone.
+    demonstrations score near 0 by a learned reward. It says about how much memory the run takes and which tokens end a
+    response, and warns of more memory than there is, of ends that are no special tokens, and of sampling filters in the
+    policy's generation config, which this library's sampling leaves out. In the other stages, and under strategies that
+    shard, it checks tokenizer and template alone.
 
     Args:
         prompts: how many are rolled out on each process.
@@ -76,7 +81,12 @@ class Preflight(Callback):
             for warning in filter(None, [template_warning(tokenizer), *end_warnings(pl_module, tokenizer)]):
                 logger.warning(warning)
             logger.info(end_report(pl_module, tokenizer))
-        logger.info(memory_report(pl_module))
+        parts = memory_estimate(trainer, pl_module)
+        logger.info(memory_report(parts))
+        available = memory_available(trainer, pl_module.device)
+        warning = None if isinstance(trainer.strategy, SHARDED) else memory_warning(parts, available)
+        if warning is not None:
+            logger.warning(warning)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check what needs one, once.

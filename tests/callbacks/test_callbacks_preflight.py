@@ -7,14 +7,15 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from lightning_rlhf.callbacks import Preflight
-from lightning_rlhf.callbacks.preflight_memory import memory_estimate
-from lightning_rlhf.core import Constant
+from lightning_rlhf.callbacks import EMA, GradientNorms, Preflight
+from lightning_rlhf.callbacks.preflight_memory import memory_estimate, memory_peak, memory_report, memory_warning
+from lightning_rlhf.core import GAE, Constant, TokenLevel
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, LearnedReward
+from lightning_rlhf.rollout import Generation, LearnedReward, Updates
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 
@@ -42,7 +43,7 @@ def test_sound_run_passes_and_is_left_as_it_is(fit, make_lm, kind, caplog):
     with_it, without = fit(lm=make_lm(kind)), fit(preflight=False, lm=make_lm(kind))
     for one, other in zip(with_it.parameters(), without.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert "preflight: at least" in caplog.text
+    assert "preflight: about" in caplog.text
     assert not [
         record
         for record in caplog.records
@@ -184,14 +185,116 @@ def test_demonstrations_far_from_zero_are_found(fit, make_folder, bias):
         fit(**options)
 
 
-def test_memory_is_counted_by_hand(make_lm, token_reward):
-    network = make_lm().double()
-    module = PPOModule(network, token_reward())
-    module.configure_model()
-    size = 8 * sum(p.numel() for p in network.parameters()) / 2**30
-    assert memory_estimate(module) == pytest.approx(
-        {"weights": size, "gradients": size, "optimizer": 2 * size, "frozen networks": size}
+GIB = 2**30
+
+
+class Sizes(LightningDataModule):
+    """What the estimate reads of a data module."""
+
+    batch_size, max_prompt_tokens, text_tokens, pretrain_ratio = 8, 10, 9, 2.0
+
+
+@pytest.fixture
+def estimate(make_lm, make_trainer, token_reward):
+    """Bytes of each part for a random network of 2 layers with 16 hidden units, and its parameters' count."""
+
+    def run(*, callbacks=(), precision="32-true", data=True, checkpointing=False, **options):
+        network = make_lm("llama")
+        if checkpointing:
+            network.gradient_checkpointing_enable()
+        options = {"generation": Generation(max_new_tokens=4)} | options
+        module = PPOModule(network, token_reward(), **options)
+        module.configure_model()
+        trainer = make_trainer(callbacks=list(callbacks), precision=precision)
+        trainer.datamodule = Sizes() if data else None
+        parts = memory_estimate(trainer, module)
+        return {name: size * GIB for name, size in parts.items()}, sum(p.numel() for p in network.parameters())
+
+    return run
+
+
+def test_memory_is_counted_by_hand(estimate):
+    parts, count = estimate(data=False)
+    size = 4 * count
+    assert parts == pytest.approx(
+        {
+            "weights": size,
+            "gradients": size,
+            "optimizer": 2 * size,
+            "frozen networks": size,
+            "sampling copy": size,
+            "activations": 0,
+        }
     )
+
+
+def test_memory_of_low_precision_and_callbacks_is_counted_by_hand(estimate):
+    callbacks = [EMA(), GradientNorms()]
+    parts, count = estimate(callbacks=callbacks, precision="bf16-mixed", ptx_coef=1.0, reference_dtype="bfloat16")
+    assert parts["frozen networks"] == parts["sampling copy"] == parts["autocast copies"] == 2 * count
+    assert (parts["EMA"], parts["GradientNorms"]) == (4 * count, 8 * count)
+    without, _ = estimate(callbacks=callbacks)
+    assert "GradientNorms" not in without  # it measures nothing
+
+
+@pytest.mark.parametrize(
+    ("updates", "ptx_coef", "tokens"),
+    [
+        (Updates(), 0.0, 8 * 14),  # the rollout: 8 responses of 10 + 4 tokens
+        (Updates(), 1.0, 16 * 9),  # its 16 texts
+        (Updates(minibatch=4), 1.0, 8 * 9),
+        (Updates(microbatch=3), 1.0, 3 * 14),
+        (Updates(microbatch_tokens=40), 1.0, 40),
+        (Updates(microbatch_tokens=5), 1.0, 14),  # a longer sequence goes alone
+        (Updates(microbatch_tokens=1000), 0.0, 8 * 14),
+    ],
+)
+def test_activations_are_those_of_the_largest_microbatch(estimate, updates, ptx_coef, tokens):
+    parts, _ = estimate(updates=updates, ptx_coef=ptx_coef)
+    assert parts["activations"] == pytest.approx(34 * 2 * tokens * 16 * 2)  # float32: twice the two bytes of the paper
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "precision", "bytes_a_unit"),
+    [
+        (False, "32-true", 2 * 68),  # two layers, four bytes for the paper's two
+        (True, "32-true", 2 * 4 + 68),  # the inputs of both, and one at a time
+        (False, "bf16-mixed", 2 * 34 * 1.4),
+        (True, "bf16-mixed", 2 * 4 + 34 * 1.4),  # autocast leaves the inputs in float32
+    ],
+)
+def test_activations_depend_on_precision_and_checkpointing(estimate, checkpointing, precision, bytes_a_unit):
+    parts, _ = estimate(checkpointing=checkpointing, precision=precision, updates=Updates(microbatch_tokens=40))
+    assert parts["activations"] == pytest.approx(bytes_a_unit * 40 * 16, abs=1)
+
+
+def test_responses_keep_the_activations_of_policy_and_value(estimate, make_folder):
+    options = {"level": TokenLevel(), "advantage": GAE(), "value": ModelSource(path=make_folder("llama"))}
+    parts, _ = estimate(updates=Updates(microbatch_tokens=40), **options)
+    assert parts["activations"] == pytest.approx(2 * 34 * 2 * 40 * 16 * 2)
+
+
+def test_what_samples_and_what_learns_are_never_there_together():
+    parts = {"weights": 1.0, "sampling copy": 3.0, "gradients": 1.0, "activations": 4.0}
+    assert memory_peak(parts) == 6.0
+    assert memory_peak(parts | {"activations": 1.0}) == 4.0
+    assert memory_report(parts).endswith("most of it is activations")
+
+
+def test_too_little_memory_names_the_setting_to_lower():
+    parts = {"weights": 1.0, "activations": 4.0}
+    assert memory_warning(parts, 5.0) is None
+    assert memory_warning(parts, None) is None
+    told = memory_warning(parts, 4.5)
+    assert "needs about 5.00 GiB a process, and there are 4.50" in told
+    assert "activations (4.00): lower `updates.microbatch_tokens`" in told
+    assert "`policy.peft`" in memory_warning({"weights": 5.0}, 4.5)
+
+
+def test_a_run_larger_than_the_machine_is_warned_of(fit, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_rlhf.callbacks.preflight.memory_available", lambda *_: 1e-6)
+    fit()
+    assert "preflight: this run needs about" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", [{"prompts": 0}, {"tolerance": -1.0}])

@@ -85,13 +85,15 @@ class Tiny:
             return values | {"data.val": self.file("rankings"), "data.demonstrations": self.file("demonstrations")}
         values = {"model.policy.path": self.policy, "model.reward.path": self.reward}
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
+        if "value" in module["init_args"]:
+            values["model.value.path"] = self.reward
         return values | ({"data.pretrain": self.file("texts")} if module["init_args"].get("ptx_coef") else {})
 
     def sizes(self, config: Path) -> dict[str, Any]:
         """What makes a run of `config` take about a second."""
         values = {**QUIET, "data.batch_size": 4, "data.eval_batch_size": 2}
         if "model.policy.path" in self.required(config):
-            values |= {"model.updates.minibatch": 2, "model.updates.microbatch": 1}
+            values |= {"model.updates.minibatch": 2, "model.updates.microbatch_tokens": 24}
             values |= {"model.generation.max_new_tokens": 4, "data.pretrain_ratio": 0.5, "data.text_tokens": 8}
             generation = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["generation"]
             if generation.get("samples_per_prompt", 1) > 4:

@@ -219,7 +219,7 @@ def test_lora_trains_the_adapter_alone(ppo: Arguments, workplace: Path) -> None:
     """As on a GPU but for the device: bfloat16, checkpointing, the reference being the adapter off."""
     pytest.importorskip("peft")
     overlay = str(EXAMPLES / "lora" / "lora.yaml")
-    arguments = ppo(trainer__precision="bf16-mixed", trainer__limit_train_batches=1, model__updates__microbatch=2)
+    arguments = ppo(trainer__precision="bf16-mixed", trainer__limit_train_batches=1)
     module = main(["fit", *arguments[:2], "--config", overlay, *arguments[2:]]).model
     adapter = {name: p for name, p in module.policy.named_parameters() if p.requires_grad}
     frozen = {name: p for name, p in module.policy.named_parameters() if not p.requires_grad}
@@ -230,7 +230,7 @@ def test_lora_trains_the_adapter_alone(ppo: Arguments, workplace: Path) -> None:
     assert module.policy.network.is_gradient_checkpointing
     assert next(module.reward.model.parameters()).dtype == torch.bfloat16
     weights = sum(p.numel() for p in frozen.values()) + sum(p.numel() for p in adapter.values())
-    memory = memory_estimate(module)  # what the header says: 2 bytes a frozen weight, 16 one of the adapter
+    memory = memory_estimate(module.trainer, module)  # as the header has it: 2 bytes a frozen weight, 16 an adapter's
     trained = sum(p.numel() for p in adapter.values())
     total = memory["weights"] + memory["gradients"] + memory["optimizer"]
     assert total * 2**30 == 2 * (weights - trained) + 16 * trained
