@@ -130,14 +130,7 @@ class ModelSource:
     def _finished(self, network: nn.Module, *, task: str) -> nn.Module:
         """In its adapter, without dropout; in train mode where activations are checkpointed, or they would not be."""
         network = without_dropout(with_adapter(network, self.peft, task=task))
-        if not self.gradient_checkpointing:
-            return network
-        model, options = bare(network), {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        return network.train()
+        return recomputing(network) if self.gradient_checkpointing else network
 
     def _whole_scorer(self, *, new_head: bool) -> nn.Module:
         network, missing = self._load(AutoModelForSequenceClassification, num_labels=1)
@@ -244,3 +237,13 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
     return network
+
+
+def recomputing(network: nn.Module) -> nn.Module:
+    """The network, which from now on computes its layers again in the backward pass instead of keeping activations."""
+    model, options = bare(network), {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return network.train()

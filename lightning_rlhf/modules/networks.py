@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.models.meta import unread
-from lightning_rlhf.models.source import DType, without_dropout
+from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows, check_same
 from lightning_rlhf.rollout import LearnedReward, Reward
 
@@ -64,6 +64,8 @@ def build_value(
 ) -> ScalarModel:
     """V: from its source, else from the learned reward, else a new head on the policy's backbone.
 
+    What starts from the learned reward or the policy keeps or recomputes activations as the policy does.
+
     Raises:
         ValueError: the reward model or the source reads other tokens than the policy, or the policy came as a built
             module.
@@ -74,7 +76,10 @@ def build_value(
                 "the value network starts from the reward model, but that has another vocabulary than the policy: set "
                 "`value` to a model with the policy's tokenizer"
             )
-        return reward.load()
+        value = reward.load()
+        if isinstance(policy, ModelSource) and policy.gradient_checkpointing:
+            recomputing(value.network)
+        return value
     source = source or (policy if isinstance(policy, ModelSource) else None)
     if source is None:
         raise ValueError("the advantage needs a value network: set `value`, since the policy came as a built module")

@@ -85,8 +85,6 @@ class Tiny:
             return values | {"data.val": self.file("rankings"), "data.demonstrations": self.file("demonstrations")}
         values = {"model.policy.path": self.policy, "model.reward.path": self.reward}
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
-        if "value" in module["init_args"]:
-            values["model.value.path"] = self.reward
         return values | ({"data.pretrain": self.file("texts")} if module["init_args"].get("ptx_coef") else {})
 
     def sizes(self, config: Path) -> dict[str, Any]:
