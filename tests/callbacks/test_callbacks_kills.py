@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from same import assert_same
 
 from lightning_rlhf.report.metrics import read_metrics
 
@@ -46,23 +47,6 @@ def trials(tmp_path_factory, forking_python, make_lm, make_tokenizer) -> Path:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
-
-
-def assert_same(one: Any, other: Any, path: str = "") -> None:
-    """To the bit."""
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for number, (x, y) in enumerate(zip(one, other, strict=True)):
-            assert_same(x, y, f"{path}[{number}]")
-    else:
-        assert one == other, path
 
 
 def metrics(folder: Path) -> dict[str, tuple]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from same import assert_same
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("resume_program.py")
@@ -51,23 +52,6 @@ def ends(tmp_path_factory, forking_python, make_lm, make_tokenizer) -> Callable[
         return torch.load(found) | {note: (folder / name / f"{note}.txt").read_text().split() for note in notes}
 
     return end
-
-
-def assert_same(one: Any, other: Any, path: str = "") -> None:
-    """To the bit."""
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for number, (x, y) in enumerate(zip(one, other, strict=True)):
-            assert_same(x, y, f"{path}[{number}]")
-    else:
-        assert one == other, path
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,7 +21,7 @@ def under(make_folder, token_reward):
     def make(kind: type, strategy: Any, **options: Any) -> Any:
         source = ModelSource(path=make_folder(scorer=kind is RewardModule))
         module = kind(source, token_reward(), **options) if kind is PPOModule else kind(source)
-        module._trainer = SimpleNamespace(strategy=strategy)
+        module._trainer = SimpleNamespace(strategy=strategy, callbacks=[])
         return module
 
     return make
