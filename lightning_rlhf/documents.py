@@ -60,17 +60,27 @@ def replaced_callbacks(words: Sequence[str]) -> list[str]:
     """
     listed: list[str] = []
     gone: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        path = Path(following if word == "--config" else word.removeprefix("--config="))
-        if not word.startswith("--config") or not path.is_file():
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if not word.startswith("--config"):
             continue
-        trainer = (load(path.read_text(encoding="utf-8")) or {}).get("trainer") or {}
-        if "callbacks" in trainer:
-            now = [_name(callback) for callback in trainer["callbacks"] or []]
+        trainer = _trainer(Path(following if word == "--config" else word.removeprefix("--config=")))
+        if isinstance(trainer.get("callbacks"), list):
+            now = [_name(callback) for callback in trainer["callbacks"]]
             gone = [*gone, *(name for name in listed if name not in now)]
             listed = now
-        listed = [*listed, *(_name(callback) for callback in trainer.get("callbacks+") or [])]
+        more = trainer.get("callbacks+")
+        listed = [*listed, *(_name(callback) for callback in (more if isinstance(more, list) else []))]
     return [name for name in dict.fromkeys(gone) if name not in listed]
+
+
+def _trainer(path: Path) -> dict[str, Any]:
+    """The `trainer` of a config; empty where it has none, or cannot be read, which the parser says."""
+    try:
+        config = load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    return trainer if isinstance(trainer, dict) else {}
 
 
 def _name(callback: Any) -> str:
