@@ -211,13 +211,13 @@ def ppo(folder: Path, devices: int) -> dict:
 
 
 def gae(folder: Path, devices: int) -> dict:
-    """Token-level PPO with a value network; two epochs of several minibatches."""
+    """Token-level PPO with a value network; two epochs over the whole rollout."""
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
         value=source(folder, "scorer"),
         generation=Generation(max_new_tokens=6),
-        updates=Updates(epochs=2, minibatch=4 // devices, microbatch=3 // devices),
+        updates=Updates(epochs=2, microbatch=3 // devices),
         level=TokenLevel(),
         advantage=Whitened(estimator=GAE()),
         kl=FixedKL(coef=0.1),

@@ -145,7 +145,7 @@ FOLDERS = [
     folder("missing", lambda b: b.place / "none", "there is no folder .*none"),
     folder("missing-parents", lambda b: "runs/sft/model", "there is no folder runs/sft/model"),
     folder("missing-here", lambda b: "./model", "there is no folder ./model"),
-    folder("missing-home", lambda b: "~/model", "there is no folder ~/model"),
+    folder("missing-home", lambda b: "~/model", "there is no folder .*/model"),
     folder("no-name", lambda b: "a model", "there is no folder a model"),
     folder("a-file", lambda b: b.file("x", "model.safetensors"), "is a file; give the folder"),
     folder("empty", lambda b: (b.place / "empty").mkdir() or b.place / "empty", "holds no tokenizer"),

@@ -48,10 +48,14 @@ def test_killed_data_worker_is_a_sentence_wherever_it_is_noticed() -> None:
     """By PyTorch's handler of a signal, in the middle of anything; the message is PyTorch's own."""
     worker = subprocess.Popen(["sleep", "60"])
     _set_worker_pids(7, (worker.pid,))
-    try:
+
+    def notice() -> None:
         worker.kill()
-        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-        error = caught(_error_if_any_worker_fails)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # raises by itself where a loader set the handler
+        _error_if_any_worker_fails()
+
+    try:
+        error = caught(notice)
     finally:
         _remove_worker_pids(7)
         worker.wait()
