@@ -38,7 +38,7 @@ class TrainingSignal:
             self._warn(
                 "groups",
                 f"all responses to each prompt scored alike ({float(raw.min()):g} to {float(raw.max()):g} over the "
-                f"{count} responses), so that comparing the responses of a group teaches nothing; see whether the reward "
+                f"{count} responses), so that comparing those of a group teaches nothing; see whether the reward "
                 "tells responses apart, and whether the prompts are neither too easy nor too hard",
             )
         elif advantages is not None and not advantages.any():
