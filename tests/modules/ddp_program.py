@@ -117,19 +117,22 @@ class Recorder(Callback):
 
 
 class Passes(Callback):
-    """How often the policy ran to learn, by process."""
+    """How often the policy ran to learn, by process and rollout, (processes, rollouts)."""
 
     def __init__(self):
-        self.counts = 0
+        self.counts = []
 
     def on_train_start(self, trainer, pl_module):
         pl_module.policy.register_forward_pre_hook(self._count)
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.counts.append(0)
+
     def on_train_end(self, trainer, pl_module):
-        self.counts = pl_module.all_gather(torch.tensor(self.counts)).flatten().tolist()
+        self.counts = pl_module.all_gather(torch.tensor(self.counts)).tolist()
 
     def _count(self, *_):
-        self.counts += torch.is_grad_enabled()
+        self.counts[-1] += torch.is_grad_enabled()
 
 
 def precision() -> str:
@@ -272,7 +275,7 @@ def lora(folder: Path, devices: int) -> dict:
         policy=source(folder, "lm", peft=adapter),
         reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(microbatch_tokens=14),
+        updates=Updates(microbatch_tokens=12),
         kl=FixedKL(coef=0.1),
         ptx_coef=0.3,
         optimizer=ADAM,
