@@ -12,7 +12,7 @@ STEP = [
     ("prompts", "x", "PromptDataModule", ""),
     ("rollout", "y ~ π_old(·|x)", "Generation", "Collector"),
     ("scores", "r(x, y)", "Reward", "Shaping"),
-    ("advantages", "r − β·log π/π_SFT", "ActionLevel, KL", "Advantage"),
+    ("advantages", "r − β·log π/π_SFT", "Algorithm", "ActionLevel, KL, Advantage"),
     ("minibatches", "epochs × pieces", "Updates", "OldLogprobs"),
     ("update", "CLIP, KLPEN + γ·ptx", "Surrogate", "Reduction"),
     ("metrics", "β, b adapt", "KLController", "callbacks"),
@@ -36,6 +36,7 @@ ROOMS: list[dict[str, str]] = [
         "callbacks": "checks, checkpoints, guards, export",
     },
     {"rollout": "sampling, scoring, order of updates", "report": "a page from a run's logs"},
+    {"distributed": "the processes of a run"},
     {"models": "networks: policy, scalar head, adapters", "data": "files of text to batches of tokens"},
     {"text": "messages, templates, token ids, what ends a response"},
     {

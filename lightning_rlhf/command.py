@@ -19,6 +19,7 @@ import lightning_rlhf.modules
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
 from lightning_rlhf.consent import objection
+from lightning_rlhf.core import Algorithm
 from lightning_rlhf.documents import load, replaced_callbacks
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.models.shards import guard
@@ -60,6 +61,7 @@ class RLHFCLI(LightningCLI):
             config_read_mode_urls_enabled=False,
             config_read_mode_fsspec_enabled=False,  # Lightning's CLI lets any config name another one by its address
         )
+        set_parsing_settings(subclasses_enabled=[Algorithm])  # a concrete dataclass, whose subclasses are methods
         set_loader("yaml", load, exceptions=(YAMLError,))
         # transformers' networks come in eval mode and stay there: dropout is off in all three stages
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")

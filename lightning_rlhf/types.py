@@ -34,6 +34,10 @@ class PromptBatch(NamedTuple):
     counts: Tensor
     rows: list[Row]
 
+    def rows_of(self, rollout: Rollout) -> list[Row]:
+        """The raw record of the prompt of each response."""
+        return [self.rows[i] for i in rollout.groups.tolist()]
+
 
 class TextBatch(NamedTuple):
     """Texts, padded on the right: demonstrations or pretraining blocks.
@@ -144,12 +148,16 @@ class Experience:
     Attributes:
         rollout: B sequences.
         mask: actions that count, (B, T), bool.
+        rewards: of each action, r − β·log(π_old/π_ref), (B, T), reward units, 0 where masked.
+        penalties: the part −β·log(π_old/π_ref) of them, (B, T), reward units: large scores round it away.
         advantages: Â, (B, T), reward units.
         returns: targets of the value network, (B, T), reward units.
     """
 
     rollout: Rollout
     mask: Tensor
+    rewards: Tensor
+    penalties: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -160,8 +168,8 @@ class Experience:
         """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
         rollout = self.rollout.select(index)
         width = rollout.response.shape[1]  # T is R, or 1
-        mask, advantages, returns = (x[index][:, :width] for x in (self.mask, self.advantages, self.returns))
-        return Experience(rollout=rollout, mask=mask, advantages=advantages, returns=returns)
+        whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rollout"}
+        return Experience(rollout=rollout, **{name: x[index][:, :width] for name, x in whole.items()})
 
     def unlearned(self) -> Experience:
         """The same sequences of which no action counts: what a process passes through where it has nothing to learn."""

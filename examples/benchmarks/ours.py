@@ -19,15 +19,12 @@ from turns import Turns
 from work import Work
 
 from lightning_rlhf import (
-    BanditAdvantage,
+    RLOO,
     Constant,
-    FixedKL,
     Generation,
-    LeaveOneOut,
     ModelSource,
     PPOModule,
     PromptDataModule,
-    Unclipped,
     Updates,
 )
 
@@ -71,12 +68,9 @@ def module_of(work: Work) -> PPOModule:
     return PPOModule(
         policy=ModelSource(path=work.folder, attention=work.attention),
         reward=vader,
+        algorithm=RLOO(beta=work.beta, shaping=(), **work.options("algorithm")),
         generation=Generation(**sizes, **work.options("generation")),
         updates=Updates(**work.options("updates")),
-        kl=FixedKL(coef=work.beta),
-        advantage=BanditAdvantage(baseline=LeaveOneOut()),
-        surrogate=Unclipped(),
-        shaping=(),
         optimizer=adam,
         schedule=Constant(),
         **work.options(),

@@ -39,7 +39,7 @@ class Work:
     steps: int = 1
     """Of the whole run, the warm-up included."""
     ours: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `PPOModule`, and of its parts as `generation.NAME` and `updates.NAME`."""
+    """More arguments of `PPOModule`, and of its parts as `generation.NAME`, `updates.NAME` and `algorithm.NAME`."""
     attention: str = "eager"
     """Kernel of our side and of the floor. TRL keeps its default, SDPA."""
     folder: str = ""

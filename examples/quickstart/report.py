@@ -90,7 +90,7 @@ def plot_learning(run: Path) -> None:
         "objective/response_length": "response length, tokens",
         "ptx/loss": "pretraining loss, nats",
         "policy/entropy_avg": "entropy, nats per token",
-        "val/ratio_var": "variance of the ratio",
+        "policy/ratio_var": "variance of the ratio",
     }
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):

@@ -9,7 +9,7 @@ from lightning_rlhf.cli import main
 
 HERE, RUN, (DATA, MODEL, *FLAGS) = Path(__file__).parent, Path("runs/rankings"), sys.argv[1:]
 PPO = [f"--model.reference.path={RUN}/sft", f"--model.reward.path={RUN}/reward", "--model.updates.minibatch=8"]
-PPO += ["--model.generation.max_new_tokens=96", "--model.advantage.baseline=BatchMean"]
+PPO += ["--model.generation.max_new_tokens=96", "--model.algorithm.advantage.baseline=BatchMean"]
 
 
 def run(command, stage, *flags, **files):
@@ -20,7 +20,8 @@ def run(command, stage, *flags, **files):
 
 
 def answers(policy):
-    flags = [f"--model.policy.path={RUN}/{policy}", "--model.shaping=[]", f"--predictions.path={RUN}/{policy}.jsonl"]
+    flags = [f"--model.policy.path={RUN}/{policy}", f"--predictions.path={RUN}/{policy}.jsonl"]
+    flags += ["--model.algorithm.shaping=[]"]
     run("predict", "ppo", *PPO, *flags, predict="prompts_val")
     return [json.loads(line) for line in (RUN / f"{policy}.jsonl").open(encoding="utf-8")]
 

@@ -33,6 +33,7 @@ from lightning_rlhf import (
     PromptDataModule,
     Updates,
 )
+from lightning_rlhf.core import Algorithm
 
 Settings = tuple[str, float, int]
 """Surrogate, beta, inner epochs."""
@@ -42,7 +43,7 @@ LOGGED = {
     "train_reward": "objective/scores",
     "train_kl": "objective/kl",
     "approxkl": "policy/approxkl_avg",
-    "ratio_var": "val/ratio_var",
+    "ratio_var": "policy/ratio_var",
     "clipfrac": "policy/clipfrac_avg",
     "b": "surrogate/coef",
 }
@@ -109,10 +110,12 @@ def module_of(material: Material, size: Size, name: str, beta: float, epochs: in
         reward=material.reward,
         generation=Generation(max_new_tokens=size.tokens, temperature=0.7),
         updates=Updates(epochs=epochs, minibatch=size.minibatch),
-        kl=FixedKL(coef=beta),
-        advantage=BanditAdvantage(baseline=BatchMean()),
-        surrogate=SCALE.surrogate(name),
-        shaping=(),
+        algorithm=Algorithm(
+            beta=FixedKL(coef=beta),
+            advantage=BanditAdvantage(baseline=BatchMean()),
+            surrogate=SCALE.surrogate(name),
+            shaping=(),
+        ),
         optimizer=adam,
         schedule=Constant(),
     )

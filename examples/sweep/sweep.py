@@ -22,7 +22,8 @@ def objective(trial: Any, arguments: list[str]) -> float:
     """Reward less the price of the KL, on the held-out prompts after training."""
     lr, coef = trial.suggest_float("lr", 1e-7, 1e-5, log=True), trial.suggest_float("coef", 0.003, 0.1, log=True)
     surrogate = trial.suggest_categorical("surrogate", ["Clip", "KLPenalty"])
-    overrides = [f"--model.optimizer.init_args.lr={lr}", f"--model.kl.coef={coef}", f"--model.surrogate={surrogate}"]
+    overrides = [f"--model.optimizer.init_args.lr={lr}", f"--model.algorithm.beta={coef}"]
+    overrides += [f"--model.algorithm.surrogate={surrogate}"]
     found = main(["fit", *arguments, *overrides]).trainer.callback_metrics
     return float(found["eval/reward"] - PRICE * found["eval/kl"])
 

@@ -47,7 +47,7 @@ class GradientNorms(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where there is nothing to measure."""
         why = None
-        if not getattr(pl_module, "ptx_coef", 0.0):
+        if not getattr(getattr(pl_module, "algorithm", None), "ptx_coef", 0.0):
             why = f"this {type(pl_module).__name__} has no `ptx_coef` above 0"
         elif isinstance(trainer.strategy, DeepSpeedStrategy):
             why = "DeepSpeed's engine keeps the gradients to itself"
@@ -96,13 +96,12 @@ def _gradient(
     trainer: Trainer, pl_module: Any, optimizer: Optimizer, pieces: list[TextBatch]
 ) -> dict[torch.nn.Parameter, Tensor]:
     """∇ of −γ·log π(texts) per token of all processes, as the step has it; replaces the gradients."""
-    count = pl_module.all_sum(torch.stack([piece.target.sum() for piece in pieces]).sum()).clamp(min=1)
+    count = pl_module.ranks.sum(torch.stack([piece.target.sum() for piece in pieces]).sum()).clamp(min=1)
     optimizer.zero_grad()
     with torch.enable_grad(), pl_module.optimizers().toggle_model(sync_grad=False):  # the value network has no part
         for piece in pieces:
-            wanted = piece.target[:, 1:]
-            logprobs = pl_module.policy(piece.tokens, piece.mask, width=wanted.shape[1], wanted=wanted)
-            loss = pl_module.ptx_coef * next_token_loss(logprobs, piece.target, count=count)
+            logprobs = pl_module.policy.text_logprobs(piece)
+            loss = pl_module.algorithm.ptx_coef * next_token_loss(logprobs, piece.target, count=count)
             pl_module.manual_backward(loss * trainer.world_size)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else scaler.get_scale()

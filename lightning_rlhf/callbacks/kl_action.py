@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,6 @@ from torch import Tensor
 from lightning_rlhf.callbacks.ema import EMA
 
 logger = logging.getLogger(__name__)
-
-MOVING = ("kl", "surrogate", "advantage")
-"""Attributes of the module that training replaces by their successors."""
 
 
 class GuardAction(ABC):
@@ -77,10 +73,12 @@ class RaiseKL(GuardAction):
         Raises:
             ValueError: β is 0.
         """
-        if pl_module.kl.coef == 0:
-            raise ValueError(f"{why}, but `kl.coef` is 0 and stays so however often it is multiplied: set it above 0")
-        self._coef = pl_module.kl.coef * self.factor
-        pl_module.kl = replace(pl_module.kl, coef=self._coef)
+        if pl_module.algorithm.kl.coef == 0:
+            raise ValueError(
+                f"{why}, but `algorithm.beta` is 0 and stays so however often it is multiplied: set it above 0"
+            )
+        self._coef = pl_module.algorithm.kl.coef * self.factor
+        pl_module.algorithm = pl_module.algorithm.with_beta(self._coef)
         logger.warning("%s: the KL coefficient is now %.4g", why, self._coef)
 
     def state(self) -> dict[str, float]:
@@ -91,8 +89,8 @@ class RaiseKL(GuardAction):
         """β of an adaptive controller is in the checkpoint already, and may have moved on."""
         if "coef" in state:
             self._coef = state["coef"]
-            if not pl_module.kl.state():
-                pl_module.kl = replace(pl_module.kl, coef=self._coef)
+            if not pl_module.algorithm.kl.state():
+                pl_module.algorithm = pl_module.algorithm.with_beta(self._coef)
 
 
 class RollBack(GuardAction):
@@ -167,8 +165,7 @@ def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     live = {"weights": _trained(pl_module), "average": _average(trainer)}
     live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
     live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
-    moving = {name: getattr(pl_module, name) for name in MOVING}
-    return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"moving": moving}
+    return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"algorithm": pl_module.algorithm}
 
 
 @torch.no_grad()
@@ -182,5 +179,4 @@ def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: LightningModu
         optimizer.load_state_dict(copy.deepcopy(state))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-    for name, value in snapshot["moving"].items():
-        setattr(pl_module, name, value)
+    pl_module.algorithm = snapshot["algorithm"]

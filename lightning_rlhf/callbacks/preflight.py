@@ -71,7 +71,7 @@ class Preflight(Callback):
         Raises:
             ValueError: a check failed; all failures are listed, each with what to change.
         """
-        self._pending = hasattr(pl_module, "roll_out") and not isinstance(trainer.strategy, SHARDED)
+        self._pending = hasattr(pl_module, "responder") and not isinstance(trainer.strategy, SHARDED)
         tokenizer = getattr(pl_module, "tokenizer", None)
         problems = (
             [] if tokenizer is None else [*vocabulary_problems(pl_module, tokenizer), *template_problems(tokenizer)]
@@ -117,24 +117,26 @@ class Preflight(Callback):
     def _rollout_problems(self, trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> Iterator[str]:
         """Ratio, KL and padding on one small rollout."""
         collector = module.collector
-        rollout = module.roll_out(prompts, 1, stream="preflight", iteration=0)
-        now = collector.logprobs(rollout)
+        rollout = module.responder.respond(prompts, samples=1, stream="preflight", iteration=0)
+        temperature = collector.generation.temperature
+        now = module.policy.response_logprobs(rollout, temperature=temperature)
         low = collector.sampler.training_dtype(module.device.type) in LOW
         tolerance = self._allowed(low)
         off = float((now - rollout.logprobs).abs().max())
         if not off <= tolerance:
             yield (
                 f"the ratio of an untrained policy is not 1: log π_θ and log π_old differ by {off:.3g} nats; set "
-                "`old_logprobs` to Recomputed(), and see that the network has no dropout and no noise"
+                "`updates.old_logprobs` to Recomputed(), and see that the network has no dropout and no noise"
             )
         kl = float((rollout.logprobs - rollout.ref_logprobs).abs().max())
-        low = low or (collector.reference is not None and next(collector.reference.parameters()).dtype in LOW)
+        frozen = collector.reference.frozen
+        low = low or (frozen is not None and next(frozen.parameters()).dtype in LOW)
         if module.iteration == 0 and module.reference_is_policy and not kl <= self._allowed(low):
             yield (
                 f"the KL of an untrained policy to its reference is not 0: their log-probs differ by {kl:.3g} nats; "
                 "give both the same weights, dtype and attention kernel, or name another `reference` if that is meant"
             )
-        wide = module.collector.logprobs(_padded(rollout, columns=3))
+        wide = module.policy.response_logprobs(_padded(rollout, columns=3), temperature=temperature)
         moved = float((wide - now).abs().max())
         if not moved <= tolerance:
             yield (

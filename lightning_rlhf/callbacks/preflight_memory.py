@@ -43,9 +43,10 @@ def memory_estimate(trainer: Trainer, module: LightningModule) -> dict[str, floa
     """
     trained = _bytes(module, trained_only=True)
     found = {"weights": _bytes(module), "gradients": trained, "optimizer": MOMENTS * trained}
-    collector, policy = getattr(module, "collector", None), getattr(module, "policy", None)
-    if collector is not None:
-        frozen = filter(None, [*collector.reward.networks(), collector.reference])
+    policy = getattr(module, "policy", None)
+    if getattr(module, "responder", None) is not None:
+        collector = module.responder.collector
+        frozen = collector.frozen()
         found["frozen networks"] = sum(_bytes(network) for network in frozen)
         with trainer.precision_plugin.forward_context():
             dtype = collector.sampler.dtype(module.device.type)
@@ -103,7 +104,7 @@ def _activations(trainer: Trainer, module: Any, dtype: torch.dtype) -> int:
     prompt, text = (getattr(data, name, None) for name in ("max_prompt_tokens", "text_tokens"))
     networks = [network for network in (module.policy.network, getattr(module.value, "network", None)) if network]
     responses = updates.minibatch or getattr(data, "batch_size", 1) * module.generation.samples_per_prompt
-    texts = round(responses * getattr(data, "pretrain_ratio", 0.0)) if module.ptx_coef else 0
+    texts = round(responses * getattr(data, "pretrain_ratio", 0.0)) if module.algorithm.ptx_coef else 0
     sizes = [0]
     if prompt is not None:
         tokens = _tokens(updates, rows=responses, width=prompt + module.generation.max_new_tokens)
@@ -139,7 +140,7 @@ def _of_callbacks(trainer: Trainer, module: Any) -> dict[str, int]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             found["EMA"] = sum(p.numel() * max(p.element_size(), 4) for p in trained)
-        elif isinstance(callback, GradientNorms) and module.ptx_coef:
+        elif isinstance(callback, GradientNorms) and module.algorithm.ptx_coef:
             found["GradientNorms"] = MEASUREMENT * sum(p.numel() * p.element_size() for p in trained)
     return found
 

@@ -5,6 +5,7 @@ Every equation is named with its source in the docstring of the function or clas
 
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, RewardToGo, Whitened
+from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
 from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
 from lightning_rlhf.core.clip import CISPO, Clip
@@ -19,6 +20,7 @@ from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
+from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
 from lightning_rlhf.core.mismatch import MaskedWeights, MismatchWeights, TruncatedWeights
 from lightning_rlhf.core.preference import (
     Centred,
@@ -50,12 +52,14 @@ __all__ = [
     "Adaptive",
     "AdaptiveKL",
     "AdvantageEstimator",
+    "Algorithm",
     "AllSum",
     "BanditAdvantage",
     "Baseline",
     "BatchMean",
     "BatchStd",
     "CISPO",
+    "CISPOMethod",
     "Centred",
     "Clip",
     "ClipScore",
@@ -65,12 +69,17 @@ __all__ = [
     "ConstantLength",
     "Cosine",
     "Credit",
+    "DAPO",
+    "DrGRPO",
     "FixedKL",
     "GAE",
+    "GRPO",
+    "GSPO",
     "GeometricLevel",
     "GroupAdvantage",
     "GroupScale",
     "GroupStd",
+    "InstructGPT",
     "K1",
     "K2",
     "K3",
@@ -92,9 +101,11 @@ __all__ = [
     "PerAction",
     "PlackettLuce",
     "PreferenceLoss",
+    "RLOO",
     "RankingLoss",
     "Reduction",
     "ReferenceKL",
+    "ReinforcePP",
     "ReplaceScore",
     "RewardToGo",
     "RunningMean",
@@ -105,6 +116,7 @@ __all__ = [
     "SoftOverlong",
     "SubtractFromScore",
     "Surrogate",
+    "TLDR",
     "TokenLevel",
     "TokenMean",
     "TruncatedWeights",

@@ -7,7 +7,8 @@ processes of unequal lengths change nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class Reduction(ABC):
             mask: actions that count, (b, T), bool.
         """
         return masked_sum(losses, mask)
+
+    def for_length(self, max_new_tokens: int) -> Self:
+        """The reduction with the longest response, tokens, where it asks for one."""
+        return self
 
     @abstractmethod
     def count(self, mask: Tensor) -> Tensor:
@@ -78,14 +83,25 @@ class ConstantLength(Reduction):
     (Liu et al. 2025.) ∇J up to the constant, at the size of a mean over tokens.
     """
 
-    length: int = 128
-    """Tokens, > 0; the paper takes the longest response that generation allows."""
+    length: int | None = None
+    """Tokens, > 0; None is the generation's `max_new_tokens`, the paper's choice."""
 
     def __post_init__(self) -> None:
-        check_positive(length=self.length)
+        if self.length is not None:
+            check_positive(length=self.length)
+
+    def for_length(self, max_new_tokens: int) -> Self:
+        """The reduction with `length` in tokens."""
+        return replace(self, length=max_new_tokens if self.length is None else self.length)
 
     def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Σ over actions / length."""
+        """Σ over actions / length.
+
+        Raises:
+            ValueError: `length` is still None.
+        """
+        if self.length is None:
+            raise ValueError("`ConstantLength` needs `length`, in tokens: set it, or call `for_length` first")
         return masked_sum(losses, mask) / self.length
 
     def count(self, mask: Tensor) -> Tensor:

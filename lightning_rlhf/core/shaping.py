@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Shaping(ABC):
         Returns:
             (B,).
         """
+
+    def for_length(self, max_new_tokens: int) -> Self:
+        """The rule with the longest response, tokens, where it asks for one."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +71,34 @@ class SoftOverlong(Shaping):
     0 up to `limit` − `buffer` tokens, −penalty·(|y| − limit + buffer)/buffer up to `limit`, −penalty beyond.
     """
 
-    limit: int
-    """L_max, tokens; usually `max_new_tokens`."""
-    buffer: int
-    """L_c, tokens, in [1, `limit`]; the paper has 4,096 of 20,480."""
+    limit: int | None = None
+    """L_max, tokens; None is the generation's `max_new_tokens`."""
+    buffer: int | None = None
+    """L_c, tokens, in [1, `limit`]; None is a fifth of `limit`, as the paper's 4,096 of 20,480."""
     penalty: float = 1.0
     """Reward units, > 0; the paper's is 1."""
 
     def __post_init__(self) -> None:
-        check_positive(limit=self.limit, buffer=self.buffer, penalty=self.penalty)
-        if self.buffer > self.limit:
+        named = {"limit": self.limit, "buffer": self.buffer, "penalty": self.penalty}
+        check_positive(**{name: number for name, number in named.items() if number is not None})
+        if self.limit is not None and self.buffer is not None and self.buffer > self.limit:
             raise ValueError(f"`buffer` must not exceed `limit`: got {self.buffer} of {self.limit} tokens")
 
+    def for_length(self, max_new_tokens: int) -> Self:
+        """The rule with `limit` and `buffer` in tokens."""
+        limit = max_new_tokens if self.limit is None else self.limit
+        return replace(self, limit=limit, buffer=max(limit // 5, 1) if self.buffer is None else self.buffer)
+
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """score − penalty · the share of the buffer that was used."""
+        """score − penalty · the share of the buffer that was used.
+
+        Raises:
+            ValueError: `limit` or `buffer` is still None.
+        """
+        if self.limit is None or self.buffer is None:
+            raise ValueError(
+                "`SoftOverlong` needs `limit` and `buffer`, in tokens: set them, or call `for_length` first"
+            )
         used = (lengths - (self.limit - self.buffer)).to(scores.dtype) / self.buffer
         return scores - self.penalty * used.clamp(0, 1)
 

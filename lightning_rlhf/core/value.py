@@ -44,4 +44,4 @@ class ClippedValueLoss(ValueLoss):
         near = torch.clamp(values, old_values - self.epsilon, old_values + self.epsilon)
         plain, bounded = (values - returns).square(), (near - returns).square()
         loss = 0.5 * self.coef * torch.maximum(plain, bounded)
-        return PerAction(loss, {"val/clipfrac_avg": (bounded > plain).to(loss.dtype)})
+        return PerAction(loss, {"value/clipfrac_avg": (bounded > plain).to(loss.dtype)})

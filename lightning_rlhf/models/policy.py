@@ -26,6 +26,7 @@ from lightning_rlhf.models.states import Backbone, filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
 from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
+from lightning_rlhf.types import Rollout, TextBatch
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,21 @@ class PolicyModel(nn.Module):
         if self.backbone.accepts("position_ids"):
             options["position_ids"] = positions(mask)
         return self.network(**options).logits[:, -keep:]
+
+    def response_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """log π of each response token, (B, R), nats, 0 outside the responses.
+
+        Args:
+            rollout: B responses.
+            temperature: τ the logits are divided by.
+        """
+        width = rollout.response.shape[1]
+        return self(rollout.tokens, rollout.attention, width=width, temperature=temperature, groups=rollout.groups)
+
+    def text_logprobs(self, text: TextBatch) -> Tensor:
+        """log π of tokens 1 .. L − 1 of each text, (B, L − 1), nats, 0 where a token is no target."""
+        targets = text.target[:, 1:]
+        return self(text.tokens, text.mask, width=targets.shape[1], wanted=targets)
 
     def compile_backbone(self) -> None:
         """Let `torch.compile` fuse the operations of every block; sampling, which works on a copy, stays as it is.

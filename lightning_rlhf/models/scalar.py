@@ -22,6 +22,7 @@ from lightning_rlhf.models.states import filled, positions
 from lightning_rlhf.models.twin import Blueprint, whole
 from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
+from lightning_rlhf.types import Rollout
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
@@ -75,6 +76,10 @@ class ScalarModel(nn.Module):
             input_ids=filled(tokens, mask), attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
         return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
+
+    def response_values(self, rollout: Rollout) -> Tensor:
+        """V of the state before each response token, (B, R), reward units."""
+        return self(rollout.tokens, rollout.attention)[:, rollout.prompt_width - 1 : -1]
 
     @contextmanager
     def without_bias(self) -> Iterator[None]:

@@ -3,76 +3,81 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 from lightning_rlhf.core import (
     CISPO,
     AdvantageEstimator,
+    Algorithm,
     Clip,
     GeometricLevel,
-    KLPenalty,
     MismatchWeights,
-    ReplaceScore,
     Shaping,
     SoftOverlong,
     Surrogate,
     Whitened,
 )
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.core.level import ActionLevel
-from lightning_rlhf.rollout import Generation, Reward
+from lightning_rlhf.rollout import Generation
 
 WIDEST_GEOMETRIC_BOUND = 0.05
 """No response's length-normalised ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
-def check_value(advantage: AdvantageEstimator, *, value: object, value_lr: float | None, value_loss: object) -> None:
-    """Raises ValueError if something is set for a value network that the advantage does not train, or wrongly."""
-    of_value = {"value": value, "value_lr": value_lr, "value_loss": value_loss}
-    given = [name for name, setting in of_value.items() if setting is not None]
-    if given and not advantage.needs_value:
+def check_compatible(
+    algorithm: Algorithm, generation: Generation, *, value: object = None, value_lr: float | None = None
+) -> None:
+    """Refuse settings of a run that its algorithm cannot use, and warn of those that do nothing.
+
+    Args:
+        algorithm: of the run, its lengths in tokens.
+        generation: how responses are drawn.
+        value: start of the value network.
+        value_lr: its learning rate.
+
+    Raises:
+        ValueError: responses to one prompt are compared, and there is one of each; or something is set for a value
+            network that is not trained.
+    """
+    of_value = [name for name, setting in {"value": value, "value_lr": value_lr}.items() if setting is not None]
+    if of_value and not algorithm.needs_value:
         raise ValueError(
-            f"`{'`, `'.join(given)}` belong to a value network, but {type(advantage).__name__} trains none: leave them "
-            "out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
+            f"`{'`, `'.join(of_value)}` belong to a value network, but {type(algorithm.advantage).__name__} trains "
+            "none: leave them out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
         )
     if value_lr is not None:
         check_not_negative(value_lr=value_lr)
-
-
-def check_groups(advantage: AdvantageEstimator, generation: Generation) -> None:
-    """Raises ValueError if responses to one prompt are to be compared, and there is one of each."""
-    if advantage.needs_group and generation.samples_per_prompt < 2:
+    if algorithm.advantage.needs_group and generation.samples_per_prompt == 1:
         raise ValueError(
-            f"{_named(advantage)} compares the responses to one prompt, but each prompt gets one: set "
+            f"{_named(algorithm.advantage)} compares the responses to one prompt, but each prompt gets one: set "
             "`generation.samples_per_prompt` to at least 2"
         )
+    for rule in algorithm.rules:
+        _warn_of_length(rule, generation.max_new_tokens)
+    if isinstance(algorithm.level, GeometricLevel):
+        for never in _idle_bounds(algorithm.surrogate):
+            warnings.warn(
+                f"{never} never acts on GeometricLevel's length-normalised ratio: GSPO's bounds are epsilon=3e-4, "
+                "epsilon_high=4e-4",
+                stacklevel=3,
+            )
 
 
-def check_level(level: ActionLevel, surrogate: Surrogate) -> None:
-    """A length-normalised ratio needs bounds of its own size, of which it warns, and is no ratio of probabilities.
-
-    Raises:
-        ValueError: `KLPenalty` on it, whose penalty would be no KL.
-    """
-    while isinstance(surrogate, MismatchWeights):
-        surrogate = surrogate.surrogate
-    if not isinstance(level, GeometricLevel):
+def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:
+    """A penalty on lengths that no response reaches does nothing."""
+    if not isinstance(rule, SoftOverlong) or rule.limit is None or rule.buffer is None:
         return
-    if isinstance(surrogate, KLPenalty):
-        raise ValueError(
-            "KLPenalty needs the ratio π_θ/π_old, but GeometricLevel normalises it by the length, so that its k3 is no "
-            "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
-        )
-    for never in _idle_bounds(surrogate):
+    if rule.limit - rule.buffer >= max_new_tokens:
         warnings.warn(
-            f"{never} never acts on GeometricLevel's length-normalised ratio: GSPO's bounds are epsilon=3e-4, "
-            "epsilon_high=4e-4",
-            stacklevel=3,
+            f"SoftOverlong(limit={rule.limit}, buffer={rule.buffer}) never acts: responses end at "
+            f"`generation.max_new_tokens`={max_new_tokens}; set `limit` to that",
+            stacklevel=4,
         )
 
 
 def _idle_bounds(surrogate: Surrogate) -> list[str]:
     """The bounds of a surrogate that a length-normalised ratio does not reach, as one would write them."""
+    while isinstance(surrogate, MismatchWeights):
+        surrogate = surrogate.surrogate
     if isinstance(surrogate, CISPO):
         near_one = abs(surrogate.largest - 1) <= WIDEST_GEOMETRIC_BOUND
         return [] if near_one else [f"CISPO(largest={surrogate.largest})"]
@@ -84,25 +89,6 @@ def _idle_bounds(surrogate: Surrogate) -> list[str]:
     if surrogate.dual is not None and surrogate.dual - 1 > WIDEST_GEOMETRIC_BOUND:
         idle.append(f"Clip(dual={surrogate.dual})")
     return idle
-
-
-def shaping_of(reward: Reward) -> tuple[Shaping, ...]:
-    """Rules on the score where none are given.
-
-    −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
-    """
-    return (ReplaceScore(),) if reward.is_learned else ()
-
-
-def check_shaping(shaping: Sequence[Shaping], generation: Generation) -> None:
-    """Warns of a penalty on lengths that no response reaches."""
-    for rule in shaping:
-        if isinstance(rule, SoftOverlong) and rule.limit - rule.buffer >= generation.max_new_tokens:
-            warnings.warn(
-                f"SoftOverlong(limit={rule.limit}, buffer={rule.buffer}) never acts: responses end at "
-                f"`generation.max_new_tokens`={generation.max_new_tokens}; set `limit` to that",
-                stacklevel=3,
-            )
 
 
 def _named(advantage: AdvantageEstimator) -> str:

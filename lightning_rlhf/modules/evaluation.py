@@ -3,115 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_rlhf.modules.evaluator import Evaluator
+from lightning_rlhf.modules.mean_metrics import MeanMetrics
+from lightning_rlhf.modules.observation import observed, outcome_of
 from lightning_rlhf.modules.panel import Panel
-from lightning_rlhf.modules.tally import Tally
-from lightning_rlhf.rollout import Scores
+from lightning_rlhf.rollout.responder import Responder
 from lightning_rlhf.rollout.text import texts_of
-from lightning_rlhf.types import Experience, Outcome, PromptBatch, Rollout, TextBatch
-
-if TYPE_CHECKING:
-    from lightning_rlhf.modules.ppo import PPOModule
-
-
-def observe(tally: Tally, rollout: Rollout, scores: Scores, counts: Tensor, prefix: str) -> None:
-    """Add what a rollout says of the objective (Ouyang et al. 2022, eq. 2).
-
-    Args:
-        tally: takes the means.
-        rollout: B responses.
-        scores: (B,), reward units, and their parts.
-        counts: rows that count, (B,), bool.
-        prefix: of the names.
-    """
-    log_ratio = (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    tally.add(f"{prefix}/kl", log_ratio, counts)
-    tally.add(f"{prefix}/entropy", -rollout.logprobs.sum(1), counts)
-    tally.add(f"{prefix}/response_length", rollout.lengths.to(scores.total), counts)
-    tally.add(f"{prefix}/eos_rate", rollout.ended.to(scores.total), counts)
-    tally.add(f"{prefix}/scores", scores.total, counts)
-    for name, part in scores.parts.items():
-        tally.add(f"{prefix}/scores/{name}", part, counts)
-
-
-def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experience: Experience | None = None) -> Outcome:
-    """What callbacks may look at, without the graph that the update goes on from.
-
-    Args:
-        rollout: B responses.
-        scores: (B,), reward units, and their parts.
-        prompts: that were responded to.
-        experience: the same responses with their advantages, where they are learned from.
-    """
-    groups, advantages = rollout.groups, None
-    if experience is not None:
-        mask = experience.mask
-        advantages = torch.where(mask, experience.advantages, 0.0).sum(1) / mask.sum(1)
-    return Outcome(
-        rollout=replace(rollout, live=None),
-        rows=[prompts.rows[i] for i in groups.tolist()],
-        raw_scores=scores.total if scores.raw is None else scores.raw,
-        scores=scores.total,
-        parts=scores.parts,
-        counts=prompts.counts[groups],
-        advantages=advantages,
-    )
+from lightning_rlhf.types import Outcome, PromptBatch, TextBatch
 
 
 class Evaluation:
-    """Validation, test and prediction of a `PPOModule`, with random numbers of their own.
+    """Validation, test and prediction of a policy, with random numbers of their own.
 
     Args:
-        module: whose policy, reward and reference.
-        evaluators: what else validation and test measure.
+        evaluators: what validation and test measure beside reward and KL.
     """
 
-    def __init__(self, module: PPOModule, evaluators: Sequence[Evaluator] = ()) -> None:
-        self.module, self.tally, self.panel = module, Tally(), Panel(module, evaluators)
+    def __init__(self, evaluators: Sequence[Evaluator] = ()) -> None:
+        self.panel = Panel(evaluators)
+        self._metrics = MeanMetrics()
+        self._texts = MeanMetrics()
 
-    def begin(self) -> None:
+    def begin(self, responder: Responder) -> None:
         """Forget what an interrupted evaluation took in."""
-        self.tally = Tally()
-        self.panel.begin()
+        self._metrics = self._texts = MeanMetrics()
+        self.panel.begin(responder)
 
     @torch.no_grad()
-    def step(self, batch: PromptBatch | TextBatch, batch_idx: int) -> None:
-        """Take in a batch of prompts, or of texts."""
-        self.module.outcome = None
-        if isinstance(batch, PromptBatch):
-            rollout, scores = self._rollout(batch, batch_idx)
-            observe(self.tally, rollout, scores, batch.counts, "")
-            self.panel.prompts(batch, batch_idx, rollout, scores)
-            self.module.outcome = outcome_of(rollout, scores, batch)
-            return
-        wanted, width = batch.target[:, 1:], batch.tokens.shape[1] - 1
-        logprobs = self.module.policy(batch.tokens, batch.mask, width=width, wanted=wanted)
-        self.tally.add("/ptx_loss", -logprobs, wanted)
-        self.panel.texts(batch, batch_idx, logprobs)
+    def step(self, responder: Responder, batch: PromptBatch | TextBatch, batch_idx: int) -> Outcome | None:
+        """Take in a batch of prompts, or of texts; returns what the prompts gave."""
+        if isinstance(batch, TextBatch):
+            logprobs = responder.collector.policy.text_logprobs(batch)
+            self._texts += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
+            self.panel.texts(responder, batch, batch_idx, logprobs)
+            return None
+        rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
+        scores = responder.score(rollout, batch, iteration=batch_idx)
+        self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.counts)
+        self.panel.prompts(responder, batch, batch_idx, rollout, scores)
+        return outcome_of(rollout, scores, batch)
 
-    def log(self, stage: str) -> None:
-        """Log the means over all processes as `stage/name` and begin anew; `stage/reward` is the mean score."""
-        means = self.tally.means(self.module.all_sum)
-        named = {stage + name.replace("/scores", "/reward", 1): value for name, value in means.items()}
-        named |= {f"{stage}/{name}": value for name, value in self.panel.conclude().items()}
-        self.module.log_dict(named, sync_dist=True)
+    def conclude(self, responder: Responder, *, remember: bool) -> dict[str, float]:
+        """Means over all processes by name; `reward` is the mean score.
+
+        Args:
+            responder: whose processes.
+            remember: whether evaluators that adapt do so, as between the validations of a run.
+        """
+        means = (self._metrics + self._texts).means(responder.ranks.sum)
+        return means | self.panel.conclude(responder.ranks, remember=remember)
 
     @torch.no_grad()
-    def predict(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict(self, responder: Responder, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per prompt that counts."""
-        outcome, tokenizer = outcome_of(*self._rollout(batch, batch_idx), batch), self.module.tokenizer
+        rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
+        outcome = outcome_of(rollout, responder.score(rollout, batch, iteration=batch_idx), batch)
         texts: list[Any] = outcome.tokens()
-        if tokenizer is not None:
-            texts = texts_of(texts, tokenizer)
-        found = zip(outcome.rows, texts, outcome.numbers(), outcome.counts.tolist(), strict=True)
-        return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in found if counts]
-
-    def _rollout(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Scores]:
-        rollout = self.module.roll_out(batch, 1, stream="eval", iteration=batch_idx)
-        return rollout, self.module.score(rollout, batch)
+        if responder.tokenizer is not None:
+            texts = texts_of(texts, responder.tokenizer)
+        records = zip(outcome.rows, texts, outcome.numbers(), outcome.counts.tolist(), strict=True)
+        return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in records if counts]

@@ -68,9 +68,9 @@ UPDATE = (
     Entry("policy/kl_penalty", "KLPEN: mean b·KL(π_old‖π) of an action during the update", "reward"),
     Entry("policy/kl_sampler", "mean k3 estimate of KL(π_sampler‖π_old) of a token: what low precision costs", "nats"),
     Entry("surrogate/coef", "KLPEN: b of this rollout", "reward/nat"),
-    Entry("val/ratio", "mean ρ = π/π_old of an action: 1 on the first minibatch", "1"),
-    Entry("val/ratio_var", "variance of ρ", "1"),
-    Entry("val/clipfrac_avg", "share of actions whose clipped value was further off; with a value network", "1"),
+    Entry("policy/ratio", "mean ρ = π/π_old of an action: 1 on the first minibatch", "1"),
+    Entry("policy/ratio_var", "variance of ρ", "1"),
+    Entry("value/clipfrac_avg", "share of actions whose clipped value was further off; with a value network", "1"),
 )
 COST = (
     Entry("time/generate", "sampling; times are wall time of rank 0", "s"),

@@ -9,9 +9,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.models.meta import unread
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows, check_same
 from lightning_rlhf.rollout import LearnedReward, Reward
+
+
+def as_source(model: str | ModelSource | nn.Module | None) -> ModelSource | nn.Module | None:
+    """A folder or name as the source it names; anything else as it is."""
+    return ModelSource(path=model) if isinstance(model, str) else model
 
 
 def find_tokenizer(
@@ -36,8 +42,8 @@ def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerB
     return PolicyModel(network, tokenizer)
 
 
-def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DType | None) -> PolicyModel | None:
-    """π_ref: from its source, else a frozen copy of the policy as it is now; None where it is the adapter off.
+def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DType | None) -> Reference:
+    """π_ref: from its source, else the adapter off, else a frozen copy of the policy as it is now.
 
     Raises:
         ValueError: the source reads other tokens than the policy, `dtype` is asked for where there is no copy, or the
@@ -49,11 +55,11 @@ def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DTyp
     if source is not None:
         network = unread(source).causal_lm()
         _check_tokens(network, source, policy.tokenizer, name="reference")
-        return PolicyModel(network, policy.tokenizer).eval().requires_grad_(False)
+        return Reference(policy, PolicyModel(network, policy.tokenizer).eval().requires_grad_(False))
     if is_adapted(policy.network):
         with policy.reference():  # refuses an adapter that leaves something behind
-            return None
-    return policy.frozen_copy(None if dtype is None else getattr(torch, dtype))
+            return Reference(policy, None)
+    return Reference(policy, policy.frozen_copy(None if dtype is None else getattr(torch, dtype)))
 
 
 def build_value(

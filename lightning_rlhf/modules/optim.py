@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,15 +87,22 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
+def chosen_optimizer(optimizer: OptimizerCallable | None, lr: float | None) -> OptimizerCallable:
+    """The optimizer that was chosen, or AdamW at a learning rate.
+
+    Raises:
+        ValueError: both were chosen.
+    """
+    if optimizer is None:
+        return partial(torch.optim.AdamW, lr=1e-6 if lr is None else lr, eps=1e-5, weight_decay=0.0)
+    if lr is not None:
+        raise ValueError(f"`lr`={lr} is of the default optimizer: give it to `optimizer` instead, or leave that out")
+    return optimizer
+
+
 def optimizer_of(build: OptimizerCallable, network: nn.Module) -> Optimizer:
     """The optimizer of one network's trainable parameters."""
     return build(trainable(network))
-
-
-def global_sum(module: LightningModule, x: Tensor) -> Tensor:
-    """Σ over all processes of the trainer, or `x` itself where there is none."""
-    trainer = module._trainer
-    return x if trainer is None or trainer.world_size == 1 else trainer.strategy.reduce(x, reduce_op="sum")
 
 
 def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: float | None) -> Tensor:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rollout.reference import reference_rollout
+from lightning_rlhf.rollout.responder import Responder
 from lightning_rlhf.types import PromptBatch, Rollout, Row
-
-if TYPE_CHECKING:
-    from lightning_rlhf.modules.ppo import PPOModule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,39 +23,32 @@ class Kept:
 
 
 class ReferenceAnswers:
-    """K responses of the reference to each held-out prompt, with the module's scores, kept by batch.
+    """K responses of the reference to each held-out prompt, with their scores, kept by batch."""
 
-    Args:
-        module: whose reference and reward.
-    """
-
-    def __init__(self, module: PPOModule) -> None:
-        self.module = module
+    def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
 
-    def __call__(self, batch: PromptBatch, batch_idx: int, *, samples: int) -> tuple[Rollout, Tensor]:
+    def __call__(
+        self, responder: Responder, batch: PromptBatch, batch_idx: int, *, samples: int
+    ) -> tuple[Rollout, Tensor]:
         """The responses, B·K in consecutive rows, and their scores after shaping, (B, K).
 
         Args:
+            responder: whose reference and reward.
             batch: B prompts.
             batch_idx: their place in the evaluation, which names the random numbers.
             samples: K.
         """
         kept, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
         known = kept is not None and kept.scores.shape[1] == samples and kept.rows == batch.rows
-        if not self.module.agreed(known and torch.equal(kept.tokens, tokens)):  # or else some would wait for others
-            rollout = self._drawn(batch, batch_idx, samples)
-            scores = self.module.score(rollout, batch).total.view(-1, samples)
+        if not responder.ranks.all(known and torch.equal(kept.tokens, tokens)):  # or else some would wait for others
+            rollout = responder.respond_as_reference(batch, samples=samples, iteration=batch_idx)
+            scores = responder.score(rollout, batch, iteration=batch_idx).total.view(-1, samples)
             kept = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
             self._kept[batch_idx] = kept
         return _moved(kept.rollout, batch.tokens.device), kept.scores.to(batch.tokens.device)
 
-    def _drawn(self, batch: PromptBatch, batch_idx: int, samples: int) -> Rollout:
-        collector, trainer = self.module.collector, self.module.trainer
-        place = {"iteration": batch_idx, "rank": trainer.global_rank, "world": trainer.world_size}
-        return reference_rollout(collector, batch, samples=samples, **place)
-
 
 def _moved(rollout: Rollout, device: torch.device | str) -> Rollout:
-    found = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-    return Rollout(**{name: None if value is None else value.to(device) for name, value in found.items()})
+    columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return Rollout(**{name: None if value is None else value.to(device) for name, value in columns.items()})

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.core.settings import Difference
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.meta import unread
@@ -29,7 +30,7 @@ from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
@@ -140,7 +141,7 @@ class RewardModule(CheckedRevival, LightningModule):
         counts = preferred_pairs(batch.rank).any(2).any(1)
         losses = self.loss(self._raw_rank(batch), batch.rank, batch.strength)
         total = torch.where(counts, losses, 0.0).sum()
-        loss = self._step.loss(self, total, global_sum(self, counts.sum()))
+        loss = self._step.loss(self, total, Ranks(self).sum(counts.sum()))
         self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.rank))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss
@@ -215,7 +216,7 @@ class RewardModule(CheckedRevival, LightningModule):
 
     def _seen(self, metric: Metric) -> bool:
         """Whether any process has something to compute: all of them must compute, or none."""
-        return bool(global_sum(self, torch.tensor(float(metric.update_called), device=self.device)))
+        return bool(Ranks(self).sum(torch.tensor(float(metric.update_called), device=self.device)))
 
     @torch.no_grad()
     def score_demonstrations(self) -> None:

@@ -14,13 +14,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Cosine, Schedule, next_token_loss
 from lightning_rlhf.core.settings import Difference
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
 from lightning_rlhf.modules.networks import build_policy, find_tokenizer
-from lightning_rlhf.modules.optim import global_sum, optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
@@ -85,7 +86,7 @@ class SFTModule(CheckedRevival, LightningModule):
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """The batch's share of the step's mean, nats per token that counts."""
         total = next_token_loss(self(batch), batch.target, count=1)
-        loss = self._step.loss(self, total, global_sum(self, batch.target.sum()))
+        loss = self._step.loss(self, total, Ranks(self).sum(batch.target.sum()))
         self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.tokens))
         self.log("lr", self.optimizers().param_groups[0]["lr"])
         return loss

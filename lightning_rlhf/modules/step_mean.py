@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rlhf.modules.optim import global_sum
+from lightning_rlhf.distributed.ranks import Ranks
 
 
 class StepMean:
@@ -46,7 +46,7 @@ class StepMean:
             self._unit = count.clamp(min=1)
             self._count = self._total = torch.zeros_like(total.detach(), dtype=torch.float64)
         self._count = self._count + count
-        self._total = self._total + global_sum(module, total.detach()).double()
+        self._total = self._total + Ranks(module).sum(total.detach()).double()
         return total / self._unit * (batches * module.trainer.world_size)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,14 +15,16 @@ from lightning_rlhf.modules.optimizer_checks import refuse_finder
 from lightning_rlhf.modules.sharding import is_sharded
 from lightning_rlhf.modules.zero import open_backward, prepare_engine, strategy_of
 
-if TYPE_CHECKING:
-    from lightning_rlhf.modules.ppo import PPOModule
-
 SHARD_BY_FSDP2 = "shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
 
 
-def check_rl_strategy(module: PPOModule) -> None:
+def check_rl_strategy(module: LightningModule, *, compiles: bool, max_grad_norm: float | None) -> None:
     """Refuse what PPO cannot train under, and hand DeepSpeed's engine what it does itself.
+
+    Args:
+        module: whose trainer's strategy.
+        compiles: whether the networks' blocks are to be compiled.
+        max_grad_norm: norm to which gradients are clipped; None does not clip.
 
     Raises:
         ValueError: FSDP1, whose one forward would hold all updates; compiled blocks that are sharded, which was never
@@ -31,7 +32,7 @@ def check_rl_strategy(module: PPOModule) -> None:
     """
     refuse_finder(module)
     strategy = strategy_of(module)
-    if module.compile_networks and is_sharded(module):
+    if compiles and is_sharded(module):
         raise ValueError(f"`compile` was not tried under {type(strategy).__name__}: set it to False")
     if isinstance(strategy, FSDPStrategy):
         raise ValueError(
@@ -39,7 +40,7 @@ def check_rl_strategy(module: PPOModule) -> None:
             f"and backward, where PPO makes many: {SHARD_BY_FSDP2}"
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        prepare_engine(strategy, module.updates.max_grad_norm)
+        prepare_engine(strategy, max_grad_norm)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_rlhf.modules.gathering import gathered_text
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.modules.length_bias import longer_wins
 
 
@@ -55,7 +55,9 @@ class SystemAccuracy:
         Args:
             module: whose trainer's processes.
         """
-        lines = gathered_text(module, "".join(json.dumps(entry) + "\n" for entry in self._sums.items())).splitlines()
+        lines = (
+            Ranks(module).gather_text("".join(json.dumps(entry) + "\n" for entry in self._sums.items())).splitlines()
+        )
         found = {}
         for name, (pairs, right, wins) in sorted(_added({}, map(json.loads, lines)).items()):
             found |= {f"accuracy/{name}": right / pairs, f"longer_wins/{name}": wins / pairs, f"pairs/{name}": pairs}

@@ -104,7 +104,8 @@ PRETRAINING = Quantity(
     line=("ptx/loss",),
     points=("eval/ptx_loss", "test/ptx_loss"),
     caption="What PPO-ptx keeps from rising: the loss on texts, and on held-out ones.",
-    remedy="needs ptx/loss, from `--model.ptx_coef` above 0 and `--data.pretrain`, or eval/ptx_loss of held-out texts",
+    remedy="needs ptx/loss, from `--model.algorithm.ptx_coef` above 0 and `--data.pretrain`, or eval/ptx_loss of "
+    "held-out texts",
 )
 GRADIENTS = Quantity(
     name="gradient_ratio",

@@ -1,17 +1,18 @@
-"""Prompts in, rollout out: responses of π_old with what π_old, π_ref and V say of them."""
+"""Prompts to rollouts: responses of π_old with what π_old, π_ref and V say of them."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import PolicyModel, ScalarModel
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rollout.clock import Clock
 from lightning_rlhf.rollout.generation import Generation, row_uniforms
 from lightning_rlhf.rollout.old import OldLogprobs, Situation, choose
@@ -30,12 +31,12 @@ class Collector:
 
     Args:
         policy: π_old.
-        reference: π_ref; None is the policy with its adapter off.
+        reference: π_ref.
         value: V, or None.
         reward: whose networks move along.
+        ranks: prompt i of this process is prompt i·world + rank of the whole batch.
         generation: how responses are drawn.
         updates: what learns from the rollout; its microbatches are also how it is measured.
-        old_logprobs: where log π_old comes from; None chooses.
         clock: takes the seconds of each phase.
         agree: how many pieces every process must measure its rollout in.
     """
@@ -43,18 +44,18 @@ class Collector:
     def __init__(
         self,
         policy: PolicyModel,
-        reference: PolicyModel | None,
+        reference: Reference,
         value: ScalarModel | None,
         reward: Reward,
         *,
+        ranks: Ranks,
         generation: Generation,
         updates: Updates,
-        old_logprobs: OldLogprobs | None = None,
         clock: Clock | None = None,
         agree: Agree = alone,
     ) -> None:
         self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
-        self.generation, self.updates, self.old_logprobs, self.agree = generation, updates, old_logprobs, agree
+        self.ranks, self.generation, self.updates, self.agree = ranks, generation, updates, agree
         self.sampler, self.clock = Sampler(policy, generation), clock or Clock()
         self._named: set[OldLogprobs] = set()
 
@@ -70,7 +71,8 @@ class Collector:
 
     def frozen(self) -> list[nn.Module]:
         """The reward's networks and the reference."""
-        return self.reward.networks() + ([] if self.reference is None else [self.reference])
+        own = self.reference.frozen
+        return self.reward.networks() + ([] if own is None else [own])
 
     def __deepcopy__(self, memo: dict[int, object]) -> Collector:
         """A copy that shares the frozen networks: averaging callbacks copy the module that holds this."""
@@ -78,80 +80,90 @@ class Collector:
         memo[id(self)] = clone
         return clone
 
-    def __call__(
-        self, prompts: PromptBatch, *, samples: int = 1, stream: str, iteration: int, rank: int, world: int
-    ) -> Rollout:
-        """A rollout of B·k responses, those of one prompt in consecutive rows.
+    def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
+        """A rollout to learn from, of B·k responses, those of one prompt in consecutive rows.
 
         Args:
             prompts: B prompts of this process.
             samples: k, responses to each prompt.
-            stream: which random numbers, by name; those of `train` are learned from.
-            iteration: which rollout of that stream.
-            rank: this process; its prompt i is prompt i·world + rank of the whole batch.
-            world: how many processes.
+            iteration: which rollout of the run; it names the random numbers.
         """
-        with self.clock.phase("generate"):
-            rollout = self._sampled(prompts, samples, stream=stream, iteration=iteration, rank=rank, world=world)
-        learning = stream == "train"
-        cut = self.updates.pieces if learning else self.updates.split
-        pieces = cut(rollout, self.agree)
-        with self.clock.phase("reference"):
-            rollout = replace(rollout, ref_logprobs=self._in_pieces(self._reference, rollout, pieces))
-        with self.clock.phase("old_logprobs"):
-            old = self._old(rollout, learning=learning, one_piece=len(pieces) == 1)
-            rollout = old(rollout, lambda x: self._in_pieces(self.logprobs, x, pieces), self.logprobs)
-        if self.value is not None:
-            with self.clock.phase("values"):
-                rollout = replace(rollout, values=self._in_pieces(self.values, rollout, pieces))
-        return rollout
+        rollout = self._sampled(prompts, samples, stream="train", iteration=iteration)
+        pieces = self.updates.pieces(rollout, self.agree)
+        epochs = self.updates.epochs
+        one_step = len(pieces) == 1 and epochs == 1
+        source = choose(self.updates.old_logprobs, self._situation(one_step=one_step, epochs=epochs))
+        self._tell(source)
+        return self._measured(rollout, pieces, source)
+
+    def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
+        """A rollout that nothing is learned from, of B·k responses, those of one prompt in consecutive rows.
+
+        Args:
+            prompts: B prompts of this process.
+            samples: k, responses to each prompt.
+            stream: names the random numbers; those of `train` are the training's.
+            iteration: which rollout of that stream.
+        """
+        rollout = self._sampled(prompts, samples, stream=stream, iteration=iteration)
+        pieces = self.updates.split(rollout, self.agree)
+        return self._measured(rollout, pieces, choose(None, self._situation(one_step=False, epochs=0)))
 
     @torch.no_grad()
-    def _sampled(
-        self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int, rank: int, world: int
-    ) -> Rollout:
+    def _sampled(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
+        rank, world = self.ranks.rank, self.ranks.world
         rows = [(prompt * world + rank) * samples + i for prompt in range(len(prompts.tokens)) for i in range(samples)]
         length, seed = self.generation.max_new_tokens, self.generation.seed
-        uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
-        return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
+        with self.clock.phase("generate"):
+            uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
+            return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
 
-    def logprobs(self, rollout: Rollout) -> Tensor:
-        """log π_θ of each response token, (B, R), nats, 0 outside the responses."""
-        return self._of(self.policy, rollout)
+    def _measured(self, rollout: Rollout, pieces: list[Tensor], source: OldLogprobs) -> Rollout:
+        """The rollout with log π_ref, log π_old and V of its tokens."""
+        temperature = self.generation.temperature
 
-    def values(self, rollout: Rollout) -> Tensor:
-        """V of the state before each response token, (B, R)."""
-        return self.value(rollout.tokens, rollout.attention)[:, rollout.prompt_width - 1 : -1]
+        def logprobs(part: Rollout) -> Tensor:
+            return self.policy.response_logprobs(part, temperature=temperature)
 
-    def _reference(self, rollout: Rollout) -> Tensor:
-        with self.policy.reference() if self.reference is None else nullcontext():
-            return self._of(self.policy if self.reference is None else self.reference, rollout)
+        with self.clock.phase("reference"), self.reference.model() as model:
+            of_reference = in_pieces(lambda x: model.response_logprobs(x, temperature=temperature), rollout, pieces)
+            rollout = replace(rollout, ref_logprobs=of_reference)
+        with self.clock.phase("old_logprobs"):
+            rollout = source(rollout, lambda x: in_pieces(logprobs, x, pieces), logprobs)
+        if self.value is not None:
+            with self.clock.phase("values"):
+                rollout = replace(rollout, values=in_pieces(self.value.response_values, rollout, pieces))
+        return rollout
 
-    def _of(self, model: PolicyModel, rollout: Rollout) -> Tensor:
-        width, temperature = rollout.response.shape[1], self.generation.temperature
-        return model(rollout.tokens, rollout.attention, width=width, temperature=temperature, groups=rollout.groups)
+    def _situation(self, *, one_step: bool, epochs: int) -> Situation:
+        samples_in, trains_in = self._dtypes()
+        full = samples_in == trains_in and trains_in in (torch.float32, torch.float64)
+        return Situation(full_precision=full, one_step=one_step, epochs=epochs)
 
-    @torch.no_grad()
-    def _in_pieces(self, measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: list[Tensor]) -> Tensor:
-        """What is measured of the pieces, (B, R)."""
-        found: Tensor | None = None
-        for index in pieces:
-            part = measure(rollout.select(index))
-            found = part.new_zeros(rollout.response.shape) if found is None else found
-            found[index, : part.shape[1]] = part
-        return found
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the weights that sample, and of those that train."""
+        device = self.ranks.device.type
+        return self.sampler.dtype(device), self.sampler.training_dtype(device)
 
-    def _old(self, rollout: Rollout, *, learning: bool, one_piece: bool) -> OldLogprobs:
-        """Where log π_old comes from; said once."""
-        device, updates = rollout.tokens.device.type, self.updates
-        samples_in, trains_in = self.sampler.dtype(device), self.sampler.training_dtype(device)
-        situation = Situation(
-            full_precision=samples_in == trains_in and trains_in in (torch.float32, torch.float64),
-            one_step=learning and one_piece and updates.epochs == 1,
-            epochs=updates.epochs if learning else 0,
-        )
-        chosen = choose(self.old_logprobs, situation)
-        if learning and chosen not in self._named:
-            self._named.add(chosen)
-            logger.info("log π_old is %s (sampled in %s, trained in %s)", chosen.meaning, samples_in, trains_in)
-        return chosen
+    def _tell(self, source: OldLogprobs) -> None:
+        """Log once where log π_old comes from."""
+        if source not in self._named:
+            self._named.add(source)
+            logger.info("log π_old is %s (sampled in %s, trained in %s)", source.meaning, *self._dtypes())
+
+
+@torch.no_grad()
+def in_pieces(measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: list[Tensor]) -> Tensor:
+    """What is measured of each token of a rollout, (B, R), piece by piece.
+
+    Args:
+        measure: from some rows to one number per token of them.
+        rollout: B responses.
+        pieces: row numbers of each piece, which together are all rows.
+    """
+    whole: Tensor | None = None
+    for index in pieces:
+        part = measure(rollout.select(index))
+        whole = part.new_zeros(rollout.response.shape) if whole is None else whole
+        whole[index, : part.shape[1]] = part
+    return whole

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ class Generation:
 
     max_new_tokens: int = 128
     """Longest response, end token included."""
-    samples_per_prompt: int = 1
-    """k, responses to each prompt in training; evaluation draws one."""
+    samples_per_prompt: int | None = None
+    """k, responses to each prompt in training; evaluation draws one. None: 8 where the advantage compares the responses
+    to one prompt, as TRL has it, else 1."""
     slots: int | None = None
     """Responses decoded at the same time, at least `samples_per_prompt`; one that ends makes room for the next prompt.
     None decodes all at once. Where lengths differ widely, a part of the rollout is faster and takes less memory."""
@@ -36,13 +37,27 @@ class Generation:
     """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
 
     def __post_init__(self) -> None:
-        check_count(max_new_tokens=self.max_new_tokens, samples_per_prompt=self.samples_per_prompt)
+        samples = self.samples_per_prompt
+        check_count(max_new_tokens=self.max_new_tokens, samples_per_prompt=1 if samples is None else samples)
         check_positive(temperature=self.temperature)
-        if self.slots is not None and self.slots < self.samples_per_prompt:
+        if self.slots is not None and self.slots < (samples or 1):
             raise ValueError(
                 f"`slots` must hold the responses to one prompt: got slots={self.slots} for "
-                f"samples_per_prompt={self.samples_per_prompt}"
+                f"samples_per_prompt={samples}"
             )
+
+    def for_groups(self, needs_group: bool) -> Self:
+        """The same with `samples_per_prompt` chosen where it was not.
+
+        Args:
+            needs_group: whether the responses to one prompt are compared.
+
+        Raises:
+            ValueError: `slots` is below it.
+        """
+        if self.samples_per_prompt is not None:
+            return self
+        return replace(self, samples_per_prompt=8 if needs_group else 1)
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:

@@ -64,7 +64,7 @@ class Captured(OldLogprobs):
             return None
         return (
             "the weights that sample are of another or of low precision, so that their log-probs are not those of "
-            "training: take Recomputed(), or leave `old_logprobs` out"
+            "training: take Recomputed(), or leave `updates.old_logprobs` out"
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
@@ -101,8 +101,8 @@ class FromUpdate(OldLogprobs):
         if situation.one_step:
             return None
         return (
-            "a rollout is learned from in several steps or microbatches: take Recomputed(), leave `old_logprobs` out, "
-            "or set updates.epochs=1 and neither updates.minibatch nor updates.microbatch"
+            "a rollout is learned from in several steps or microbatches: take Recomputed(), leave "
+            "`updates.old_logprobs` out, or set updates.epochs=1 and neither updates.minibatch nor updates.microbatch"
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
@@ -120,7 +120,7 @@ def choose(setting: OldLogprobs | None, situation: Situation) -> OldLogprobs:
     """
     if setting is not None and situation.epochs:
         if (reason := setting.why_not(situation)) is not None:
-            raise ValueError(f"`old_logprobs`={type(setting).__name__}() cannot be used here: {reason}")
+            raise ValueError(f"`updates.old_logprobs`={type(setting).__name__}() cannot be used here: {reason}")
         return setting
     if situation.full_precision and situation.epochs <= 1:
         return Captured()

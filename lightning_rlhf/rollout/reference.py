@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -18,29 +17,24 @@ STREAM = "reference"
 
 
 @torch.no_grad()
-def reference_rollout(
-    collector: Collector, prompts: PromptBatch, *, samples: int, iteration: int, rank: int, world: int
-) -> Rollout:
+def reference_rollout(collector: Collector, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
     """B·k responses of π_ref, those of one prompt in consecutive rows, with the sampler's log-probs alone.
 
     Response j to a prompt is the same however many are asked for and whatever the number of processes. Of a sharded
     reference all processes must call this together.
 
     Args:
-        collector: whose reference, or policy with its adapter off, at its temperature and length.
+        collector: whose reference, at its temperature and length.
         prompts: B prompts of this process.
         samples: k, responses to each prompt, ≥ 1.
         iteration: which batch of prompts.
-        rank: this process; its prompt i is prompt i·world + rank of the whole batch.
-        world: how many processes.
     """
-    generation, own = collector.generation, collector.reference
-    model = collector.policy if own is None else own
-    longest = prompts.tokens.shape[1] + generation.max_new_tokens
-    check_length(model.network, longest, limits="the data's `max_prompt_tokens` or `max_new_tokens`")
-    rows = range(rank, len(prompts.tokens) * world, world)
+    generation, ranks = collector.generation, collector.ranks
+    rows = range(ranks.rank, len(prompts.tokens) * ranks.world, ranks.world)
     place = {"seed": generation.seed, "iteration": iteration, "rows": rows, "length": generation.max_new_tokens}
     uniforms = torch.stack([row_uniforms(stream=f"{STREAM}/{j}", **place) for j in range(samples)], 1).flatten(0, 1)
     room = replace(generation, slots=None if generation.slots is None else max(generation.slots, samples))
-    with model.reference() if own is None else nullcontext():
+    with collector.reference.model() as model:
+        longest = prompts.tokens.shape[1] + generation.max_new_tokens
+        check_length(model.network, longest, limits="the data's `max_prompt_tokens` or `max_new_tokens`")
         return Sampler(model, room)(prompts, uniforms, samples=samples).rollout(prompts)

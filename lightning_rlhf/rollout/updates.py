@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.rollout.old import OldLogprobs
 from lightning_rlhf.rollout.pieces import at_least, pieces_of
 from lightning_rlhf.types import Experience, Rollout, TextBatch
 
@@ -38,6 +39,8 @@ class Updates:
     A longer sequence goes alone."""
     max_grad_norm: float | None = 1.0
     """Norm to which gradients are clipped; None does not clip."""
+    old_logprobs: OldLogprobs | None = None
+    """Where the ratio's log π_old comes from; None takes the cheapest that is exact, and logs which."""
 
     def __post_init__(self) -> None:
         names = ("minibatch", "microbatch", "microbatch_tokens", "max_grad_norm")

@@ -36,6 +36,7 @@ from lightning_rlhf import (
     SFTModule,
     Updates,
 )
+from lightning_rlhf.core import Algorithm
 
 BOUNDARIES = (
     "on_validation_start",
@@ -120,7 +121,7 @@ def module_and_data(stage: str, data: Path):
         reward=letters,
         generation=Generation(max_new_tokens=3),
         updates=Updates(epochs=2, minibatch=2),
-        kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+        algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0)),
         optimizer=adam,
     )
     rows = {"train": str(data / "prompts.jsonl"), "val": str(data / "held_out.jsonl")}

@@ -34,6 +34,7 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.callbacks import checked_io
 from lightning_rlhf.callbacks import checkpoint as checkpoint_room
+from lightning_rlhf.core import Algorithm
 
 DEATH = 4  # rollouts that were finished before: the second of the second epoch, of three each
 
@@ -95,8 +96,13 @@ class Watch(Callback):
             "adam": trainer.optimizers[0].state_dict(),
             "average": next(c for c in trainer.callbacks if isinstance(c, EMA)).average,
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict()["_last_lr"],
-            "numbers": [pl_module.kl.coef, pl_module.surrogate.coef, pl_module.iteration, pl_module.episodes],
-            "baseline": pl_module.advantage.state(),
+            "numbers": [
+                pl_module.algorithm.kl.coef,
+                pl_module.algorithm.surrogate.coef,
+                pl_module.iteration,
+                pl_module.episodes,
+            ],
+            "baseline": pl_module.algorithm.advantage.state(),
             "global_step": trainer.global_step,
             "position": trainer.train_dataloader.state_dict(),
             "seen": self.seen,
@@ -115,10 +121,12 @@ def train(data: Path, folder: Path, devices: int, kill: str, ckpt_path: str | No
         reward=letters,
         generation=Generation(max_new_tokens=3),
         updates=Updates(epochs=2, minibatch=4 // devices),
-        kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
-        surrogate=KLPenalty(coef=1.0, target=1e-3),
-        advantage=BanditAdvantage(baseline=RunningMean(decay=0.5)),
-        ptx_coef=0.3,
+        algorithm=Algorithm(
+            beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            surrogate=KLPenalty(coef=1.0, target=1e-3),
+            advantage=BanditAdvantage(baseline=RunningMean(decay=0.5)),
+            ptx_coef=0.3,
+        ),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=Linear(),
     )

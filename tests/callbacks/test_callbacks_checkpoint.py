@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -50,7 +51,9 @@ def make_ppo(make_lm, make_scorer):
     def make(**options) -> PPOModule:
         usual = {"generation": Generation(max_new_tokens=3), "updates": Updates(minibatch=2), "schedule": Constant()}
         adam = partial(torch.optim.Adam, lr=0.01)
-        return PPOModule(make_lm().double(), ModuleReward(make_scorer().double()), optimizer=adam, **usual | options)
+        return PPOModule(
+            make_lm().double(), ModuleReward(make_scorer().double()), **gathered(optimizer=adam, **usual | options)
+        )
 
     return make
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM
@@ -44,7 +45,7 @@ def make_ppo(make_lm, token_reward):
     def make(**options) -> PPOModule:
         usual = {"generation": Generation(max_new_tokens=3), "schedule": Constant(), "reward": token_reward()}
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.2), "shaping": ()}
-        return PPOModule(**({"policy": make_lm().double()} | usual | options))
+        return PPOModule(**gathered(**({"policy": make_lm().double()} | usual | options)))
 
     return make
 
@@ -309,7 +310,7 @@ def test_command_line_writes_predictions(make_folder, write_rows, tmp_path, monk
             "--model.reward=LearnedReward",
             f"--model.reward.path={make_folder(scorer=True)}",
             "--model.generation.max_new_tokens=4",
-            "--model.shaping=[]",
+            "--model.algorithm.shaping=[]",
             "--data=PromptDataModule",
             f"--data.predict={prompts}",
             "--data.columns.prompt=question",

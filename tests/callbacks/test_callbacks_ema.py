@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
@@ -69,7 +70,7 @@ def make_ppo(make_lm, token_reward):
     def make(**options) -> PPOModule:
         usual = {"generation": Generation(max_new_tokens=4), "updates": Updates(minibatch=2), "schedule": Constant()}
         adam = partial(torch.optim.Adam, lr=0.01)
-        return PPOModule(make_lm().double(), token_reward(), optimizer=adam, **usual | options)
+        return PPOModule(make_lm().double(), token_reward(), **gathered(optimizer=adam, **usual | options))
 
     return make
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 
 from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, RollBack, RunCheckpoint, Stop
@@ -32,7 +33,7 @@ class States(Callback):
     def on_train_batch_start(self, trainer, pl_module, *_):
         average = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})
         adam = trainer.optimizers[0].state_dict()["state"]
-        self.begun.append(copy.deepcopy([list(pl_module.policy.parameters()), adam, average, pl_module.kl]))
+        self.begun.append(copy.deepcopy([list(pl_module.policy.parameters()), adam, average, pl_module.algorithm.kl]))
 
     def on_train_batch_end(self, trainer, *_):
         self.kl.append(float(trainer.callback_metrics["objective/kl"]))
@@ -46,7 +47,7 @@ def fit(make_lm, make_trainer, as_loader, left_padded, toy_tokenizer, token_rewa
     def run(count=4, callbacks=(), *, lr=0.01, reward=None, ckpt_path=None, epochs=1, **options):
         usual = {"generation": Generation(max_new_tokens=4), "updates": Updates(minibatch=2), "schedule": Constant()}
         usual |= {"optimizer": partial(torch.optim.Adam, lr=lr), "tokenizer": toy_tokenizer}
-        module = PPOModule(make_lm().double(), reward or token_reward(), **usual | options)
+        module = PPOModule(make_lm().double(), reward or token_reward(), **gathered(**usual | options))
         saves = any(isinstance(callback, RunCheckpoint) for callback in callbacks)
         trainer = make_trainer(callbacks=list(callbacks), enable_checkpointing=saves, max_epochs=epochs)
         trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * count), ckpt_path=ckpt_path)
@@ -87,7 +88,9 @@ def test_length_has_a_budget_of_its_own(fit):
 def test_raised_coefficient_stays_raised_after_a_resume(fit, tmp_path, kl):
     def run(count, epochs, ckpt_path=None):
         saver = RunCheckpoint(str(tmp_path / f"kept{epochs}"))
-        return fit(count, [KLGuard(length=0.5, action=RaiseKL(2.0)), saver], kl=kl, epochs=epochs, ckpt_path=ckpt_path)
+        return fit(
+            count, [KLGuard(length=0.5, action=RaiseKL(2.0)), saver], beta=kl, epochs=epochs, ckpt_path=ckpt_path
+        )
 
     assert run(2, 1).kl.coef == pytest.approx(0.1 * 2**2)
     assert run(2, 2, str(tmp_path / "kept1" / "last.ckpt")).kl.coef == pytest.approx(0.1 * 2**4)
@@ -95,7 +98,7 @@ def test_raised_coefficient_stays_raised_after_a_resume(fit, tmp_path, kl):
 
 def test_coefficient_of_zero_cannot_be_raised(fit):
     with pytest.raises(ValueError, match="`kl.coef` is 0"):
-        fit(callbacks=[KLGuard(length=0.5, action=RaiseKL())], kl=FixedKL(coef=0.0))
+        fit(callbacks=[KLGuard(length=0.5, action=RaiseKL())], beta=FixedKL(coef=0.0))
 
 
 def test_roll_back_returns_to_the_last_state_that_sampled_within_the_budget(fit):
@@ -103,7 +106,7 @@ def test_roll_back_returns_to_the_last_state_that_sampled_within_the_budget(fit)
     fit(6, [free], lr=0.1)
     budget = (free.kl[1] + free.kl[2]) / 2
     watch = States()
-    fit(4, [watch, EMA(), KLGuard(kl=budget, action=RollBack(limit=3))], lr=0.1, kl=AdaptiveKL(coef=0.1, target=0.01))
+    fit(4, [watch, EMA(), KLGuard(kl=budget, action=RollBack(limit=3))], lr=0.1, beta=AdaptiveKL(coef=0.1, target=0.01))
     assert watch.kl[1] < budget < watch.kl[2]
     good, bad, after = watch.begun[1], watch.begun[2], watch.begun[3]
     assert same(good[0], after[0])

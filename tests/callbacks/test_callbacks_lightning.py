@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import pipeline
 
 from lightning_rlhf.callbacks import Export
-from lightning_rlhf.core import Linear
+from lightning_rlhf.core import Algorithm, Linear
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import Generation, Reward, Updates
 
@@ -74,7 +74,7 @@ def ran(
         tokenizer=make_tokenizer(),
         generation=Generation(max_new_tokens=3),
         updates=Updates(minibatch=2),
-        shaping=(),
+        algorithm=Algorithm(shaping=()),
         optimizer=partial(torch.optim.SGD, lr=RATE),
         schedule=Linear(),
     )

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_rlhf.callbacks import RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.run_file import RunFile
 from lightning_rlhf.callbacks.run_lock import RunLock
-from lightning_rlhf.core import BanditAdvantage, BatchMean, Constant, FixedKL, ReplaceScore
+from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, Constant, FixedKL, ReplaceScore
 from lightning_rlhf.modules import PPOModule, SFTModule
 from lightning_rlhf.report.places import find_places
 from lightning_rlhf.rollout import Generation, WeightedReward
@@ -63,9 +63,11 @@ def make_module(make_lm, make_tokenizer):
             reward=WeightedReward({"vowels": vowels, "short": brevity}),
             tokenizer=make_tokenizer(),
             generation=Generation(max_new_tokens=5, samples_per_prompt=2),
-            kl=FixedKL(coef=BETA),
-            advantage=BanditAdvantage(baseline=BatchMean()),
-            shaping=(ReplaceScore(value=-9.0),),
+            algorithm=Algorithm(
+                beta=FixedKL(coef=BETA),
+                advantage=BanditAdvantage(baseline=BatchMean()),
+                shaping=(ReplaceScore(value=-9.0),),
+            ),
             optimizer=partial(torch.optim.SGD, lr=0.05),
             schedule=Constant(),
         )

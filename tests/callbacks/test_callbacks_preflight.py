@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
@@ -27,7 +28,7 @@ def fit(make_lm, make_trainer, as_loader, left_padded, token_reward, toy_tokeniz
     def run(preflight=True, *, lm=None, rows=None, change=lambda module: None, trainer_options=None, **options):
         usual = {"generation": Generation(max_new_tokens=4), "schedule": Constant(), "tokenizer": toy_tokenizer}
         usual |= {"reward": token_reward(), "optimizer": partial(torch.optim.Adam, lr=0.01)}
-        module = PPOModule((lm or make_lm()).double(), **usual | options)
+        module = PPOModule((lm or make_lm()).double(), **gathered(**usual | options))
         module.configure_model()
         change(module)
         trainer = make_trainer(callbacks=[Preflight()] if preflight else [], **trainer_options or {})
@@ -67,7 +68,7 @@ def disturb(network: nn.Module) -> None:
 
 def test_reference_that_is_not_the_policy_is_found(fit):
     with pytest.raises(ValueError, match="KL of an untrained policy to its reference is not 0") as found:
-        fit(change=lambda module: disturb(module.collector.reference))
+        fit(change=lambda module: disturb(module.collector.reference.frozen))
     assert "ratio" not in str(found.value)
 
 
@@ -203,7 +204,7 @@ def estimate(make_lm, make_trainer, token_reward):
         if checkpointing:
             network.gradient_checkpointing_enable()
         options = {"generation": Generation(max_new_tokens=4)} | options
-        module = PPOModule(network, token_reward(), **options)
+        module = PPOModule(network, token_reward(), **gathered(**options))
         module.configure_model()
         trainer = make_trainer(callbacks=list(callbacks), precision=precision)
         trainer.datamodule = Sizes() if data else None

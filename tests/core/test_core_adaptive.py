@@ -8,19 +8,29 @@ import pytest
 
 from lightning_rlhf.core import (
     CISPO,
+    DAPO,
     GAE,
+    GRPO,
+    GSPO,
+    RLOO,
+    TLDR,
     Adaptive,
     AdaptiveKL,
+    Algorithm,
     BanditAdvantage,
     BatchMean,
+    CISPOMethod,
     Clip,
+    DrGRPO,
     FixedKL,
     GroupAdvantage,
+    InstructGPT,
     KLPenalty,
     LearnedValue,
     LeaveOneOut,
     MaskedWeights,
     NoBaseline,
+    ReinforcePP,
     RewardToGo,
     RunningMean,
     TruncatedWeights,
@@ -32,7 +42,28 @@ RUNNING = RunningMean(decay=0.5)
 NESTED = Whitened(estimator=BanditAdvantage(baseline=RUNNING))
 
 # a setting, one step of adapting it, and the numbers that a checkpoint must hold after it
+
+
+def rolled_out(algorithm: Algorithm) -> Algorithm:
+    """After a rollout of 50 responses with a KL of 60 nats, a reward of 4 and a KL to π_old of 1."""
+    return algorithm.adapted(kl=60.0, reward=4.0, kl_old=1.0, episodes=50)
+
+
 MOVING = {
+    "algorithm": (
+        Algorithm(
+            beta=AdaptiveKL(coef=0.1, horizon=100.0),
+            advantage=BanditAdvantage(baseline=RUNNING),
+            surrogate=KLPenalty(coef=2.0),
+        ),
+        rolled_out,
+        {
+            "beta.coef": 0.1 * (1 + 0.2 * 50 / 100),
+            "advantage.baseline.mean": 2.0,
+            "advantage.baseline.weight": 0.5,
+            "surrogate.coef": 4.0,
+        },
+    ),
     "adaptive_kl": (AdaptiveKL(coef=0.5, horizon=10.0), lambda x: x.adapted(60.0, 5), {"coef": 0.55}),  # 0.5·(1 + 0.1)
     "kl_penalty": (KLPenalty(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
     "running_mean": (RUNNING, lambda x: x.adapted(4.0), {"mean": 2.0, "weight": 0.5}),
@@ -54,6 +85,7 @@ MOVING = {
     ),
 }
 
+METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
 STILL = {
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
     "clip": (Clip(), lambda x: x.adapted(1.0)),
@@ -71,6 +103,7 @@ STILL = {
     "batch_mean": (BatchMean(), lambda x: x.adapted(4.0)),
     "leave_one_out": (LeaveOneOut(), lambda x: x.adapted(4.0)),
     "learned_value": (LearnedValue(), lambda x: x.adapted(4.0)),
+    **{method.__name__: (method(), rolled_out) for method in METHODS},
 }
 
 

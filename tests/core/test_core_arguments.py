@@ -179,7 +179,7 @@ CALLS = {
     "token_mean": (TokenMean().total, X, MASK),
     "sequence_mean": (SequenceMean().total, X, MASK),
     "mean_of_means": (MeanOfMeans().total, X, MASK),
-    "constant_length": (ConstantLength().total, X, MASK),
+    "constant_length": (ConstantLength(length=128).total, X, MASK),
     "ranking_loss": (RankingLoss(), X, RANK),
     "plackett_luce": (PlackettLuce(), X, RANK),
     "centred": (Centred(), X, RANK),

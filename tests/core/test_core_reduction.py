@@ -153,7 +153,8 @@ def test_length_moves_the_loss(float64):
     for length in (1, 4, 128):
         constant = ConstantLength(length=length)
         assert_close(constant.total(float64([[1.0, 2.0, 5.0]] * 3), MASK), float64(9.0 / length), **TIGHT)
-    assert ConstantLength() == ConstantLength(length=128)
+    assert ConstantLength().for_length(128) == ConstantLength(length=128)
+    assert ConstantLength(length=7).for_length(128).length == 7
 
 
 def test_reductions_refuse_bad_numbers_and_shapes(float64):

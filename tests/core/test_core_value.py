@@ -22,7 +22,7 @@ def test_clipped_value_loss_equals_hand_values(float64, value, old, target, loss
     (slope,) = torch.autograd.grad(out.loss.sum(), values)
     assert abs(out.loss.item() - loss) <= 1e-9
     assert abs(slope.item() - gradient) <= 1e-9
-    assert {name: stat.item() for name, stat in out.stats.items()} == {"val/clipfrac_avg": clipped}
+    assert {name: stat.item() for name, stat in out.stats.items()} == {"value/clipfrac_avg": clipped}
 
 
 def test_value_loss_moves_with_its_settings(float64):

@@ -58,6 +58,7 @@ from lightning_rlhf import (
     WorstOf,
 )
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
+from lightning_rlhf.core import Algorithm
 from lightning_rlhf.models.twin import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
@@ -194,9 +195,11 @@ def ppo(folder: Path, devices: int) -> dict:
         reward=Table(),
         generation=Generation(max_new_tokens=6),
         updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
-        kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
-        surrogate=KLPenalty(coef=1.0, target=1e-3),
-        ptx_coef=0.3,
+        algorithm=Algorithm(
+            beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            surrogate=KLPenalty(coef=1.0, target=1e-3),
+            ptx_coef=0.3,
+        ),
         optimizer=ADAM,
         schedule=Linear(),
         evaluations=[*evaluations, GoldReward(reward=gold)],
@@ -210,7 +213,11 @@ def ppo(folder: Path, devices: int) -> dict:
         pretrain_ratio=1.0,
         text_tokens=8,
     )
-    return run(module, data, devices) | {"kl": module.kl.coef, "b": module.surrogate.coef, "n": module.episodes}
+    return run(module, data, devices) | {
+        "kl": module.algorithm.kl.coef,
+        "b": module.algorithm.surrogate.coef,
+        "n": module.episodes,
+    }
 
 
 def gae(folder: Path, devices: int) -> dict:
@@ -221,9 +228,7 @@ def gae(folder: Path, devices: int) -> dict:
         value=source(folder, "scorer"),
         generation=Generation(max_new_tokens=6),
         updates=Updates(epochs=2, microbatch=3 // devices),
-        level=TokenLevel(),
-        advantage=Whitened(estimator=GAE()),
-        kl=FixedKL(coef=0.1),
+        algorithm=Algorithm(level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1)),
         optimizer=ADAM,
         schedule=Constant(),
     )
@@ -251,20 +256,22 @@ def grouped(folder: Path, devices: int) -> dict:
         module = PPOModule(
             policy=source(folder, "lm"),
             reward=WeightedReward(parts, weights={"long": 1.0, "both": 0.5}),
+            algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0), shaping=(), **options),
             generation=Generation(max_new_tokens=6, samples_per_prompt=2),
             updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
-            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
-            shaping=(),
             optimizer=ADAM,
             schedule=Constant(),
-            **options,
         )
         data = PromptDataModule(
             train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
         )
         logs = [log(str(folder / f"{name}-{strategy}")) for log in (RolloutLog, SampleLog) if name == "rloo"]
         result = run(module, data, devices, max_epochs=1, callbacks=logs)
-        found[name] = result | {"advantage": module.advantage.state(), "n": module.episodes, "kl": module.kl.coef}
+        found[name] = result | {
+            "advantage": module.algorithm.advantage.state(),
+            "n": module.episodes,
+            "kl": module.algorithm.kl.coef,
+        }
     return found
 
 
@@ -276,8 +283,7 @@ def lora(folder: Path, devices: int) -> dict:
         reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
         updates=Updates(microbatch_tokens=12),
-        kl=FixedKL(coef=0.1),
-        ptx_coef=0.3,
+        algorithm=Algorithm(beta=FixedKL(coef=0.1), ptx_coef=0.3),
         optimizer=ADAM,
         schedule=Constant(),
         evaluations=[BestOfN(n=(2,)), AlignmentTax()],
@@ -308,17 +314,19 @@ def resumed(folder: Path, devices: int) -> dict:
             policy=source(folder, "lm"),
             reward=Table(),
             value=source(folder, "scorer"),
-            advantage=Whitened(estimator=GAE()),
-            level=TokenLevel(),
+            algorithm=Algorithm(
+                advantage=Whitened(estimator=GAE()),
+                level=TokenLevel(),
+                beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            ),
             generation=Generation(max_new_tokens=6),
-            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
             optimizer=ADAM,
             schedule=Constant(),
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
         ema = EMA(decay=0.5)
         found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
-        found[name] |= {"kl": module.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
+        found[name] |= {"kl": module.algorithm.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
     return found
 
 

@@ -37,6 +37,7 @@ from lightning_rlhf import (
     Updates,
     Whitened,
 )
+from lightning_rlhf.core import Algorithm
 
 STRATEGIES = {
     "low": lambda devices: "auto",
@@ -63,10 +64,9 @@ def wide(folder: Path, devices: int) -> dict:
         value=source(folder, "scorer"),
         generation=Generation(max_new_tokens=4, samples_per_prompt=2),
         updates=Updates(minibatch=8 // devices, microbatch_tokens=18),
-        level=TokenLevel(),
-        advantage=Whitened(estimator=GAE()),
-        kl=FixedKL(coef=0.1),
-        ptx_coef=0.3,
+        algorithm=Algorithm(
+            level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1), ptx_coef=0.3
+        ),
         optimizer=ADAM,
         schedule=Constant(),
     )
@@ -91,8 +91,7 @@ def stages(folder: Path, devices: int, **precision) -> dict:
         reward=Table(),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
         updates=Updates(epochs=2),
-        surrogate=Unclipped(),  # a clip would make a jump of a rounding
-        ptx_coef=0.3,
+        algorithm=Algorithm(surrogate=Unclipped(), ptx_coef=0.3),
         optimizer=ADAM,
         schedule=Constant(),
     )
@@ -131,12 +130,12 @@ def stopped(folder: Path, devices: int) -> dict:
             policy=source(folder, "lm"),
             reward=Table(),
             generation=Generation(max_new_tokens=4),
-            kl=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
+            algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0)),
             optimizer=ADAM,
             schedule=Constant(),
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
-        found[name] = run(module, data, devices, limit_train_batches=1, **options) | {"kl": module.kl.coef}
+        found[name] = run(module, data, devices, limit_train_batches=1, **options) | {"kl": module.algorithm.kl.coef}
     return found
 
 

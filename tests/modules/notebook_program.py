@@ -45,7 +45,10 @@ def main() -> None:
     rows = {"train": str(folder / "rows.jsonl"), "batch_size": 2}
     runs = {
         "sft": (SFTModule(source, **adam), DemonstrationDataModule(**rows)),
-        "ppo": (PPOModule(source, letters, generation=Generation(max_new_tokens=2), **adam), PromptDataModule(**rows)),
+        "ppo": (
+            PPOModule(source, letters, generation=Generation(max_new_tokens=2), **adam),
+            PromptDataModule(**rows),
+        ),
     }
     for name, (module, data) in runs.items():
         trainer = Trainer(

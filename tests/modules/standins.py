@@ -29,6 +29,7 @@ from lightning_rlhf import (
     Whitened,
 )
 from lightning_rlhf.callbacks import NonFiniteGuard
+from lightning_rlhf.core import Algorithm
 from lightning_rlhf.models.twin import whole_tensor
 
 
@@ -92,10 +93,9 @@ def everything(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]
         value=source(folder, "scorer"),
         generation=Generation(max_new_tokens=6, samples_per_prompt=2),
         updates=Updates(epochs=2),
-        level=TokenLevel(),
-        advantage=Whitened(estimator=GAE()),
-        kl=FixedKL(coef=0.1),
-        ptx_coef=0.3,
+        algorithm=Algorithm(
+            level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1), ptx_coef=0.3
+        ),
         optimizer=ADAM,
         schedule=Constant(),
     )

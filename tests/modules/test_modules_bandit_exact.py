@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 
 from lightning_rlhf.core import (
     BanditAdvantage,
@@ -20,7 +21,6 @@ from lightning_rlhf.core import (
     TokenLevel,
 )
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Generation, Reward, Scores, Updates
 from lightning_rlhf.types import Experience, Rollout
 
@@ -67,15 +67,17 @@ def objective_value(logp: torch.Tensor, logp_ref: torch.Tensor, scores: torch.Te
 
 def make_module(network, table, *, surrogate, lr=0.02, epochs=2, minibatch=64, beta=BETA, **options) -> PPOModule:
     return PPOModule(
-        policy=network,
-        reward=TableReward(table),
-        generation=Generation(max_new_tokens=LENGTH),
-        updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
-        kl=FixedKL(coef=beta),
-        surrogate=surrogate,
-        shaping=(),
-        optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
-        **({"schedule": Constant()} | options),
+        **gathered(
+            policy=network,
+            reward=TableReward(table),
+            generation=Generation(max_new_tokens=LENGTH),
+            updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
+            beta=FixedKL(coef=beta),
+            surrogate=surrogate,
+            shaping=(),
+            optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
+            **({"schedule": Constant()} | options),
+        )
     )
 
 
@@ -183,7 +185,7 @@ def exact_setting(make_lm):
 
 
 def gradient_of(module, experience: Experience, parameters):
-    return torch.autograd.grad(module.objective.actions(experience, Tally()), parameters)
+    return torch.autograd.grad(module.objective.actions(module.algorithm, experience)[0], parameters)
 
 
 def weighted(experience: Experience, weights: torch.Tensor) -> Experience:
@@ -192,6 +194,8 @@ def weighted(experience: Experience, weights: torch.Tensor) -> Experience:
     return Experience(
         rollout=experience.rollout,
         mask=experience.mask,
+        rewards=experience.advantages * factor,
+        penalties=experience.advantages * factor,
         advantages=experience.advantages * factor,
         returns=experience.returns,
     )
@@ -204,7 +208,7 @@ def test_gradient_at_the_old_policy_is_that_of_the_objective(exact_setting, kind
     module, rollout, old, parameters, expected = exact_setting(kind, surrogate, level=level, reduction=SequenceMean())
     rows = [{"prompt": i} for i in range(2) for _ in RESPONSES]
     scores = TableReward(score_table())(rollout, rows)
-    experience = module.credit(rollout, Scores(scores, {}), Tally())
+    experience = module.credit(rollout, Scores(scores, {}))
     gradient = gradient_of(module, weighted(experience, old), parameters)
     tolerance = 1e-9 if kind == "gpt2" else 1e-5  # Llama's norm computes in float32 whatever its weights are
     for found, wanted in zip(gradient, expected, strict=True):  # the loss is −J
@@ -215,14 +219,14 @@ def test_gradient_at_the_old_policy_is_that_of_the_objective(exact_setting, kind
 def test_gradient_with_the_penalty_left_out_is_not_that_of_the_objective(exact_setting):
     module, rollout, old, parameters, expected = exact_setting("gpt2", Clip(), beta=0.0)
     scores = TableReward(score_table())(rollout, [{"prompt": i} for i in range(2) for _ in RESPONSES])
-    gradient = gradient_of(module, weighted(module.credit(rollout, Scores(scores, {}), Tally()), old), parameters)
+    gradient = gradient_of(module, weighted(module.credit(rollout, Scores(scores, {})), old), parameters)
     assert max(float((f + e).abs().max()) for f, e in zip(gradient, expected, strict=True)) > 1e-2
 
 
 def test_credit_is_the_score_less_beta_times_the_log_ratio(exact_setting):
     module, rollout, _, _, _ = exact_setting("gpt2", Clip())
     scores = torch.arange(float(len(rollout)), dtype=torch.float64)
-    found = module.credit(rollout, Scores(scores, {}), Tally()).advantages
+    found = module.credit(rollout, Scores(scores, {})).advantages
     for i in range(len(rollout)):
         length = int(rollout.response[i].sum())
         log_ratio = sum(float(rollout.logprobs[i, t] - rollout.ref_logprobs[i, t]) for t in range(length))
@@ -237,7 +241,9 @@ def test_penalty_gradient_in_expectation_is_that_of_the_exact_kl_to_the_old_poli
     module.policy.network.load_state_dict(other.state_dict())
     advantages = score_table().double().flatten().unsqueeze(1)
     mask = torch.ones_like(advantages, dtype=torch.bool)
-    experience = Experience(rollout=rollout, mask=mask, advantages=advantages, returns=advantages)
+    experience = Experience(
+        rollout=rollout, mask=mask, rewards=advantages, penalties=advantages, advantages=advantages, returns=advantages
+    )
     total = [torch.zeros_like(p) for p in parameters]
     for i in range(len(rollout)):
         for sum_, g in zip(total, gradient_of(module, experience.select(torch.tensor([i])), parameters), strict=True):

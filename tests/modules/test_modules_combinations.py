@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gathered import PARTS, gathered
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import (
@@ -43,7 +44,7 @@ from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import Generation
 
-K2 = Generation(samples_per_prompt=2)
+ONE, K2 = Generation(samples_per_prompt=1), Generation(samples_per_prompt=2)
 GSPO = Clip(epsilon=3e-4, epsilon_high=4e-4)
 ONE_EACH = (
     " compares the responses to one prompt, but each prompt gets one: set `generation.samples_per_prompt` to at least 2"
@@ -57,7 +58,7 @@ NO_KL = (
 
 def make(**options: Any) -> PPOModule:
     """Nothing is built before the choices are judged, so the policy may be anything."""
-    return PPOModule(torch.nn.Linear(1, 1), lambda prompts, responses: [0.0] * len(prompts), **options)
+    return PPOModule(torch.nn.Linear(1, 1), lambda prompts, responses: [0.0] * len(prompts), **gathered(**options))
 
 
 def silent(**options: Any) -> None:
@@ -88,13 +89,15 @@ def test_value_settings_without_a_value_network_are_refused(name, argument):
     advantage, options = WITHOUT[name]
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         make(advantage=advantage, **{argument: OF_VALUE[argument]}, **options)
-    assert str(refused.value) == f"`{argument}` belong to a value network, but {name} trains none{NO_NETWORK}"
+    verb, them = ("belongs", "it") if argument == "value_loss" else ("belong", "them")
+    without = NO_NETWORK.replace("them", them)
+    assert str(refused.value) == f"`{argument}` {verb} to a value network, but {name} trains none{without}"
     silent(advantage=advantage, **options)
 
 
 def test_all_value_settings_are_named():
-    with pytest.raises(ValueError, match="^`value`, `value_lr`, `value_loss` belong to a value network"):
-        make(**OF_VALUE)
+    with pytest.raises(ValueError, match="^`value`, `value_lr` belong to a value network"):
+        make(value=OF_VALUE["value"], value_lr=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,15 +128,16 @@ def test_value_settings_with_a_value_network_pass(advantage):
 )
 def test_groups_of_one_are_refused(advantage, named):
     with pytest.raises(ValueError) as refused:  # noqa: PT011
-        make(advantage=advantage)
+        make(advantage=advantage, generation=ONE)
     assert str(refused.value) == named + ONE_EACH
     silent(advantage=advantage, generation=K2)
+    assert make(advantage=advantage).samples_per_prompt == 8
 
 
 @pytest.mark.parametrize("inner", [GroupAdvantage(), BanditAdvantage(baseline=LeaveOneOut())], ids=["grpo", "rloo"])
 def test_groups_of_one_are_refused_inside_a_whitening(inner):
     with pytest.raises(ValueError, match="set `generation.samples_per_prompt` to at least 2"):
-        make(advantage=Whitened(estimator=inner))
+        make(advantage=Whitened(estimator=inner), generation=ONE)
     silent(advantage=Whitened(estimator=inner), generation=K2)
 
 
@@ -144,7 +148,7 @@ def test_groups_of_one_are_refused_inside_a_whitening(inner):
 )
 def test_what_compares_is_named_inside_a_whitening(inner, named):
     with pytest.raises(ValueError, match=f"^{named} compares the responses"):
-        make(advantage=Whitened(estimator=inner))
+        make(advantage=Whitened(estimator=inner), generation=ONE)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,8 @@ def test_what_compares_is_named_inside_a_whitening(inner, named):
     ids=["none", "batch", "running", "to-go"],
 )
 def test_what_compares_nothing_takes_one_or_many(advantage):
-    silent(advantage=advantage)
+    assert make(advantage=advantage).samples_per_prompt == 1
+    silent(advantage=advantage, generation=ONE)
     silent(advantage=advantage, generation=K2)
 
 
@@ -334,7 +339,9 @@ def run(make_folder, write_rows, tmp_path, monkeypatch):
     def call(**arguments: Any) -> Any:
         usual = {"policy": {"path": make_folder()}, "reward": "theirs_of_combinations.number"}
         usual |= {"generation": {"max_new_tokens": 3, "samples_per_prompt": 2}, "shaping": []}
-        model = {"class_path": "PPOModule", "init_args": usual | arguments}
+        given = usual | arguments
+        parts = {name: given.pop(name) for name in PARTS if name in given}
+        model = {"class_path": "PPOModule", "init_args": given | {"algorithm": parts}}
         Path("run.yaml").write_text(
             yaml.safe_dump({"trainer": trainer, "model": model, "data": data}), encoding="utf-8"
         )
@@ -345,7 +352,7 @@ def run(make_folder, write_rows, tmp_path, monkeypatch):
 
 REFUSED = {
     "one-each": (
-        {"advantage": "GroupAdvantage", "generation": {"max_new_tokens": 3}},
+        {"advantage": "GroupAdvantage", "generation": {"max_new_tokens": 3, "samples_per_prompt": 1}},
         f"GroupAdvantage{ONE_EACH}",
     ),
     "no-value": ({"value_lr": 1.0e-5}, "`value_lr` belong to a value network, but BanditAdvantage trains none"),

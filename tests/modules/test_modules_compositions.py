@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from gathered import gathered
 
 from lightning_rlhf.core import (
     CISPO,
@@ -76,14 +77,16 @@ def trained(make_lm, token_reward, make_trainer, as_loader, left_padded, recorde
     def run(**options):
         network = make_lm("gpt2", end=ENDS, n_layer=1).double()
         module = PPOModule(
-            policy=network,
-            reward=token_reward(),
-            generation=Generation(max_new_tokens=4, samples_per_prompt=2),
-            updates=Updates(epochs=2, minibatch=4, max_grad_norm=None),
-            shaping=(),
-            optimizer=partial(torch.optim.SGD, lr=0.01),
-            schedule=Constant(),
-            **options,
+            **gathered(
+                policy=network,
+                reward=token_reward(),
+                generation=Generation(max_new_tokens=4, samples_per_prompt=2),
+                updates=Updates(epochs=2, minibatch=4, max_grad_norm=None),
+                shaping=(),
+                optimizer=partial(torch.optim.SGD, lr=0.01),
+                schedule=Constant(),
+                **options,
+            )
         )
         before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
         make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 2))
@@ -100,9 +103,9 @@ def trained(make_lm, token_reward, make_trainer, as_loader, left_padded, recorde
 def test_kl_fixed_or_adaptive_in_reward_or_loss_runs_at_every_level(trained, level, term):
     """β moves where it adapts and nowhere else; the KL is charged in one place."""
     for kl in CONTROLLERS:
-        module, steps, moved = trained(level=level, kl=kl, kl_term=term, surrogate=SURROGATES[0])
+        module, steps, moved = trained(level=level, beta=kl, kl_term=term, surrogate=SURROGATES[0])
         assert moved > 1e-6
-        assert (module.kl.coef == 0.3) == isinstance(kl, FixedKL)
+        assert (module.algorithm.kl.coef == 0.3) == isinstance(kl, FixedKL)
         in_loss = isinstance(term, KLInLoss)
         assert (steps[-1]["loss/kl_avg"] > 0) == in_loss
         assert (steps[-1]["objective/non_score_reward"] != 0) == (not in_loss)
@@ -122,7 +125,7 @@ def test_surrogate_runs_at_every_level_under_every_advantage_and_reduction(train
         module, steps, moved = trained(surrogate=surrogate, level=level, advantage=advantage, reduction=reduction)
         assert moved > 1e-6, (advantage, reduction)
         adapts = surrogate.adaptive
-        assert (module.surrogate != surrogate) == adapts
+        assert (module.algorithm.surrogate != surrogate) == adapts
         assert ("policy/kl_old" in steps[-1]) == adapts
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 
 from lightning_rlhf.core import Constant, ReplaceScore
@@ -39,7 +40,7 @@ def make_ppo(make_lm):
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
         network = (usual | options)["policy"]
         network.generation_config.eos_token_id = ENDS  # some responses end, some do not
-        return PPOModule(**(usual | options))
+        return PPOModule(**gathered(**(usual | options)))
 
     return make
 

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from gathered import gathered
 
 from lightning_rlhf import (
     AlignmentTax,
@@ -49,7 +50,7 @@ def make_ppo(make_lm):
     def make(**options) -> PPOModule:
         usual = {"policy": make_lm(end=ENDS), "reward": Kept(), "generation": Generation(max_new_tokens=6)}
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
-        return PPOModule(**(usual | options))
+        return PPOModule(**gathered(**(usual | options)))
 
     return make
 
@@ -362,7 +363,9 @@ def test_reference_of_an_adapter_is_the_policy_without_it(make_folder, validate,
         (ModelSource(path=folder, peft=config), {}),
         (ModelSource(path=folder), {"reference": ModelSource(path=folder)}),
     ):
-        module = PPOModule(policy, Kept(), generation=Generation(max_new_tokens=6), evaluations=ALL, **options)
+        module = PPOModule(
+            policy, Kept(), **gathered(generation=Generation(max_new_tokens=6), evaluations=ALL, **options)
+        )
         module.configure_model()
         modules.append(leave(module))
     found = [validate(module, texts=True) for module in modules]

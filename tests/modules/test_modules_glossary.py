@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -59,7 +60,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
 
     def ppo(**options) -> PPOModule:
         usual = {"policy": make_lm(end=ENDS), "reward": vowels, "tokenizer": make_tokenizer()}
-        return PPOModule(**(usual | USUAL | {"generation": Generation(max_new_tokens=4, seed=1)} | options))
+        return PPOModule(**gathered(**(usual | USUAL | {"generation": Generation(max_new_tokens=4, seed=1)} | options)))
 
     evaluations = [WinRate(judge=judge), BestOfN(n=(1, 2)), GoldReward(reward=length), AlignmentTax()]
     parts = WeightedReward({"vowels": vowels, "length": length})

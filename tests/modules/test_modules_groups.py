@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 
 from lightning_rlhf.core import (
@@ -53,7 +54,7 @@ def make_ppo(make_lm, token_reward):
             "optimizer": SGD,
             "schedule": Constant(),
         }
-        return PPOModule(**(usual | options))
+        return PPOModule(**gathered(**(usual | options)))
 
     return make
 
@@ -199,7 +200,7 @@ ESTIMATORS = {
 def test_advantages_are_counted_by_hand(make_ppo, make_trainer, as_loader, left_padded, rule, in_loss):
     """Of the reward less β·KL, or of the score alone where the KL is in the loss."""
     term = {"kl_term": KLInLoss()} if in_loss else {}
-    module = make_ppo(reward=Spy(), advantage=ESTIMATORS[rule], kl=FixedKL(coef=0.3), level=TokenLevel(), **term)
+    module = make_ppo(reward=Spy(), advantage=ESTIMATORS[rule], beta=FixedKL(coef=0.3), level=TokenLevel(), **term)
     drift(module)
     kept, original = [], module.credit
     module.credit = lambda *a, **o: kept.append(original(*a, **o)) or kept[-1]
@@ -240,7 +241,7 @@ def test_flat_groups_teach_nothing(make_ppo, make_trainer, as_loader, left_padde
         module = make_ppo(
             reward=Halves(),
             advantage=GroupAdvantage(scale=Unscaled()),
-            kl=FixedKL(coef=0.0),
+            beta=FixedKL(coef=0.0),
             reduction=SequenceMean(),
             updates=Updates(max_grad_norm=None),
         )
@@ -293,7 +294,7 @@ def test_running_mean_follows_the_rollouts(make_ppo, make_trainer, as_loader, le
     for experience, base in zip(kept, bases, strict=True):
         found = experience.returns[:, 0] - experience.advantages[:, 0]
         assert found.tolist() == pytest.approx([base] * 24, abs=1e-6)  # means are logged in float32
-    baseline = module.advantage.baseline
+    baseline = module.algorithm.advantage.baseline
     assert (baseline.mean, baseline.weight) == (pytest.approx(m, abs=1e-6), pytest.approx(weight, abs=1e-12))
 
 
@@ -343,7 +344,7 @@ def running_mean(make_ppo, tokenizer):
     return make_ppo(
         k=2,
         tokenizer=tokenizer,
-        kl=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
+        beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
         advantage=BanditAdvantage(baseline=RunningMean(decay=0.8)),
         updates=Updates(epochs=2, minibatch=4),
         optimizer=partial(torch.optim.Adam, lr=0.01),
@@ -356,7 +357,7 @@ def truncated_weights(make_ppo, tokenizer):
         k=2,
         tokenizer=tokenizer,
         generation=Generation(max_new_tokens=5, samples_per_prompt=2, dtype="bfloat16"),
-        kl=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
+        beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
         kl_term=KLInLoss(),
         advantage=GroupAdvantage(),
         surrogate=TruncatedWeights(surrogate=KLPenalty(coef=1.0, target=1e-3), cap=1.5),
@@ -424,8 +425,8 @@ def test_checkpoint_holds_the_running_mean(make_ppo, make_trainer, as_loader, le
     module, trainer = make(), make_trainer()
     trainer.fit(module, as_loader(batches))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    kept = torch.load(tmp_path / "x.ckpt", weights_only=True)["rlhf"]["advantage"]
-    assert kept.keys() == {"baseline.mean", "baseline.weight"}
-    assert kept["baseline.weight"] == pytest.approx(1 - 0.9**2, abs=1e-12)
+    kept = torch.load(tmp_path / "x.ckpt", weights_only=True)["rlhf"]["algorithm"]
+    assert kept.keys() == {"advantage.baseline.mean", "advantage.baseline.weight"}
+    assert kept["advantage.baseline.weight"] == pytest.approx(1 - 0.9**2, abs=1e-12)
     with pytest.raises(ValueError, match="RunningMean"):
         make_trainer(max_epochs=2).fit(make_ppo(), as_loader(batches), ckpt_path=tmp_path / "x.ckpt")

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from test_modules_ppo import garbage_after_end
 
 from lightning_rlhf.core import (
@@ -30,8 +31,8 @@ from lightning_rlhf.core import (
     TokenMean,
     TruncatedWeights,
 )
-from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.tally import Tally
+from lightning_rlhf.modules import PPOModule, observation
+from lightning_rlhf.modules.mean_metrics import MeanMetrics
 from lightning_rlhf.rollout import Generation, Scores, Updates
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -49,13 +50,13 @@ def make_ppo(make_lm, token_reward):
             "policy": make_lm(kind, end=ENDS).double(),
             "reward": token_reward(),
             "generation": Generation(max_new_tokens=5),
-            "kl": FixedKL(coef=BETA),
+            "beta": FixedKL(coef=BETA),
             "shaping": (),
             "updates": Updates(max_grad_norm=None),
             "optimizer": partial(torch.optim.SGD, lr=0.05),
             "schedule": Constant(),
         }
-        module = PPOModule(**(usual | options))
+        module = PPOModule(**gathered(**(usual | options)))
         module.configure_model()
         module.double()
         move(module, drift)
@@ -70,8 +71,8 @@ def move(module, scale: float) -> None:
             p.add_(scale * torch.ones_like(p).cumsum(0).cos())
 
 
-def numbers(tally: Tally) -> dict[str, float]:
-    return tally.means(lambda x: x)
+def numbers(metrics: MeanMetrics) -> dict[str, float]:
+    return metrics.means(lambda x: x)
 
 
 @pytest.fixture
@@ -79,11 +80,11 @@ def credited(left_padded):
     """An experience of today's policy, and what was logged of it."""
 
     def run(module):
-        rollout = module.collector(left_padded(RAGGED), stream="t", iteration=3, rank=0, world=1)
+        rollout = module.collector.respond(left_padded(RAGGED), samples=1, stream="t", iteration=3)
         assert len(set(rollout.lengths.tolist())) > 2  # ragged, or these tests mean little
-        tally = Tally()
-        experience = module.credit(rollout, Scores(module.reward(rollout, [{}] * 8), {}), tally)
-        return experience, numbers(tally)
+        scores = Scores(module.reward(rollout, [{}] * 8), {})
+        experience = module.credit(rollout, scores)
+        return experience, numbers(observation.credited(rollout, scores, experience))
 
     return run
 
@@ -91,9 +92,9 @@ def credited(left_padded):
 def learned(module, experience):
     """The gradient of the reduced loss, and what was logged of it."""
     module.zero_grad()
-    tally = Tally()
-    (module.objective.actions(experience, tally) / module.reduction.count(experience.mask)).backward()
-    return torch.cat([p.grad.flatten() for p in module.policy.parameters()]), numbers(tally)
+    loss, metrics = module.objective.actions(module.algorithm, experience)
+    (loss / module.algorithm.reduction.count(experience.mask)).backward()
+    return torch.cat([p.grad.flatten() for p in module.policy.parameters()]), numbers(metrics)
 
 
 def flat(network) -> torch.Tensor:
@@ -224,7 +225,7 @@ def test_gradient_is_that_of_beta_times_the_estimate(make_ppo, credited, estimat
     experience, _ = credited(module)
     move(module, 0.003)
     charged, _ = learned(module, experience)
-    module.kl = FixedKL(coef=0.0)
+    module.algorithm = module.algorithm.with_beta(0.0)
     free, _ = learned(module, experience)
     module.zero_grad()
     naive_kl(module, experience.rollout, partial(reduction, k)).backward()
@@ -236,7 +237,7 @@ def test_gradient_is_that_of_beta_times_the_estimate(make_ppo, credited, estimat
 def test_without_a_price_the_terms_are_one(make_ppo, credited):
     gradients = []
     for term in (KLInReward(), KLInLoss(), KLInLoss(estimator=K3(), level=TokenLevel())):
-        module = make_ppo(kl=FixedKL(coef=0.0), kl_term=term)
+        module = make_ppo(beta=FixedKL(coef=0.0), kl_term=term)
         experience, _ = credited(module)
         move(module, 0.003)
         gradients.append(learned(module, experience)[0])
@@ -268,7 +269,7 @@ def test_at_the_reference_the_kl_is_flat(make_ppo, credited):
         module = make_ppo(drift=0.0, kl_term=KLInLoss(estimator=estimator))
         experience, _ = credited(module)
         charged, logged = learned(module, experience)
-        module.kl = FixedKL(coef=0.0)
+        module.algorithm = module.algorithm.with_beta(0.0)
         assert logged["loss/kl_avg"] == pytest.approx(0.0, abs=1e-12)
         assert distance(charged, learned(module, experience)[0]) < 1e-12
 
@@ -283,7 +284,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(make_ppo, make_trainer, as_l
 
     module = make_ppo(
         reward=torch.nn.Linear(1, 1),
-        kl=FixedKL(coef=1.0),
+        beta=FixedKL(coef=1.0),
         kl_term=Signed(),
         drift=0.05,
         optimizer=partial(torch.optim.SGD, lr=0.01),
@@ -298,7 +299,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(make_ppo, make_trainer, as_l
 
 def test_adaptive_price_follows_the_kl(make_ppo, make_trainer, as_loader, left_padded, recorder):
     """β of each rollout is what its loss is charged."""
-    module = make_ppo(kl=AdaptiveKL(coef=0.1, target=1e-3, horizon=20.0), kl_term=KLInLoss())
+    module = make_ppo(beta=AdaptiveKL(coef=0.1, target=1e-3, horizon=20.0), kl_term=KLInLoss())
     kept, original = [], module.credit
     module.credit = lambda *a, **o: kept.append(original(*a, **o)) or kept[-1]
     make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 3))
@@ -309,7 +310,7 @@ def test_adaptive_price_follows_the_kl(make_ppo, make_trainer, as_loader, left_p
         assert logged["loss/kl_avg"] == pytest.approx(price * estimate, rel=1e-5)
         error = min(max(logged["objective/kl"] / 1e-3 - 1, -0.2), 0.2)
         price *= 1 + error * 8 / 20
-    assert module.kl.coef == pytest.approx(price, rel=1e-6)
+    assert module.algorithm.kl.coef == pytest.approx(price, rel=1e-6)
     assert price != 0.1
 
 

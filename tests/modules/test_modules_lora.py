@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import Algorithm, Constant
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import Generation, Updates
@@ -34,12 +35,14 @@ def trained(make_folder, make_trainer, as_loader, left_padded, token_reward, rec
         module = PPOModule(
             ModelSource(path=folder, peft=lora(kind)),
             token_reward(),
-            generation=Generation(max_new_tokens=4),
-            updates=Updates(epochs=2, minibatch=2),
-            shaping=(),
-            optimizer=ADAM,
-            schedule=Constant(),
-            **options,
+            **gathered(
+                generation=Generation(max_new_tokens=4),
+                updates=Updates(epochs=2, minibatch=2),
+                shaping=(),
+                optimizer=ADAM,
+                schedule=Constant(),
+                **options,
+            ),
         )
         make_trainer(callbacks=[recorder], precision="32-true").fit(
             module, as_loader([{"prompts": left_padded(RAGGED)}] * 3)
@@ -52,10 +55,10 @@ def trained(make_folder, make_trainer, as_loader, left_padded, token_reward, rec
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_reference_is_the_adapter_off(trained, recorder, kind, left_padded):
     module, folder = trained(kind)
-    assert module.collector.reference is None
+    assert module.collector.reference.frozen is None
     assert recorder.steps[0]["objective/kl"] == pytest.approx(0.0, abs=1e-6)
     assert abs(recorder.steps[2]["objective/kl"]) > 1e-3
-    rollout = module.collector(left_padded(RAGGED), stream="t", iteration=0, rank=0, world=1)
+    rollout = module.collector.respond(left_padded(RAGGED), samples=1, stream="t", iteration=0)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     for i, prompt in enumerate(RAGGED):
         text = rollout.tokens[i, rollout.prompt_width :][rollout.response[i]].tolist()
@@ -121,7 +124,7 @@ def test_adapter_folder_continues_as_a_policy(make_folder, make_trainer, as_load
                     p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
             learned = ppo.policy.network.eval()(input_ids=tokens).logits
             with ppo.policy.reference():
-                found = (ppo.collector.reference or ppo.policy).network.eval()(input_ids=tokens).logits
+                found = (ppo.collector.reference.frozen or ppo.policy).network.eval()(input_ids=tokens).logits
         assert torch.allclose(found, tuned, atol=1e-5)  # π_ref is the SFT model, not the model before SFT
         assert not torch.allclose(learned, tuned, atol=1e-2)
         out = tmp_path / f"ppo{number}"
@@ -190,7 +193,7 @@ def test_adapter_checkpoint_resumes(trained, make_trainer, as_loader, left_padde
         token_reward(),
         generation=Generation(max_new_tokens=4),
         updates=Updates(epochs=2, minibatch=2),
-        shaping=(),
+        algorithm=Algorithm(shaping=()),
         optimizer=ADAM,
         schedule=Constant(),
     )

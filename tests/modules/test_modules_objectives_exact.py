@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from test_modules_bandit_exact import (
     BETA,
     LENGTH,
@@ -53,7 +54,6 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.models import ScalarModel
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Generation, Scores, Updates
 from lightning_rlhf.types import Experience
 
@@ -75,13 +75,15 @@ LEVELS = {"sequence": SequenceLevel(), "token": TokenLevel()}
 
 def make_module(network, table, *, samples: int = 1, lr: float = 0.02, epochs: int = 2, minibatch: int = 64, **options):
     return PPOModule(
-        policy=network,
-        reward=TableReward(table),
-        generation=Generation(max_new_tokens=LENGTH, samples_per_prompt=samples),
-        updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
-        shaping=(),
-        optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
-        **({"schedule": Constant(), "kl": FixedKL(coef=BETA)} | options),
+        **gathered(
+            policy=network,
+            reward=TableReward(table),
+            generation=Generation(max_new_tokens=LENGTH, samples_per_prompt=samples),
+            updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
+            shaping=(),
+            optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
+            **({"schedule": Constant(), "beta": FixedKL(coef=BETA)} | options),
+        )
     )
 
 
@@ -134,15 +136,13 @@ class Setting:
     def credited(self, **changes: torch.Tensor) -> Experience:
         rollout = replace(self.bandit.rollout, **changes)
         scores = TableReward(score_table())(rollout, ROWS)
-        return self.module.credit(rollout, Scores(scores, {}), Tally())
+        return self.module.credit(rollout, Scores(scores, {}))
 
     def accumulated(self, experience: Experience, probabilities: torch.Tensor | None = None) -> torch.Tensor:
         """−∇ Σ_y p(y|x)·loss(y), as the module has it."""
         probabilities = self.probabilities if probabilities is None else probabilities
-        inner = self.module.reduction
-        self.module.reduction = Expectation(inner=inner, probabilities=probabilities)
-        loss = self.module.objective.actions(experience, Tally())
-        self.module.reduction = inner
+        reduction = Expectation(inner=self.module.algorithm.reduction, probabilities=probabilities)
+        loss, _ = self.module.objective.actions(replace(self.module.algorithm, reduction=reduction), experience)
         return -self.bandit.gradient(loss)
 
 
@@ -324,21 +324,20 @@ def test_first_minibatch_has_ratio_one(make_lm, left_padded, surrogate, level):
     module.configure_model()
     module.double()
     prompts = left_padded(PROMPTS * 8, rows=[{"prompt": i % 2} for i in range(16)])
-    rollout = module.collector(prompts, samples=2, stream="train", iteration=0, rank=0, world=1)
-    experience = module.credit(rollout, module.score(rollout, prompts), Tally())
+    rollout = module.collector.collect(prompts, samples=2, iteration=0)
+    experience = module.credit(rollout, module.score(rollout, prompts))
     first, *_ = module.updates.minibatches(experience, None, seed=0)
     for moved in (False, True):
-        tally = Tally()
-        module.objective.actions(first[0], tally)
-        stats = tally.means(lambda x: x)
+        _, metrics = module.objective.actions(module.algorithm, first[0])
+        stats = metrics.means(lambda x: x)
         if not moved:
-            assert stats["val/ratio"] == pytest.approx(1.0, abs=1e-13)  # π_old is captured while sampling
-            assert stats["val/ratio_square"] == pytest.approx(1.0, abs=1e-13)
+            assert stats["policy/ratio"] == pytest.approx(1.0, abs=1e-13)  # π_old is captured while sampling
+            assert stats["policy/ratio_square"] == pytest.approx(1.0, abs=1e-13)
             assert stats["policy/approxkl_avg"] < 1e-26
             assert stats.get("policy/clipfrac_avg", 0.0) == 0.0
             assert stats.get("policy/kl_penalty", 0.0) < 1e-13
         else:
-            assert stats["val/ratio_square"] != 1.0
+            assert stats["policy/ratio_square"] != 1.0
             assert stats["policy/approxkl_avg"] > 1e-6
         with torch.no_grad():
             for p in network.parameters():
@@ -357,7 +356,7 @@ def gap_closed(make_lm, make_scorer, make_trainer, left_padded, as_loader):
         reference = copy.deepcopy(network).double().eval()
         scores = score_table()
         module = make_module(network, score_table(flip), samples=samples, schedule=Linear(), **options)
-        if module.advantage.needs_value:
+        if module.algorithm.advantage.needs_value:
             torch.manual_seed(3)
             module.configure_model = partial(with_value, module, module.configure_model, make_scorer)
         rows = responses // samples
@@ -380,9 +379,10 @@ def with_value(module, build, make_scorer) -> None:
     """A small value network, which a built policy does not bring along."""
     if module.policy is not None:
         return
-    needs, module.advantage = module.advantage, BanditAdvantage()
+    needs = module.algorithm
+    module.algorithm = replace(needs, advantage=BanditAdvantage(), value_loss=None)
     build()
-    module.advantage = needs
+    module.algorithm = needs
     module.value = ScalarModel(make_scorer("gpt2", vocab=VOCAB, width=16, initializer_range=0.15))
     module.collector.value = module.value
 

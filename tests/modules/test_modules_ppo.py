@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_rlhf.core import (
     GAE,
     AdaptiveKL,
+    Algorithm,
     Clip,
     Constant,
     FixedKL,
@@ -24,7 +26,6 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.tally import Tally
 from lightning_rlhf.rollout import Captured, FromUpdate, Generation, Recomputed, Reward, Scores, Updates
 from lightning_rlhf.types import Experience, Rollout
 
@@ -56,7 +57,7 @@ def make_ppo(make_lm, token_reward):
             "optimizer": SGD,
             "schedule": Constant(),
         }
-        return PPOModule(**(usual | options))
+        return PPOModule(**gathered(**(usual | options)))
 
     return make
 
@@ -105,8 +106,8 @@ def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, reco
     assert len(largest) == 2
     assert max(largest) <= apart
     for logged in recorder.steps:
-        assert logged["val/ratio"] == pytest.approx(1.0, abs=apart)
-        assert logged["val/ratio_var"] <= apart**2 + 1e-15  # of a difference of two numbers near 1
+        assert logged["policy/ratio"] == pytest.approx(1.0, abs=apart)
+        assert logged["policy/ratio_var"] <= apart**2 + 1e-15  # of a difference of two numbers near 1
         assert logged["policy/approxkl_avg"] <= apart**2
         assert logged["policy/clipfrac_avg"] == 0.0
 
@@ -115,7 +116,7 @@ def test_later_ratios_are_not_one(make_ppo, make_trainer, as_loader, left_padded
     module = make_ppo(updates=Updates(epochs=2, minibatch=4))
     make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     assert recorder.steps[0]["policy/approxkl_avg"] > 1e-8
-    assert recorder.steps[0]["val/ratio_var"] > 1e-8
+    assert recorder.steps[0]["policy/ratio_var"] > 1e-8
 
 
 def test_lora_dropout_leaves_the_first_ratio_at_one(
@@ -147,10 +148,10 @@ def an_experience(make_ppo, left_padded, make_lm):
         module = make_ppo(kind, **options)
         module.configure_model()
         module.double()
-        rollout = module.collector(left_padded(RAGGED), stream="t", iteration=3, rank=0, world=1)
+        rollout = module.collector.respond(left_padded(RAGGED), samples=1, stream="t", iteration=3)
         assert len(set(rollout.lengths.tolist())) > 2  # ragged, or these tests mean little
         scores = module.reward(rollout, [{}] * len(rollout))
-        experience = module.credit(rollout, Scores(scores, {}), Tally())
+        experience = module.credit(rollout, Scores(scores, {}))
         module.policy.network.load_state_dict(make_lm(kind, seed=0).double().state_dict())
         with torch.no_grad():
             for p in module.policy.parameters():
@@ -162,7 +163,9 @@ def an_experience(make_ppo, left_padded, make_lm):
 
 def loss_and_gradient(module, experience):
     module.zero_grad()
-    total = module.objective.actions(experience, Tally()) / module.reduction.count(experience.mask)
+    total = module.objective.actions(module.algorithm, experience)[0] / module.algorithm.reduction.count(
+        experience.mask
+    )
     total.backward()
     return float(total), torch.cat([p.grad.flatten() for p in module.policy.parameters()])
 
@@ -219,12 +222,19 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
     )
     if experience.mask.shape[1] == 1:
         return Experience(
-            rollout=rollout, mask=experience.mask, advantages=experience.advantages, returns=experience.returns
+            rollout=rollout,
+            mask=experience.mask,
+            rewards=experience.advantages,
+            penalties=experience.advantages,
+            advantages=experience.advantages,
+            returns=experience.returns,
         )
     zeros = torch.zeros(more, dtype=torch.float64)
     return Experience(
         rollout=rollout,
         mask=response,
+        rewards=torch.cat([experience.rewards, zeros], 1),
+        penalties=torch.cat([experience.penalties, zeros], 1),
         advantages=torch.cat([experience.advantages, zeros], 1),
         returns=torch.cat([experience.returns, zeros], 1),
     )
@@ -358,7 +368,7 @@ def test_logged_objective_is_counted_by_hand(make_ppo, make_trainer, as_loader, 
             for p in module.policy.parameters():
                 p.mul_(1.01)
 
-    module = make_ppo(reward=Spy(), kl=FixedKL(coef=0.3))
+    module = make_ppo(reward=Spy(), beta=FixedKL(coef=0.3))
     module.configure_model()
     module.double()
     drift(module)
@@ -381,12 +391,12 @@ def test_logged_objective_is_counted_by_hand(make_ppo, make_trainer, as_loader, 
 
 
 def test_adaptive_kl_moves_by_its_formula(make_ppo, make_trainer, as_loader, left_padded, recorder):
-    module = make_ppo(kl=AdaptiveKL(coef=0.1, target=1.0, horizon=100.0))
+    module = make_ppo(beta=AdaptiveKL(coef=0.1, target=1.0, horizon=100.0))
     make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 2))
     # KL is far below the target of 1: e = −0.2, 8 episodes of a horizon of 100
     assert recorder.steps[0]["objective/kl_coef"] == pytest.approx(0.1)
     assert recorder.steps[1]["objective/kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
-    assert module.kl.coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100) ** 2)
+    assert module.algorithm.kl.coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100) ** 2)
 
 
 @pytest.mark.parametrize(("lr", "coef"), [(1e-6, 0.5), (0.5, 2.0)], ids=["halves", "doubles"])
@@ -397,7 +407,7 @@ def test_adaptive_surrogate_moves(make_ppo, make_trainer, as_loader, left_padded
         updates=Updates(max_grad_norm=None),
     )
     make_trainer().fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
-    assert module.surrogate.coef == coef
+    assert module.algorithm.surrogate.coef == coef
 
 
 def test_kl_old_is_measured_after_the_update(make_ppo, make_trainer, as_loader, left_padded, recorder):
@@ -582,7 +592,7 @@ def test_validation_leaves_training_alone(make_ppo, make_trainer, as_loader, lef
 def test_resumed_training_equals_uninterrupted(make_ppo, make_trainer, as_loader, left_padded, right_padded, tmp_path):
     def make():
         return make_ppo(
-            kl=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
+            beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
             surrogate=KLPenalty(coef=1.0, target=1e-3),
             updates=Updates(epochs=2, minibatch=4),
             optimizer=partial(torch.optim.Adam, lr=0.01),
@@ -611,8 +621,8 @@ def test_resumed_training_equals_uninterrupted(make_ppo, make_trainer, as_loader
     second = make()
     make_trainer(max_epochs=2).fit(second, as_loader(batches), ckpt_path=tmp_path / "half.ckpt")
     assert (second.iteration, second.episodes) == (whole.iteration, whole.episodes) == (4, 32)
-    assert second.kl.coef == whole.kl.coef != first.kl.coef
-    assert second.surrogate.coef == whole.surrogate.coef != 1.0
+    assert second.algorithm.kl.coef == whole.algorithm.kl.coef != first.algorithm.kl.coef
+    assert second.algorithm.surrogate.coef == whole.algorithm.surrogate.coef != 1.0
     assert distance(flat(second.policy), flat(first.policy)) > 1e-4
     assert distance(flat(second.policy), flat(whole.policy)) < 1e-12  # other memory, other rounding
 
@@ -629,9 +639,9 @@ def test_checkpoint_holds_the_trained_networks_alone(make_ppo, make_trainer, as_
 
 def test_checkpoint_of_another_controller_is_refused(make_ppo, make_trainer, as_loader, left_padded, tmp_path):
     trainer = make_trainer()
-    trainer.fit(make_ppo(kl=AdaptiveKL()), as_loader([{"prompts": left_padded(RAGGED)}]))
+    trainer.fit(make_ppo(beta=AdaptiveKL()), as_loader([{"prompts": left_padded(RAGGED)}]))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="FixedKL"):
+    with pytest.raises(ValueError, match="AdaptiveKL"):
         make_trainer(max_epochs=2).fit(
             make_ppo(), as_loader([{"prompts": left_padded(RAGGED)}]), ckpt_path=tmp_path / "x.ckpt"
         )
@@ -713,7 +723,7 @@ def test_first_ratio_is_one_in_low_precision(
 ):
     module = make_ppo(policy=make_lm(kind, end=ENDS))
     make_trainer(precision=precision, callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
-    assert recorder.steps[0]["val/ratio"] == 1.0
+    assert recorder.steps[0]["policy/ratio"] == 1.0
     assert recorder.steps[0]["policy/approxkl_avg"] == 0.0
     assert recorder.steps[0]["objective/kl"] == 0.0
 
@@ -730,25 +740,28 @@ def test_training_goes_on_after_a_sanity_check(make_ppo, make_lm, make_trainer, 
 def test_checkpoint_loads_by_lightnings_own_method(
     make_ppo, make_lm, make_trainer, as_loader, left_padded, tmp_path, token_reward
 ):
-    module = make_ppo(kl=AdaptiveKL(coef=0.1))
+    module = make_ppo(beta=AdaptiveKL(coef=0.1))
     trainer = make_trainer()
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     loaded = PPOModule.load_from_checkpoint(
-        tmp_path / "x.ckpt", policy=make_lm(seed=5).double(), reward=token_reward(), kl=AdaptiveKL(coef=0.1)
+        tmp_path / "x.ckpt",
+        policy=make_lm(seed=5).double(),
+        reward=token_reward(),
+        algorithm=Algorithm(beta=AdaptiveKL(coef=0.1)),
     )
     assert torch.equal(flat(loaded.policy), flat(module.policy))
-    assert (loaded.iteration, loaded.kl) == (1, module.kl)
+    assert (loaded.iteration, loaded.algorithm.kl) == (1, module.algorithm.kl)
 
 
 def test_second_fit_goes_on(make_ppo, make_trainer, as_loader, left_padded):
     module = make_ppo()
     batches = as_loader([{"prompts": left_padded(RAGGED)}] * 2)
     make_trainer().fit(module, batches)
-    reference = flat(module.collector.reference)
+    reference = flat(module.collector.reference.frozen)
     make_trainer().fit(module, batches)
     assert (module.iteration, module.episodes) == (4, 32)
-    assert torch.equal(flat(module.collector.reference), reference)
+    assert torch.equal(flat(module.collector.reference.frozen), reference)
 
 
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch import LightningModule
 
 from lightning_rlhf.core import AdaptiveKL, Clip, Constant, KLPenalty, Linear
@@ -46,9 +47,9 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
     """Training from `ckpt_path`, and what a checkpoint of it is."""
 
     def run(ckpt_path=None, *, epochs=1, lm=None, rows=4, data=None, letters_of_rows="abcdefgh", **options):
-        usual = {"reward": letters, "generation": Generation(max_new_tokens=3), "kl": AdaptiveKL(), "shaping": ()}
+        usual = {"reward": letters, "generation": Generation(max_new_tokens=3), "beta": AdaptiveKL(), "shaping": ()}
         usual |= {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": Constant(), "updates": Updates()}
-        module = PPOModule(make_lm(**lm or {}).double(), tokenizer=toy_tokenizer, **usual | options)
+        module = PPOModule(make_lm(**lm or {}).double(), **gathered(tokenizer=toy_tokenizer, **usual | options))
         trainer = make_trainer(max_epochs=epochs)
         trainer.fit(
             module,
@@ -64,7 +65,7 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"surrogate": KLPenalty()}, "surrogate.class: 'Clip' before, 'KLPenalty' now"),
+        ({"surrogate": KLPenalty()}, "algorithm.surrogate.class: 'Clip' before, 'KLPenalty' now"),
         ({"optimizer": partial(torch.optim.SGD, lr=0.01)}, "optimizer.class: 'Adam' before, 'SGD' now"),
         ({"reward": words}, "reward.fn: 'letters' before, 'words' now"),
         ({"schedule": Linear()}, "schedule.class: 'Constant' before, 'Linear' now"),
@@ -89,22 +90,22 @@ def test_all_differences_are_listed(fit):
     with pytest.raises(ValueError, match="of another run, written by version") as refused:
         fit(path, epochs=2, ptx_coef=0.5, surrogate=KLPenalty())
     assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]] == [
-        "surrogate.class",
-        "surrogate.epsilon",
-        "surrogate.epsilon_high",
-        "surrogate.dual",
-        "surrogate.coef",
-        "surrogate.target",
-        "ptx_coef",
+        "algorithm.surrogate.class",
+        "algorithm.surrogate.epsilon",
+        "algorithm.surrogate.epsilon_high",
+        "algorithm.surrogate.dual",
+        "algorithm.surrogate.coef",
+        "algorithm.surrogate.target",
+        "algorithm.ptx_coef",
     ]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"surrogate": Clip(epsilon=0.3)}, "surrogate.epsilon: 0.2 before, 0.3 now"),
-        ({"kl": AdaptiveKL(target=9.0)}, "kl.target: 6.0 before, 9.0 now"),
-        ({"kl": AdaptiveKL(coef=0.5)}, "kl.coef: 0.15 before, 0.5 now"),
+        ({"surrogate": Clip(epsilon=0.3)}, "algorithm.surrogate.epsilon: 0.2 before, 0.3 now"),
+        ({"beta": AdaptiveKL(target=9.0)}, "algorithm.beta.target: 6.0 before, 9.0 now"),
+        ({"beta": AdaptiveKL(coef=0.5)}, "algorithm.beta.coef: 0.15 before, 0.5 now"),
         ({"generation": Generation(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
         ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "optimizer.lr: 0.01 before, 0.02 now"),
         ({"data": {"max_prompt_tokens": 1}}, None),  # of which every prompt is one
@@ -142,10 +143,15 @@ def test_other_learning_rate_is_the_one_that_trains(make_lm, make_trainer, as_lo
 
 
 def test_other_start_of_an_adaptive_coefficient_is_taken(fit, tmp_path):
-    state = torch.load(fit(), weights_only=True)["rlhf"]["kl"]["coef"]
-    kept = torch.load(fit(tmp_path / "x.ckpt", epochs=1), weights_only=True)["rlhf"]["kl"]["coef"]
+    state = torch.load(fit(), weights_only=True)["rlhf"]["algorithm"]["beta.coef"]
+    kept = torch.load(fit(tmp_path / "x.ckpt", epochs=1), weights_only=True)["rlhf"]["algorithm"]["beta.coef"]
     assert kept == state != 0.15
-    assert torch.load(fit(tmp_path / "x.ckpt", kl=AdaptiveKL(coef=0.5)), weights_only=True)["rlhf"]["kl"]["coef"] == 0.5
+    assert (
+        torch.load(fit(tmp_path / "x.ckpt", beta=AdaptiveKL(coef=0.5)), weights_only=True)["rlhf"]["algorithm"][
+            "beta.coef"
+        ]
+        == 0.5
+    )
 
 
 def test_rows_are_told_by_their_content(fit):
@@ -168,11 +174,11 @@ def test_rows_that_a_template_writes_otherwise_are_warned_of(fit, toy_tokenizer,
 def test_key_that_another_version_lacks_is_no_other_run(fit, tmp_path, caplog):
     kept = torch.load(fit(), weights_only=True)
     assert kept["rlhf"]["version"] == importlib.metadata.version("lightning-rlhf")
-    del kept["rlhf"]["settings"]["ptx_coef"]
+    del kept["rlhf"]["settings"]["algorithm"]["ptx_coef"]
     torch.save(kept, tmp_path / "older.ckpt")
     caplog.set_level(logging.WARNING)
     fit(tmp_path / "older.ckpt", epochs=2)
-    assert "ptx_coef: 'nothing' before, 0.0 now" in caplog.text
+    assert "algorithm.ptx_coef: 'nothing' before, 0.0 now" in caplog.text
 
 
 def test_what_changes_only_memory_may_change(fit):
@@ -182,8 +188,8 @@ def test_what_changes_only_memory_may_change(fit):
 
 def test_evaluation_takes_any_settings(fit, make_lm, make_trainer, toy_tokenizer, prompts):
     path = fit()
-    different = {"generation": Generation(max_new_tokens=5), "kl": AdaptiveKL(target=1.0)}
-    module = PPOModule(make_lm().double(), words, tokenizer=toy_tokenizer, **different)
+    different = {"generation": Generation(max_new_tokens=5), "beta": AdaptiveKL(target=1.0)}
+    module = PPOModule(make_lm().double(), words, **gathered(tokenizer=toy_tokenizer, **different))
     make_trainer().validate(module, PromptDataModule(val=prompts(3)), ckpt_path=path, verbose=False)
 
 
@@ -255,7 +261,7 @@ def stages(make_lm, make_scorer, toy_tokenizer, as_loader, left_padded, right_pa
     short = {"tokenizer": toy_tokenizer, "generation": Generation(max_new_tokens=1)}
     return {
         "PPOModule": lambda: (
-            PPOModule(make_lm().double(), letters, **short),
+            PPOModule(make_lm().double(), letters, **gathered(**short)),
             as_loader([{"prompts": left_padded([[12], [13]])}]),
         ),
         "SFTModule": lambda: (SFTModule(make_lm().double()), as_loader([right_padded(TEXTS)])),

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf.callbacks import Export
-from lightning_rlhf.core import GAE, Constant, Cosine, TokenLevel
+from lightning_rlhf.core import GAE, Algorithm, Constant, Cosine, TokenLevel
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule, PromptDataModule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
@@ -136,9 +136,7 @@ def test_three_stages_hand_over_folders(make_folder, make_trainer, files, tmp_pa
         LearnedReward(stages[1]),
         generation=Generation(max_new_tokens=4),
         updates=Updates(minibatch=3),
-        level=TokenLevel(),
-        advantage=GAE(),
-        ptx_coef=0.5,
+        algorithm=Algorithm(level=TokenLevel(), advantage=GAE(), ptx_coef=0.5),
         optimizer=adam,
         schedule=Constant(),
     )
@@ -149,7 +147,7 @@ def test_three_stages_hand_over_folders(make_folder, make_trainer, files, tmp_pa
     trainer.fit(ppo, data)
     assert {"eval/reward", "eval/kl"} <= trainer.callback_metrics.keys()
     assert ppo.reward.model.bias == reward.model.bias
-    for a, b in zip(ppo.collector.reference.parameters(), sft.model.parameters(), strict=True):
+    for a, b in zip(ppo.collector.reference.frozen.parameters(), sft.model.parameters(), strict=True):
         assert torch.equal(a, b)  # the reference is the SFT model
     starts = AutoModelForSequenceClassification.from_pretrained(stages[1])
     assert any(  # V began at the reward model and moved
@@ -180,7 +178,7 @@ def test_ppo_resumes_in_the_middle_of_an_epoch(make_folder, make_trainer, files,
             generation=Generation(max_new_tokens=4),
             updates=Updates(minibatch=2),
             optimizer=partial(torch.optim.Adam, lr=0.01),
-            ptx_coef=0.5,
+            algorithm=Algorithm(ptx_coef=0.5),
             schedule=Constant(warmup=5),
         )
         data = PromptDataModule(train=files["prompts"], pretrain=files["texts"], batch_size=2, text_tokens=4)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gathered import gathered
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, Constant, LeaveOneOut, TokenLevel
@@ -33,7 +34,7 @@ def make_ppo(make_lm, token_reward):
             "optimizer": SGD,
             "schedule": Constant(),
         }
-        return PPOModule(**(usual | options))
+        return PPOModule(**gathered(**(usual | options)))
 
     return make
 
@@ -174,7 +175,7 @@ def test_fused_adam_clips_unscaled_gradients_in_fp16(make_ppo, make_lm, weights,
 def test_reference_in_low_precision_is_near_and_takes_half(make_ppo, make_lm, weights, recorder):
     module = make_ppo("llama", policy=make_lm("llama", end=ENDS), reference_dtype="bfloat16")
     weights(module, precision="bf16-mixed")
-    assert {p.dtype for p in module.collector.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in module.collector.reference.frozen.parameters()} == {torch.bfloat16}
     assert 0 < abs(recorder.steps[0]["objective/kl"]) < 0.5
 
 
@@ -216,7 +217,7 @@ def test_compiled_networks_train_alike(make_ppo, make_lm, weights):
 
 
 def test_phases_fill_the_step(make_ppo, make_trainer, as_loader, left_padded):
-    module = make_ppo(kl=AdaptiveKL(coef=0.1))
+    module = make_ppo(beta=AdaptiveKL(coef=0.1))
     trainer = make_trainer()
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

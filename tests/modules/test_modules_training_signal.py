@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+from gathered import gathered
 
-from lightning_rlhf.core import BanditAdvantage, BatchMean, FixedKL, GroupAdvantage, ReplaceScore, TokenLevel
+from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, FixedKL, GroupAdvantage, ReplaceScore, TokenLevel
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, WeightedReward
@@ -31,8 +32,8 @@ def told(make_lm, toy_tokenizer, make_trainer, as_loader, left_padded, caplog):
     """Warnings of three rollouts, and what was logged of the last."""
 
     def run(*, end=35, **options) -> tuple[list[str], dict[str, float]]:
-        usual = {"generation": Generation(max_new_tokens=2), "kl": FixedKL(coef=0.0)}
-        module = PPOModule(make_lm(end=end).double(), tokenizer=toy_tokenizer, **usual | options)
+        usual = {"generation": Generation(max_new_tokens=2), "beta": FixedKL(coef=0.0)}
+        module = PPOModule(make_lm(end=end).double(), **gathered(tokenizer=toy_tokenizer, **usual | options))
         trainer = make_trainer()
         with caplog.at_level(logging.WARNING, logger="lightning_rlhf"):
             trainer.fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 3))
@@ -84,6 +85,6 @@ def test_default_shaping_is_that_of_the_reward(make_folder, make_lm, toy_tokeniz
     learned = LearnedReward(make_folder(scorer=True))
     policy = ModelSource(path=make_folder())
     for reward in (learned, TimedReward(learned), WeightedReward({"learned": learned, "short": varied})):
-        assert PPOModule(policy, reward).shaping == (ReplaceScore(),)
-    assert PPOModule(policy, varied).shaping == ()
-    assert PPOModule(policy, learned, shaping=[]).shaping == ()
+        assert PPOModule(policy, reward).algorithm.shaping == (ReplaceScore(),)
+    assert PPOModule(policy, varied).algorithm.shaping == ()
+    assert PPOModule(policy, learned, algorithm=Algorithm(shaping=[])).algorithm.shaping == ()

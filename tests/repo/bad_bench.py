@@ -98,5 +98,5 @@ class Bench:
     def fit(self, kind: str, train: str) -> list[str]:
         """The stage of that name on that file; `text` is PPO's pretraining stream."""
         if kind == "text":
-            return self.ppo(f"--data.pretrain={train}", "--model.ptx_coef=1")
+            return self.ppo(f"--data.pretrain={train}", "--model.algorithm.ptx_coef=1")
         return getattr(self, kind)(train=train)

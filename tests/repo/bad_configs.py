@@ -19,7 +19,7 @@ def yaml(name: str, text: str | bytes, *says: str, kind: str = "sft") -> Case:
 
 
 ADAM = ("--model.optimizer=torch.optim.AdamW",)
-GAE = ("--model.advantage=GAE", "--model.level=TokenLevel")
+GAE = ("--model.algorithm.advantage=GAE", "--model.algorithm.level=TokenLevel")
 COMMANDS = [
     case("command-none", lambda b: [], "subcommand|required", code=2),
     case("command-unknown", lambda b: ["train"], "train", code=2),
@@ -52,11 +52,11 @@ FLAGS = [
     flag("no-response", "--model.generation.max_new_tokens=0", says=("`max_new_tokens`",), kind="ppo"),
     flag("cold", "--model.generation.temperature=0", says=("`temperature`",), kind="ppo"),
     flag("temperature-nan", "--model.generation.temperature=.nan", says=("temperature",), kind="ppo"),
-    flag("negative-beta", "--model.kl.coef=-1", says=("`coef`",), kind="ppo"),
-    flag("negative-gamma", "--model.ptx_coef=-1", says=("`ptx_coef` must be at least 0",), kind="ppo"),
+    flag("negative-beta", "--model.algorithm.beta=-1", says=("`coef`",), kind="ppo"),
+    flag("negative-gamma", "--model.algorithm.ptx_coef=-1", says=("`ptx_coef` must be at least 0",), kind="ppo"),
     flag("no-samples", "--model.generation.samples_per_prompt=0", says=("samples_per_prompt",), kind="ppo"),
     flag("no-texts", "--data.pretrain_ratio=0", says=("`pretrain_ratio`",), kind="ppo"),
-    flag("group-of-one", "--model.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
+    flag("group-of-one", "--model.algorithm.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
     flag("huge-batch", "--data.batch_size=1" + "0" * 30, says=("`batch_size` must be at most 1048576",)),
     flag("huge-response", "--model.generation.max_new_tokens=9999999", says=("`max_new_tokens` must be",), kind="ppo"),
     flag("huge-group", "--model.generation.samples_per_prompt=9999999", says=("at most 1048576",), kind="ppo"),
@@ -83,7 +83,7 @@ FLAGS = [
     case("flag-learning-rate", lambda b: b.sft(*ADAM, "--model.optimizer.lr=-1"), "-1", code=2),
     case(
         "flag-gamma-nan",
-        lambda b: b.ppo("--model.ptx_coef=.nan", f"--data.pretrain={b.tiny.file('texts')}"),
+        lambda b: b.ppo("--model.algorithm.ptx_coef=.nan", f"--data.pretrain={b.tiny.file('texts')}"),
         "`ptx_coef` must be a number of at least 0: got nan",
     ),
 ]

@@ -218,7 +218,9 @@ PAIRS = [
     case(
         "pair-value",
         lambda b: b.ppo(
-            f"--model.value.path={shuffled(b, 'reward')}", "--model.advantage=GAE", "--model.level=TokenLevel"
+            f"--model.value.path={shuffled(b, 'reward')}",
+            "--model.algorithm.advantage=GAE",
+            "--model.algorithm.level=TokenLevel",
         ),
         *("another vocabulary", "value"),
     ),

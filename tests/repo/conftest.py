@@ -85,7 +85,11 @@ class Tiny:
             return values | {"data.val": self.file("rankings"), "data.demonstrations": self.file("demonstrations")}
         values = {"model.policy.path": self.policy, "model.reward.path": self.reward}
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
-        return values | ({"data.pretrain": self.file("texts")} if module["init_args"].get("ptx_coef") else {})
+        return values | (
+            {"data.pretrain": self.file("texts")}
+            if module["init_args"].get("algorithm", {}).get("init_args", {}).get("ptx_coef")
+            else {}
+        )
 
     def sizes(self, config: Path) -> dict[str, Any]:
         """What makes a run of `config` take about a second."""

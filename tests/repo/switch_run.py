@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gathered import gathered
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from peft import LoraConfig
@@ -40,6 +41,7 @@ from lightning_rlhf.callbacks import (
 )
 from lightning_rlhf.core import (
     GAE,
+    Algorithm,
     BanditAdvantage,
     BatchMean,
     ClippedValueLoss,
@@ -85,7 +87,8 @@ def _rl(bench: Bench) -> Table:
     usual = {"policy": bench.policy, "reward": letters, "tokenizer": bench.tokenizer, "optimizer": SGD}
     usual |= {"generation": Generation(max_new_tokens=5, seed=1), "updates": FREE, "schedule": Constant()}
     source, other = (ModelSource(path=bench.folder(network)) for network in (bench.policy, bench.other_policy))
-    critic = {"policy": source, "advantage": GAE(), "level": TokenLevel()}
+    of_tokens = {"advantage": GAE(), "level": TokenLevel()}
+    critic = {"policy": source, "algorithm": Algorithm(**of_tokens)}
 
     def fitted(module: PPOModule) -> PPOModule:
         batch = {"prompts": bench.prompts, "pretrain": bench.texts}
@@ -123,7 +126,7 @@ def _rl(bench: Bench) -> Table:
 
     def kinds_of_reference(module: PPOModule) -> list[str]:
         module.configure_model()
-        return [str(weight.dtype) for weight in module.collector.reference.parameters()]
+        return [str(weight.dtype) for weight in module.collector.reference.frozen.parameters()]
 
     def compiled(module: PPOModule) -> int:
         """Networks handed to torch's compiler, which takes too long to run here."""
@@ -135,9 +138,17 @@ def _rl(bench: Bench) -> Table:
         """From an observer of the module to one of a setting of it."""
 
         def of_setting(observe: Observer) -> Observer:
-            return wraps(observe)(lambda setting: observe(PPOModule(**copy.deepcopy(usual) | {argument: setting})))
+            return wraps(observe)(
+                lambda setting: observe(PPOModule(**gathered(**copy.deepcopy(usual) | {argument: setting})))
+            )
 
         return of_setting
+
+    def through(observe: Observer, **more: Any) -> Observer:
+        """From an observer of the module to one of its algorithm."""
+        return wraps(observe)(
+            lambda algorithm: observe(PPOModule(**copy.deepcopy(usual | more) | {"algorithm": algorithm}))
+        )
 
     def evaluated(module: PPOModule) -> dict[str, float]:
         """Everything that a validation logs."""
@@ -145,7 +156,7 @@ def _rl(bench: Bench) -> Table:
         return {name: value for part in found for name, value in part.items()}
 
     def beside(evaluation: Any) -> dict[str, float]:
-        return evaluated(PPOModule(**copy.deepcopy(usual) | {"evaluations": [evaluation]}))
+        return evaluated(PPOModule(**gathered(**copy.deepcopy(usual) | {"evaluations": [evaluation]})))
 
     generation, updates = inside("generation"), inside("updates")
     return {
@@ -163,6 +174,18 @@ def _rl(bench: Bench) -> Table:
             dtype=to("bfloat16", by=generation(logged)),
             seed=to(1),
         ),
+        Algorithm: case(
+            through(weights),
+            level=to(TokenLevel()),
+            beta=to(0.5),
+            kl_term=to(KLInLoss(), by=through(weights, updates=MANY)),  # at ratio 1 it is the reward's
+            advantage=to(BanditAdvantage(baseline=BatchMean())),
+            surrogate=to(Unclipped(), by=through(weights, updates=MANY)),
+            value_loss=to(ClippedValueLoss(coef=1.0), by=through(value_weights, policy=source), **of_tokens),
+            reduction=to(MeanOfMeans(), level=TokenLevel()),
+            shaping=to(ReplaceScore()),
+            ptx_coef=to(0.5),
+        ),
         PPOModule: case(
             weights,
             usual,
@@ -174,17 +197,9 @@ def _rl(bench: Bench) -> Table:
             tokenizer=to(bench.other_tokenizer),
             generation=to(Generation(max_new_tokens=3)),
             updates=to(MANY),
-            old_logprobs=to(Recomputed(), by=sequences_per_pass),  # they are equal, but one is computed
-            level=to(TokenLevel()),
-            kl=to(FixedKL(coef=0.5)),
-            kl_term=to(KLInLoss(), updates=MANY),  # at ratio 1 its gradient is that of the KL in the reward
-            advantage=to(BanditAdvantage(baseline=BatchMean())),
-            surrogate=to(Unclipped(), updates=MANY),
-            value_loss=to(ClippedValueLoss(coef=1.0), by=value_weights, **critic),
-            reduction=to(MeanOfMeans(), level=TokenLevel()),
-            shaping=to((ReplaceScore(),)),
-            ptx_coef=to(0.5),
+            algorithm=to(Algorithm(level=TokenLevel())),
             compile=to(True, by=compiled),
+            lr=to(0.01, optimizer=None),
             optimizer=to(SLOW),
             value_lr=to(0.5, by=value_weights, **critic),
             schedule=to(Constant(warmup=10)),
@@ -197,6 +212,7 @@ def _rl(bench: Bench) -> Table:
             microbatch=to(2, by=updates(sequences_per_pass)),  # it changes memory, never the result
             microbatch_tokens=to(20, by=updates(sequences_per_pass)),
             max_grad_norm=to(0.01),
+            old_logprobs=to(Recomputed(), by=updates(sequences_per_pass)),  # they are equal, but one is computed
         ),
     }
 
@@ -269,14 +285,14 @@ def _around(bench: Bench) -> Table:
 
     def guarded(callback: KLGuard) -> Any:
         """The coefficient after three rollouts, and how they ended."""
-        policy, options = copy.deepcopy(bench.policy), {"kl": FixedKL(coef=0.1), "optimizer": SGD}
+        policy, options = copy.deepcopy(bench.policy), {"beta": FixedKL(coef=0.1), "optimizer": SGD}
         options |= {"generation": Generation(max_new_tokens=3), "schedule": Constant()}
-        module = PPOModule(policy, letters, tokenizer=bench.tokenizer, **options)
+        module = PPOModule(policy, letters, **gathered(tokenizer=bench.tokenizer, **options))
         try:
             bench.trainer([callback]).fit(module, _loader(*[{"prompts": bench.prompts}] * 3))
         except RuntimeError as error:
-            return [module.kl.coef, module.iteration, str(error)]
-        return [module.kl.coef, module.iteration]
+            return [module.algorithm.kl.coef, module.iteration, str(error)]
+        return [module.algorithm.kl.coef, module.iteration]
 
     def acted(action: Any) -> Any:
         return guarded(KLGuard(length=0.5, action=action))
@@ -284,7 +300,7 @@ def _around(bench: Bench) -> Table:
     def inspected(callback: Preflight) -> Any:
         """Sequences of each pass, and how it ended."""
         options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=5)}
-        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         module.configure_model()
         sizes: list[int] = []
         module.policy.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -310,7 +326,7 @@ def _around(bench: Bench) -> Table:
     def measured(callback: GradientNorms) -> int:
         """In how many of three rollouts it asks for the gradient of the texts."""
         options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
-        module = PPOModule(copy.deepcopy(bench.policy), letters, ptx_coef=1.0, **options)
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(ptx_coef=1.0, **options))
         batches = [{"prompts": bench.prompts, "pretrain": bench.texts}] * 3
         with mock.patch.object(callback, "_share", wraps=callback._share) as share:
             bench.trainer([callback]).fit(module, _loader(*batches))
@@ -320,7 +336,7 @@ def _around(bench: Bench) -> Table:
         """Files, and what a logger's table shows."""
         folder = bench.empty()
         options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
-        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         with contextlib.chdir(folder), mock.patch("lightning_rlhf.callbacks.sample_log.show") as show:
             trainer = bench.trainer([callback])
             trainer.fit(module, _loader({"prompts": bench.prompts}), _loader(bench.prompts))
@@ -330,7 +346,7 @@ def _around(bench: Bench) -> Table:
     def shown(callback: RolloutProgress) -> list[str]:
         """Responses that the bar counts; speeds and times are of this machine."""
         options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
-        module = PPOModule(copy.deepcopy(bench.policy), letters, **options)
+        module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         bar = io.StringIO()
         with contextlib.redirect_stdout(bar):
             trainer = bench.trainer([callback, TQDMProgressBar()], enable_progress_bar=True)

@@ -100,7 +100,7 @@ def test_predict_writes_a_line_per_prompt(tiny: Any, ppo: Arguments, workplace: 
     ("flag", "named"),
     [
         ("--model.surogate=Clip", "'surogate'"),
-        ("--model.surrogate.epsilonn=0.1", "'epsilonn'"),
+        ("--model.algorithm.surrogate.epsilonn=0.1", "'epsilonn'"),
         ("--data.batchsize=4", "'batchsize'"),
         ("--trainer.max_epocks=1", "trainer.max_epocks"),
         ("--trainer.max_epoch=1", "trainer.max_epoch"),  # a prefix is no key
@@ -115,14 +115,18 @@ def test_misspelt_key_in_a_file_is_refused_by_name(ppo: Arguments, workplace: Pa
     assert "mini_batch" in refused(capsys, "fit", *ppo(), "--config", "mine.yaml")
 
 
-@pytest.mark.parametrize("flag", ["--model.surrogate=Clipp", "--model.reward=nowhere.Reward", "--data=PromtDataModule"])
+@pytest.mark.parametrize(
+    "flag", ["--model.algorithm.surrogate=Clipp", "--model.reward=nowhere.Reward", "--data=PromtDataModule"]
+)
 def test_unknown_class_is_refused_by_name(flag: str, ppo: Arguments, workplace: Path, capsys: Any) -> None:
     assert flag.split("=")[1] in refused(capsys, "fit", *ppo(), flag)
 
 
 def test_argument_of_another_class_is_refused(ppo: Arguments, workplace: Path, capsys: Any) -> None:
     """Clip's epsilon, set by the YAML, does not leak into KLPenalty; given by hand it is an error."""
-    error = refused(capsys, "fit", *ppo(), "--model.surrogate=KLPenalty", "--model.surrogate.epsilon=0.1")
+    error = refused(
+        capsys, "fit", *ppo(), "--model.algorithm.surrogate=KLPenalty", "--model.algorithm.surrogate.epsilon=0.1"
+    )
     assert "'epsilon'" in error
     assert "KLPenalty" in error
 
@@ -140,13 +144,13 @@ def test_missing_training_file_says_what_to_pass(ppo: Arguments, workplace: Path
 
 
 def test_short_class_names_work_on_the_command_line(ppo: Arguments, workplace: Path) -> None:
-    named = ["--model.surrogate=KLPenalty", "--model.surrogate.target=0.02"]
-    named += ["--model.kl=AdaptiveKL", "--model.shaping=[]"]
+    named = ["--model.algorithm.surrogate=KLPenalty", "--model.algorithm.surrogate.target=0.02"]
+    named += ["--model.algorithm.beta=AdaptiveKL", "--model.algorithm.shaping=[]"]
     cli = main(["fit", *ppo(), *named])
-    assert isinstance(cli.model.surrogate, KLPenalty)
-    assert cli.model.surrogate.target == 0.02
-    assert isinstance(cli.model.kl, AdaptiveKL)
-    assert cli.model.shaping == ()
+    assert isinstance(cli.model.algorithm.surrogate, KLPenalty)
+    assert cli.model.algorithm.surrogate.target == 0.02
+    assert isinstance(cli.model.algorithm.kl, AdaptiveKL)
+    assert cli.model.algorithm.shaping == ()
 
 
 def test_function_by_dotted_path_is_a_reward(theirs: str, ppo: Arguments) -> None:
@@ -181,7 +185,7 @@ def test_checkpoint_of_the_command_line_loads_by_itself(ppo: Arguments, workplac
     trained = fit(ppo(trainer__enable_checkpointing=True, model__surrogate__epsilon=0.3)).model
     loaded = PPOModule.load_from_checkpoint("kept/last.ckpt")
     loaded.configure_model()
-    assert loaded.surrogate == Clip(epsilon=0.3)
+    assert loaded.algorithm.surrogate == Clip(epsilon=0.3)
     assert loaded.iteration == 2
     for name, weight in trained.policy.named_parameters():
         torch.testing.assert_close(dict(loaded.policy.named_parameters())[name], weight, rtol=0, atol=0)
@@ -208,7 +212,7 @@ def test_resumed_run_is_the_uninterrupted_run(config: str, tiny: Any, workplace:
     fit(arguments(1))
     resumed = fit(arguments(3), "--ckpt_path=last").model
     assert (resumed.iteration, resumed.episodes) == (whole.iteration, whole.episodes) == (3, 12)
-    assert (resumed.kl, resumed.surrogate) == (whole.kl, whole.surrogate)
+    assert (resumed.algorithm.kl, resumed.algorithm.surrogate) == (whole.algorithm.kl, whole.algorithm.surrogate)
     for name, weight in whole.policy.named_parameters():
         torch.testing.assert_close(dict(resumed.policy.named_parameters())[name], weight, rtol=0, atol=0)
 

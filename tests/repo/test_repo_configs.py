@@ -13,8 +13,24 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.core import (
+    DAPO,
+    GRPO,
+    GSPO,
+    RLOO,
+    TLDR,
+    AdaptiveKL,
+    Algorithm,
+    CISPOMethod,
+    DrGRPO,
+    InstructGPT,
+    KLPenalty,
+    ReinforcePP,
+    SequenceMean,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"
@@ -24,14 +40,14 @@ STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 
 PAPERS: dict[str, dict[str, Any]] = {
     "instructgpt": {  # Ouyang et al. 2022, C.3, C.4
-        "model.kl.coef": 0.02,
+        "model.algorithm.beta": 0.02,
         "model.generation.temperature": 1.0,
         "model.updates.epochs": 1,
         "model.updates.minibatch": 64,
-        "model.surrogate.epsilon": 0.2,
-        "model.advantage.estimator.gamma": 1.0,
+        "model.algorithm.surrogate.epsilon": 0.2,
+        "model.algorithm.advantage.estimator.gamma": 1.0,
         "model.value_lr": 9e-6,
-        "model.ptx_coef": 27.8,
+        "model.algorithm.ptx_coef": 27.8,
         "model.optimizer.betas": [0.9, 0.95],
         "model.schedule.warmup": 10,
         "model.schedule.warmup_start": 0.1,
@@ -40,24 +56,28 @@ PAPERS: dict[str, dict[str, Any]] = {
         "data.pretrain_ratio": 8.0,
     },
     "tldr": {  # Huang et al. 2024, details 20-25
-        "model.kl.coef": 0.05,
+        "model.algorithm.beta": 0.05,
         "model.generation.temperature": 0.7,
         "model.generation.max_new_tokens": 53,
         "model.updates.epochs": 4,
         "model.updates.minibatch": None,
-        "model.surrogate.epsilon": 0.2,
-        "model.advantage.estimator.lam": 0.95,
-        "model.value_loss.epsilon": 0.2,
-        "model.value_loss.coef": 0.1,
+        "model.algorithm.surrogate.epsilon": 0.2,
+        "model.algorithm.advantage.estimator.lam": 0.95,
+        "model.algorithm.value_loss.epsilon": 0.2,
+        "model.algorithm.value_loss.coef": 0.1,
         "model.optimizer.lr": 3e-6,
         "model.optimizer.eps": 1e-5,
         "model.schedule": "Linear",
         "data.batch_size": 512,
     },
-    "rloo": {"model.kl.coef": 0.03, "model.generation.samples_per_prompt": 4, "model.updates.epochs": 1},  # 2402.14740
+    "rloo": {
+        "model.algorithm.beta": 0.03,
+        "model.generation.samples_per_prompt": 4,
+        "model.updates.epochs": 1,
+    },  # 2402.14740
     "grpo": {  # 2402.03300, §4.1; 16 prompts times 64 are a batch of 1,024
-        "model.kl.coef": 0.04,
-        "model.kl_term.estimator": "K3",
+        "model.algorithm.beta": 0.04,
+        "model.algorithm.kl_term.estimator": "K3",
         "model.generation.samples_per_prompt": 64,
         "model.updates.epochs": 1,
         "model.updates.minibatch": None,
@@ -65,37 +85,37 @@ PAPERS: dict[str, dict[str, Any]] = {
         "data.batch_size": 1024 // 64,
     },
     "dr_grpo": {  # 2503.20783, and the authors' scripts
-        "model.kl.coef": 0.0,
+        "model.algorithm.beta": 0.0,
         "model.generation.samples_per_prompt": 8,
         "model.generation.max_new_tokens": 3000,
-        "model.reduction.length": 3000,
-        "model.surrogate.epsilon": 0.2,
+        "model.algorithm.reduction.length": 3000,
+        "model.algorithm.surrogate.epsilon": 0.2,
         "model.updates.minibatch": 128,
         "data.batch_size": 128,
     },
     "dapo": {  # 2503.14476, §4.1
-        "model.kl.coef": 0.0,
+        "model.algorithm.beta": 0.0,
         "model.generation.samples_per_prompt": 16,
         "model.generation.max_new_tokens": 16_384 + 4_096,
-        "model.surrogate.epsilon": 0.2,
-        "model.surrogate.epsilon_high": 0.28,
+        "model.algorithm.surrogate.epsilon": 0.2,
+        "model.algorithm.surrogate.epsilon_high": 0.28,
         "model.updates.minibatch": 512,
         "model.optimizer.lr": 1e-6,
         "model.schedule.warmup": 20,
         "data.batch_size": 512,
     },
     "gspo": {  # 2507.18071, §5.1; 128 prompts times 8 in 4 minibatches
-        "model.kl.coef": 0.0,
-        "model.surrogate.epsilon": 3e-4,
-        "model.surrogate.epsilon_high": 4e-4,
+        "model.algorithm.beta": 0.0,
+        "model.algorithm.surrogate.epsilon": 3e-4,
+        "model.algorithm.surrogate.epsilon_high": 4e-4,
         "model.updates.minibatch": 128 * 8 // 4,
         "model.generation.samples_per_prompt": 8,
         "data.batch_size": 128,
     },
     "reinforce_pp": {  # 2501.03262
-        "model.kl.coef": 0.001,
-        "model.surrogate.epsilon": 0.2,
-        "model.advantage.estimator.gamma": 1.0,
+        "model.algorithm.beta": 0.001,
+        "model.algorithm.surrogate.epsilon": 0.2,
+        "model.algorithm.advantage.estimator.gamma": 1.0,
         "model.generation.samples_per_prompt": 1,
     },
 }
@@ -171,7 +191,7 @@ def test_readme_lists_every_preset() -> None:
 def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
     _, *cells, _ = [cell.strip("`") for cell in published_methods()[config.stem]]
     level, advantage, surrogate, reduction, kl = (re.sub(r"`", "", cell) for cell in cells)
-    written = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]
+    written = inside(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["algorithm"])
     assert level == of_class(written["level"])
     assert advantage == of_class(written["advantage"])
     assert surrogate.split("(")[0] == of_class(written["surrogate"])
@@ -179,8 +199,45 @@ def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
     assert set(numbers) <= set(inside(written["surrogate"]).values() if numbers else [])
     assert reduction == of_class(written.get("reduction", "TokenMean"))
     term = of_class(written.get("kl_term", "KLInReward"))
-    expected = "none" if inside(written["kl"])["coef"] == 0 else term.replace("KLInReward", "in the reward")
+    expected = "none" if written["beta"] == 0 else term.replace("KLInReward", "in the reward")
     assert kl == expected
+
+
+def algorithm_of(*arguments: str) -> Algorithm:
+    """What the command line makes of these arguments; saved and read again it is the same."""
+    set_parsing_settings(subclasses_enabled=[Algorithm])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm | None)
+    parsed = parser.parse_args([*arguments])
+    algorithm = parser.instantiate(parsed).algorithm
+    assert parser.instantiate(parser.parse_string(parser.dump(parsed))).algorithm == algorithm
+    return algorithm
+
+
+METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_by_name_has_its_own_defaults(method: type[Algorithm]) -> None:
+    """jsonargparse could as well take those of `Algorithm`, or of each part's class."""
+    assert algorithm_of(f"--algorithm={method.__name__}") == method()
+    wider = algorithm_of(f"--algorithm={method.__name__}", "--algorithm.beta=0.5", "--algorithm.reduction=SequenceMean")
+    assert wider == method(beta=0.5, reduction=SequenceMean())
+
+
+def test_part_alone_changes_the_bandit() -> None:
+    assert algorithm_of("--algorithm.surrogate=KLPenalty") == Algorithm(surrogate=KLPenalty())
+    adaptive = algorithm_of("--algorithm.beta=AdaptiveKL", "--algorithm.beta.target=3")
+    assert adaptive == Algorithm(beta=AdaptiveKL(target=3.0))
+
+
+@pytest.mark.parametrize("preset", sorted(PAPERS.keys() - {"sft", "reward"}))
+def test_preset_is_the_method_of_its_name(preset: str) -> None:
+    """Its numbers are the class's defaults, so that Python and YAML mean one thing by a method's name."""
+    written = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    configured = algorithm_of(f"--algorithm={json.dumps(written['algorithm'])}")
+    run = {"learned_reward": True, "max_new_tokens": written["generation"]["max_new_tokens"]}
+    assert configured.for_run(**run) == type(configured)().for_run(**run)
 
 
 @pytest.mark.parametrize("config", STRATEGIES, ids=named)
@@ -272,7 +329,7 @@ def test_evaluation_of_a_checkpoint(
         {"class_path": "AlignmentTax"},
     ]
     checkpoint = ["--ckpt_path", "runs/ppo/checkpoints/last.ckpt"]
-    changes = ["--model.shaping=[]", f"--model.evaluations={json.dumps(evaluations)}"]
+    changes = ["--model.algorithm.shaping=[]", f"--model.evaluations={json.dumps(evaluations)}"]
     main(["validate", *tiny.evaluation(), *checkpoint, *changes])
     found = measured()
     assert (found["eval/judge"], found["eval/judge_first"]) == (0.5, 0.25)

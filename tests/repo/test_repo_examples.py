@@ -77,7 +77,7 @@ def test_own_class_trains_by_the_command_line(example: str, ppo: Arguments, work
 def test_overlay_s_argument_arrives(ppo: Arguments, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = load("own_surrogate", monkeypatch)
     overlay = str(EXAMPLES / "own_surrogate" / "own_surrogate.yaml")
-    assert main(["fit", *ppo(), "--config", overlay]).model.surrogate == own.SoftClip(epsilon=0.1)
+    assert main(["fit", *ppo(), "--config", overlay]).model.algorithm.surrogate == own.SoftClip(epsilon=0.1)
 
 
 def test_last_number_is_compared_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +129,8 @@ def test_trial_of_a_sweep_is_a_run_with_its_values(
         run = Path(f"runs/sweep/version_{number}")
         model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
         assert model["optimizer"]["init_args"]["lr"] == trial.values["lr"]
-        assert model["kl"]["init_args"]["coef"] == trial.values["coef"]
-        assert model["surrogate"]["class_path"].endswith(trial.values["surrogate"])
+        assert model["algorithm"]["init_args"]["beta"] == trial.values["coef"]
+        assert model["algorithm"]["init_args"]["surrogate"]["class_path"].endswith(trial.values["surrogate"])
         last = [row for row in csv.DictReader((run / "metrics.csv").open(encoding="utf-8")) if row["eval/reward"]][-1]
         assert value == pytest.approx(float(last["eval/reward"]) - 0.02 * float(last["eval/kl"]), abs=1e-6)
     assert not list(Path().rglob("*.ckpt"))
@@ -225,7 +225,7 @@ def test_lora_trains_the_adapter_alone(ppo: Arguments, workplace: Path) -> None:
     frozen = {name: p for name, p in module.policy.named_parameters() if not p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in adapter.items())
     assert all(p.dtype == torch.bfloat16 for p in frozen.values())
-    assert module.collector.reference is None
+    assert module.collector.reference.frozen is None
     assert max(float(p.detach().abs().max()) for name, p in adapter.items() if "lora_B" in name) > 0  # they start at 0
     assert module.policy.network.is_gradient_checkpointing
     assert next(module.reward.model.parameters()).dtype == torch.bfloat16

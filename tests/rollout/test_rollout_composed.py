@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gathered import gathered
 from torch import nn
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.core import Constant, MeanOf, ReplaceScore, UncertaintyWeighted, WorstOf
+from lightning_rlhf.core import Algorithm, Constant, MeanOf, ReplaceScore, UncertaintyWeighted, WorstOf
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import (
     EnsembleReward,
@@ -183,7 +184,9 @@ def test_members_leave_no_gradient(rollout):
         def __call__(self, rollout, rows):
             return 2.0 * scale
 
-    module = PPOModule(nn.Linear(1, 1), WeightedReward({"a": Careless()}), shaping=(), tokenizer=None)
+    module = PPOModule(
+        nn.Linear(1, 1), WeightedReward({"a": Careless()}), algorithm=Algorithm(shaping=()), tokenizer=None
+    )
     module.collector = SimpleNamespace(clock=Clock())  # nothing is built: the reward alone is asked
     scores = module.score(rollout, type("Prompts", (), {"rows": ROWS}))
     assert not scores.total.requires_grad
@@ -283,7 +286,7 @@ def module(make_lm):
     def make(reward, **options):
         usual = {"generation": Generation(max_new_tokens=4), "schedule": Constant(), "shaping": ()}
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.01)}
-        return PPOModule(make_lm(end=list(range(10))).double(), reward, **(usual | options))
+        return PPOModule(make_lm(end=list(range(10))).double(), reward, **gathered(**(usual | options)))
 
     return make
 
@@ -377,7 +380,11 @@ def run(make_folder, write_rows, tmp_path, monkeypatch):
         "trainer": quiet | {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path)},
         "model": {
             "class_path": "PPOModule",
-            "init_args": {"policy": {"path": make_folder()}, "generation": {"max_new_tokens": 3}, "shaping": []},
+            "init_args": {
+                "policy": {"path": make_folder()},
+                "generation": {"max_new_tokens": 3},
+                "algorithm": {"shaping": []},
+            },
         },
         "data": {"class_path": "PromptDataModule", "init_args": {"train": rows, "val": rows, "batch_size": 4}},
     }

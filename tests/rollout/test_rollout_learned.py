@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gathered
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf.cli import main
@@ -246,18 +247,20 @@ def test_frozen_networks_stay_out_of_checkpoints(
 ):
     reward = make_scorer("llama") if kind == "module" else LearnedReward(make_folder(scorer=True))
     options = {"generation": Generation(max_new_tokens=3), "schedule": Constant(), "tokenizer": toy_tokenizer}
-    module = PPOModule(make_lm(), reward, optimizer=partial(torch.optim.SGD, lr=0.1), **options)
+    module = PPOModule(make_lm(), reward, **gathered(optimizer=partial(torch.optim.SGD, lr=0.1), **options))
     trainer = make_trainer()
     trainer.fit(module, as_loader([{"prompts": left_padded(PROMPTS, rows=ROWS)}]))
     trainer.save_checkpoint(tmp_path / "ppo.ckpt")
     names = torch.load(tmp_path / "ppo.ckpt", weights_only=True)["state_dict"].keys()
     assert set(names) == {f"policy.{name}" for name in module.policy.state_dict()}
     (network,) = module.reward.networks()
-    frozen = {id(p) for part in (network, module.collector.reference) for p in part.parameters()}
+    frozen = {id(p) for part in (network, module.collector.reference.frozen) for p in part.parameters()}
     assert frozen
     assert not frozen & {id(p) for p in module.parameters()}
-    assert {p.dtype for part in (network, module.collector.reference) for p in part.parameters()} == {torch.float64}
-    assert not any(p.requires_grad for part in (network, module.collector.reference) for p in part.parameters())
+    assert {p.dtype for part in (network, module.collector.reference.frozen) for p in part.parameters()} == {
+        torch.float64
+    }
+    assert not any(p.requires_grad for part in (network, module.collector.reference.frozen) for p in part.parameters())
 
 
 def test_value_network_from_the_reward_is_a_copy(make_folder, toy_tokenizer):

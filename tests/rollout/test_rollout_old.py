@@ -40,7 +40,7 @@ def test_settings_are_kept_or_refused(full, one):
         if serves:
             assert choose(setting, where) == setting
         else:
-            with pytest.raises(ValueError, match=f"`old_logprobs`={type(setting).__name__}.*take Recomputed"):
+            with pytest.raises(ValueError, match=f"`updates.old_logprobs`={type(setting).__name__}.*take Recomputed"):
                 choose(setting, where)
 
 

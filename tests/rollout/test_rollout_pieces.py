@@ -86,7 +86,9 @@ def test_experience_is_cut_with_its_rollout(per_token):
     rollout = rollout_of([2, 5, 3], [4, 1, 2])
     mask = rollout.response if per_token else torch.ones(3, 1, dtype=torch.bool)
     numbers = torch.arange(3.0).unsqueeze(1).expand(mask.shape)
-    part = Experience(rollout=rollout, mask=mask, advantages=numbers, returns=numbers).select(torch.tensor([1, 2]))
+    part = Experience(
+        rollout=rollout, mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
+    ).select(torch.tensor([1, 2]))
     assert part.mask.shape == part.advantages.shape == part.returns.shape == (2, 2 if per_token else 1)
     assert part.advantages[:, 0].tolist() == [1.0, 2.0]
 
@@ -95,7 +97,9 @@ def test_pieces_of_the_first_epoch_are_its_microbatches():
     rollout = rollout_of([2, 5, 3, 1, 4, 2], [4, 1, 2, 9, 3, 5])
     numbers = torch.arange(6.0).unsqueeze(1)
     mask = torch.ones(6, 1, dtype=torch.bool)
-    experience = Experience(rollout=rollout, mask=mask, advantages=numbers, returns=numbers)
+    experience = Experience(
+        rollout=rollout, mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
+    )
     updates = Updates(minibatch=3, microbatch=2)
     served = [
         piece.advantages[:, 0].int().tolist()

@@ -361,7 +361,7 @@ def test_frozen_networks_stay_out_of_the_state_and_follow_the_module(make_lm, ma
     module.configure_model()
     assert {name.split(".")[0] for name in module.state_dict()} == {"policy"}
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"policy"}
-    frozen = [module.reward.model, module.collector.reference]
+    frozen = [module.reward.model, module.collector.reference.frozen]
     for cast in (torch.float64, torch.bfloat16, torch.float32):
         module.to(cast)
         assert {p.dtype for network in frozen for p in network.parameters()} == {cast}
@@ -380,11 +380,11 @@ def test_frozen_networks_do_not_train(make_lm, make_folder, toy_tokenizer, make_
     )
     module.configure_model()
     module.double()
-    frozen = [copy.deepcopy(module.reward.model), copy.deepcopy(module.collector.reference)]
+    frozen = [copy.deepcopy(module.reward.model), copy.deepcopy(module.collector.reference.frozen)]
     before = copy.deepcopy(module.policy)
     batch = {"prompts": left_padded([[12, 13], [10]], rows=ROWS[:2])}
     make_trainer().fit(module, as_loader([batch] * 2))
-    for old, new in zip(frozen, [module.reward.model, module.collector.reference], strict=True):
+    for old, new in zip(frozen, [module.reward.model, module.collector.reference.frozen], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
         assert not new.training
     assert not all(torch.equal(a, b) for a, b in zip(before.parameters(), module.policy.parameters(), strict=True))

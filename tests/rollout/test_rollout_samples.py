@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rollout import Collector, Generation, Updates, decode, row_uniforms
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [17, 18, 19]]
@@ -140,15 +141,15 @@ def test_adapted_network_samples_as_its_merged_one(make_lm, left_padded):
 def collect(make_lm, left_padded):
     """A rollout of `k` responses to each prompt; the reference is another network."""
 
-    def run(kind="gpt2", prompts=PROMPTS, *, k=K, rank=0, world=1, microbatch=None, stream="train", **generation):
+    def run(kind="gpt2", prompts=PROMPTS, *, k=K, rank=0, world=1, microbatch=None, **generation):
         policy = PolicyModel(make_lm(kind, end=ENDS).double().eval())
         reference = PolicyModel(make_lm(kind, end=ENDS, seed=4).double().eval())
         setting = Generation(**({"max_new_tokens": LENGTH, "temperature": 0.8, "seed": 9} | generation))
-        collector = Collector(
-            policy, reference, None, NOBODY, generation=setting, updates=Updates(microbatch=microbatch)
-        )
+        ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+        sizes = {"generation": setting, "updates": Updates(microbatch=microbatch)}
+        collector = Collector(policy, Reference(policy, reference), None, NOBODY, ranks=ranks, **sizes)
         batch = left_padded(prompts, fill=29)
-        rollout = collector(batch, samples=k, stream=stream, iteration=2, rank=rank, world=world)
+        rollout = collector.collect(batch, samples=k, iteration=2)
         return rollout, policy.network, reference.network
 
     return run

@@ -25,7 +25,14 @@ def experience() -> Experience:
         entropy=number.expand(-1, 2),
         values=number.expand(-1, 2),
     )
-    return Experience(rollout=rollout, mask=torch.ones(12, 1, dtype=torch.bool), advantages=number, returns=number)
+    return Experience(
+        rollout=rollout,
+        mask=torch.ones(12, 1, dtype=torch.bool),
+        rewards=number,
+        penalties=number,
+        advantages=number,
+        returns=number,
+    )
 
 
 @pytest.fixture
@@ -141,7 +148,9 @@ def test_processes_together_cut_the_minibatches_of_one(world, samples, minibatch
             groups=torch.tensor(prompts),
             **{name: number for name in names},
         )
-        return Experience(rollout=rollout, mask=full[:, :1], advantages=number, returns=number)
+        return Experience(
+            rollout=rollout, mask=full[:, :1], rewards=number, penalties=number, advantages=number, returns=number
+        )
 
     def served(rank: int, world: int) -> list[set[int]]:
         prompts = range(rank, 72 // samples, world)

@@ -1,0 +1,203 @@
+"""Eq. 2 as one value: what an action is, what it earns and what its loss is (Ouyang et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core.adaptive import Adaptive
+from lightning_rlhf.core.advantage import AdvantageEstimator, BanditAdvantage
+from lightning_rlhf.core.checks import check_not_negative
+from lightning_rlhf.core.clip import Clip
+from lightning_rlhf.core.controller import FixedKL, KLController
+from lightning_rlhf.core.kl import k2
+from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL
+from lightning_rlhf.core.klpen import KLPenalty
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
+from lightning_rlhf.core.masked import AllSum, local
+from lightning_rlhf.core.mismatch import MismatchWeights
+from lightning_rlhf.core.reduction import Reduction, TokenMean
+from lightning_rlhf.core.reward import penalised_rewards
+from lightning_rlhf.core.shaping import ReplaceScore, Shaping
+from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
+from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
+from lightning_rlhf.types import Experience, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(Adaptive):
+    """The contextual bandit under PPO: one prompt, one response, one reward (Ouyang et al. 2022, eq. 2).
+
+    Â = r − β·log(π_old/π_ref) − b;  loss = surrogate(π_θ/π_old, Â) + value loss − γ·log π_θ(text)
+
+    Every field exchanges one part. Published methods are subclasses with other defaults. It needs torch alone:
+    log-probs and scores go in, advantages and losses come out.
+
+    Raises:
+        ValueError: a number is out of range, or two parts do not go together.
+    """
+
+    level: ActionLevel = SequenceLevel()
+    """What an action is: the whole response (the bandit) or a token."""
+    beta: float | KLController = 0.02
+    """β ≥ 0, reward units per nat of KL to the reference, or what adapts it. The default is the paper's (C.4)."""
+    kl_term: ReferenceKL = KLInReward()
+    """Whether the KL to the reference is charged in the reward or in the loss."""
+    advantage: AdvantageEstimator = BanditAdvantage()
+    """How rewards become advantages; the default has no baseline."""
+    surrogate: Surrogate = Clip()
+    """How far an update follows the advantages."""
+    value_loss: ValueLoss | None = None
+    """Of the value network; None is `ClippedValueLoss()` where the advantage needs one."""
+    reduction: Reduction = TokenMean()
+    """From per-action losses to a number."""
+    shaping: Shaping | Sequence[Shaping] | None = None
+    """A rule on the score, or several, applied in turn. None: `ReplaceScore()` for a learned reward, whose
+    demonstrations score around 0; none for any other."""
+    ptx_coef: float = 0.0
+    """γ ≥ 0, weight of the pretraining loss; above 0 the data must serve pretraining texts (PPO-ptx)."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(ptx_coef=self.ptx_coef)
+        if not isinstance(self.beta, KLController):
+            check_not_negative(beta=self.beta)
+        _check_ratio(self.level, self.surrogate)
+        if self.value_loss is not None and not self.needs_value:
+            raise ValueError(
+                f"`value_loss` belongs to a value network, but {type(self.advantage).__name__} trains none: leave it "
+                "out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
+            )
+
+    @property
+    def kl(self) -> KLController:
+        """β and how it moves."""
+        return self.beta if isinstance(self.beta, KLController) else FixedKL(coef=self.beta)
+
+    @property
+    def rules(self) -> tuple[Shaping, ...]:
+        """The shaping rules."""
+        if self.shaping is None:
+            return ()
+        return (self.shaping,) if isinstance(self.shaping, Shaping) else tuple(self.shaping)
+
+    def with_beta(self, coef: float) -> Self:
+        """The algorithm at another β, which goes on adapting as it did."""
+        return replace(self, beta=coef if isinstance(self.beta, float | int) else replace(self.beta, coef=coef))
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a value network must be trained."""
+        return self.advantage.needs_value
+
+    def for_run(self, *, learned_reward: bool, max_new_tokens: int) -> Self:
+        """The algorithm with what it leaves to the run: the shaping of the score, and lengths that are the longest.
+
+        −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
+
+        Args:
+            learned_reward: whether the reward is such a model.
+            max_new_tokens: longest response.
+        """
+        by_reward = (ReplaceScore(),) if learned_reward else ()
+        rules = by_reward if self.shaping is None else self.rules
+        return replace(
+            self,
+            shaping=tuple(rule.for_length(max_new_tokens) for rule in rules),
+            reduction=self.reduction.for_length(max_new_tokens),
+        )
+
+    def shaped(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """Scores after the shaping rules, (B,), reward units.
+
+        Args:
+            scores: of the reward, (B,), reward units.
+            lengths: tokens of each response, end token included, (B,), int64.
+            ended: the response closed with an end token, (B,), bool.
+        """
+        for rule in self.rules:
+            scores = rule(scores, lengths=lengths, ended=ended)
+        return scores
+
+    def credit(self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local) -> Experience:
+        """Rewards less β·KL to the reference, and the advantages they give.
+
+        Args:
+            rollout: B responses of π_old.
+            scores: after shaping, (B,), reward units.
+            all_sum: sums a tensor over processes.
+        """
+        mask = self.level.mask(rollout.response)
+        kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response)
+        charged = self.kl_term.in_reward(kl_ref)
+        rewards = penalised_rewards(scores, charged, mask, coef=self.kl.coef)
+        penalties = penalised_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
+        values = self.level.state_value(rollout.values, rollout.response)
+        credit = self.advantage(rewards, values, mask, groups=rollout.groups, all_sum=all_sum)
+        return Experience(
+            rollout=rollout,
+            mask=mask,
+            rewards=rewards,
+            penalties=penalties,
+            advantages=credit.advantages,
+            returns=credit.returns,
+        )
+
+    def action_loss(self, logprobs: Tensor, values: Tensor | None, experience: Experience) -> PerAction:
+        """Surrogate, β·KL in the loss and value loss of each action, (B, T), before the reduction.
+
+        Args:
+            logprobs: log π_θ of each response token, (B, R), nats; the gradient flows through it.
+            values: V_θ of the state before each token, (B, R), reward units; None without a value network.
+            experience: what the rollout gave.
+        """
+        old = experience.rollout
+        log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response)
+        action = self.surrogate(log_ratio, experience.advantages)
+        weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response))
+        policy_loss = weights * action.loss
+        kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response, self.level)
+        ratio = importance_ratio(log_ratio.detach())
+        stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
+        stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()} | action.stats
+        if values is None:
+            return PerAction(policy_loss + kl_loss, stats)
+        value = self._value_loss(values, experience)
+        stats |= {"loss/value_avg": value.loss} | value.stats
+        return PerAction(policy_loss + kl_loss + value.loss, stats)
+
+    def adapted(self, *, kl: float, reward: float, kl_old: float | None, episodes: int) -> Self:
+        """The algorithm of the next rollout: β, the baseline and the surrogate move.
+
+        Args:
+            kl: mean over responses of Σ_t log π_old − log π_ref, nats.
+            reward: mean over responses of r − β·log(π_old/π_ref), reward units.
+            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None where the surrogate is not adaptive.
+            episodes: responses of the rollout, of all processes.
+        """
+        return replace(
+            self,
+            beta=self.beta.adapted(kl, episodes) if isinstance(self.beta, KLController) else self.beta,
+            advantage=self.advantage.adapted(reward),
+            surrogate=self.surrogate if kl_old is None else self.surrogate.adapted(kl_old),
+        )
+
+    def _value_loss(self, values: Tensor, experience: Experience) -> PerAction:
+        old = experience.rollout
+        now = self.level.state_value(values, old.response)
+        before = self.level.state_value(old.values, old.response)
+        return (self.value_loss or ClippedValueLoss())(now, before, experience.returns)
+
+
+def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
+    """Raises ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
+    while isinstance(surrogate, MismatchWeights):
+        surrogate = surrogate.surrogate
+    if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPenalty):
+        raise ValueError(
+            "KLPenalty needs the ratio π_θ/π_old, but GeometricLevel normalises it by the length, so that its k3 is no "
+            "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
+        )

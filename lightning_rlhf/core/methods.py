@@ -1,0 +1,115 @@
+"""Published methods: `Algorithm` with other defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, RewardToGo, Whitened
+from lightning_rlhf.core.algorithm import Algorithm
+from lightning_rlhf.core.baseline import LeaveOneOut
+from lightning_rlhf.core.clip import CISPO, Clip
+from lightning_rlhf.core.controller import KLController
+from lightning_rlhf.core.group_advantage import GroupAdvantage, Unscaled
+from lightning_rlhf.core.kl_term import K3, KLInLoss, ReferenceKL
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, TokenLevel
+from lightning_rlhf.core.reduction import ConstantLength, MeanOfMeans, Reduction, SequenceMean
+from lightning_rlhf.core.shaping import Shaping, SoftOverlong
+from lightning_rlhf.core.surrogate import Surrogate, Unclipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructGPT(Algorithm):
+    """PPO-ptx per token, with a value network (Ouyang et al. 2022, 2203.02155, C.4)."""
+
+    level: ActionLevel = TokenLevel()
+    advantage: AdvantageEstimator = field(default_factory=lambda: Whitened(estimator=GAE()))
+    ptx_coef: float = 27.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLDR(Algorithm):
+    """PPO per token on summaries (Huang et al. 2024, 2403.17031, "The N+ implementation details of RLHF with PPO")."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.05
+    advantage: AdvantageEstimator = field(default_factory=lambda: Whitened(estimator=GAE()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO(Algorithm):
+    """REINFORCE on whole responses, each against the mean of the prompt's others (Ahmadian et al. 2024, 2402.14740)."""
+
+    beta: float | KLController = 0.03
+    advantage: AdvantageEstimator = BanditAdvantage(baseline=LeaveOneOut())
+    surrogate: Surrogate = Unclipped()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(Algorithm):
+    """REINFORCE++: the reward-to-go of each token, whitened over the batch (Hu et al. 2025, 2501.03262)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.001
+    advantage: AdvantageEstimator = field(default_factory=lambda: Whitened(estimator=RewardToGo()))
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Algorithm):
+    """Advantages in units of the prompt's spread, the KL in the loss (Shao et al. 2024, 2402.03300, §4.1)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.04
+    kl_term: ReferenceKL = KLInLoss(estimator=K3())
+    advantage: AdvantageEstimator = GroupAdvantage()
+    reduction: Reduction = MeanOfMeans()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrGRPO(Algorithm):
+    """GRPO without the spread, the mean over a response's length and the KL (Liu et al. 2025, 2503.20783, §3.2)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage(scale=Unscaled())
+    reduction: Reduction = ConstantLength()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPO(Algorithm):
+    """GRPO with a higher upper bound, the mean over all tokens, no KL and a penalty on length.
+
+    Yu et al. 2025, 2503.14476, without the paper's dynamic sampling.
+    """
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = Clip(epsilon=0.2, epsilon_high=0.28)
+    shaping: Shaping | Sequence[Shaping] | None = SoftOverlong()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(Algorithm):
+    """Clips the length-normalised ratio of whole responses (Zheng et al. 2025, 2507.18071, §4)."""
+
+    level: ActionLevel = GeometricLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = Clip(epsilon=3e-4, epsilon_high=4e-4)
+    reduction: Reduction = SequenceMean()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPOMethod(Algorithm):
+    """Bounds the importance weight and keeps every token's gradient (MiniMax 2025, 2506.13585, §3.1)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = CISPO()
+    shaping: Shaping | Sequence[Shaping] | None = ()

@@ -1,0 +1,1 @@
+"""What is asked of Lightning's strategy about other processes."""

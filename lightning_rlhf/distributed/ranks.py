@@ -1,0 +1,82 @@
+"""The processes of a run, as Lightning's trainer has them: ranks, sums, agreement, gathered rows."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+
+class Ranks:
+    """The processes that train a module together; one, where it has no trainer.
+
+    Every process must call its collectives, in the same order.
+
+    Args:
+        module: asked for its trainer at each call.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, 0 ≤ rank < world."""
+        trainer = self._module._trainer
+        return 0 if trainer is None else trainer.global_rank
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        trainer = self._module._trainer
+        return 1 if trainer is None else trainer.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process's networks."""
+        return self._module.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Σ over all processes."""
+        return x if self.world == 1 else self._module.trainer.strategy.reduce(x, reduce_op="sum")
+
+    def all(self, decision: bool) -> bool:
+        """Whether all processes say yes."""
+        return not self.sum(torch.tensor(float(not decision), device=self.device))
+
+    def largest(self, count: int) -> int:
+        """The largest number that any process has."""
+        if self.world == 1:
+            return count
+        mine = torch.tensor(count, device=self.device)
+        return int(self._module.trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, those of the first process first, (n, …), on the CPU; each may have others."""
+        if self.world == 1:
+            return rows
+        counts = self._module.all_gather(torch.tensor(len(rows), device=self.device)).flatten().tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        whole = self._module.all_gather(padded.to(self.device)).cpu()
+        return torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)])
+
+    def gather_text(self, text: str) -> str:
+        """The texts of all processes end to end, that of the first process first; each may be empty."""
+        written = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8)  # not every backend sends empty tensors
+        return bytes(self.gather(written).tolist()).decode().replace("\0", "")
+
+
+def in_order(ranks: Ranks, batches: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor] | None:
+    """Columns of the rows of all processes, in the order of their places; None if nobody has a row.
+
+    Args:
+        ranks: which must call this with as many batches and the same columns; a batch may be empty.
+        batches: the places of b rows, (b,), and their columns by name, (b, …) each, on the CPU.
+    """
+    if not batches:
+        return None
+    places, columns = zip(*batches, strict=True)
+    order = ranks.gather(torch.cat(places)).argsort(stable=True)
+    whole = {name: ranks.gather(torch.cat([batch[name] for batch in columns])) for name in columns[0]}
+    return {name: column[order] for name, column in whole.items()} if len(order) else None

@@ -1,0 +1,52 @@
+"""Means of what an iteration measured, over all minibatches and processes, by one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core import AllSum, full_precision, masked_sum
+
+
+@dataclass(frozen=True, slots=True)
+class MeanMetrics:
+    """Sums and counts by name, which add up; no device is waited for until `means`.
+
+    Attributes:
+        sums: (2,), float64, by logged name: the sum, and over how many entries.
+    """
+
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Tensor], mask: Tensor | None = None) -> Self:
+        """What some entries sum to.
+
+        Args:
+            values: by logged name, any shape.
+            mask: entries that count, of the same shape, bool; None counts every entry.
+        """
+        return cls({name: _sum_and_count(entries, mask) for name, entries in values.items()})
+
+    def __add__(self, other: MeanMetrics) -> MeanMetrics:
+        """Both together; names need not be the same."""
+        added = {name: self.sums[name] + sums if name in self.sums else sums for name, sums in other.sums.items()}
+        return MeanMetrics({**self.sums, **added})
+
+    def means(self, all_sum: AllSum) -> dict[str, float]:
+        """Mean of every name over all processes, which must have the same names."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        sums = all_sum(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+
+
+def _sum_and_count(values: Tensor, mask: Tensor | None) -> Tensor:
+    values = full_precision(values.detach())
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    return torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]).double()
