@@ -39,11 +39,8 @@ ROOMS: list[dict[str, str]] = [
     {"distributed": "the processes of a run"},
     {"models": "networks: policy, scalar head, adapters", "data": "files of text to batches of tokens"},
     {"text": "messages, templates, token ids, what ends a response"},
-    {
-        "core": "the mathematics: torch only",
-        "types": "what flows between the stages",
-        "folders": "looks into a folder before it is loaded",
-    },
+    {"core": "the mathematics: torch only", "folders": "looks into a folder before it is loaded"},
+    {"types": "what flows between the stages"},
 ]
 """Rooms from the top row to the bottom one, with what they are for. A room imports only from rows below its own; in the
 top row, the command line, also from its neighbours on the right."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_rlhf.core import Algorithm
 from lightning_rlhf.failure import TRACEBACK, one_line
 
 _NOISE = (
@@ -23,8 +25,32 @@ _NOISE = (
 """Beginnings of what jsonargparse says of every alternative that an argument has beside the one that was meant."""
 
 
+class Defaults(Namespace):
+    """Default values, of which `pop` takes out an argument with all that is nested in it.
+
+    jsonargparse 4.53 takes the defaults of a base class out leaf by leaf when a subclass is named, and what is left of
+    a nested object would win over the subclass's own: `--model.algorithm=RLOO` would have no baseline.
+    """
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Take out the outermost argument that `key` lies in."""
+        return super().pop(key.partition(".")[0], default)
+
+
 class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence, without the usage in front and the parsed config behind."""
+
+    _of_algorithm = False
+
+    def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> list[str]:
+        """Add those of a class."""
+        self._of_algorithm = isinstance(theclass, type) and issubclass(theclass, Algorithm)
+        return super().add_class_arguments(theclass, *args, **options)
+
+    def get_defaults(self, *args: Any, **options: Any) -> Namespace:
+        """Those of all arguments."""
+        defaults = super().get_defaults(*args, **options)
+        return Defaults(defaults) if self._of_algorithm else defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and end with status 2; a parser inside another leaves that to the outer one."""

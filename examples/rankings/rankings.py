@@ -20,10 +20,10 @@ def run(command, stage, *flags, **files):
 
 
 def answers(policy):
-    flags = [f"--model.policy.path={RUN}/{policy}", f"--predictions.path={RUN}/{policy}.jsonl"]
-    flags += ["--model.algorithm.shaping=[]"]
+    path = RUN / f"{policy}.jsonl"
+    flags = [f"--model.policy.path={RUN}/{policy}", "--model.algorithm.shaping=[]", f"--predictions.path={path}"]
     run("predict", "ppo", *PPO, *flags, predict="prompts_val")
-    return [json.loads(line) for line in (RUN / f"{policy}.jsonl").open(encoding="utf-8")]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 run("fit", "sft", f"--model.model.path={MODEL}", "--data.max_tokens=160", train="demonstrations_train")

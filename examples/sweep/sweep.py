@@ -1,12 +1,9 @@
 """A sweep by overrides of the command line: each trial is one `lightning-rlhf fit`, in this process.
 
-`objective` is what Optuna optimises, as it is; a random search needs no more than `Draw` below:
-
+Optuna optimizes `objective` as it is; a random search needs no more than `Draw` below:
     study = optuna.create_study(direction="maximize")
     study.optimize(partial(objective, arguments=sys.argv[1:]), n_trials=20)
 """
-
-from __future__ import annotations
 
 import math
 import random
@@ -20,10 +17,12 @@ PRICE = 0.02  # of a nat: without it, a sweep finds whoever leaves the reference
 
 def objective(trial: Any, arguments: list[str]) -> float:
     """Reward less the price of the KL, on the held-out prompts after training."""
-    lr, coef = trial.suggest_float("lr", 1e-7, 1e-5, log=True), trial.suggest_float("coef", 0.003, 0.1, log=True)
-    surrogate = trial.suggest_categorical("surrogate", ["Clip", "KLPenalty"])
-    overrides = [f"--model.optimizer.init_args.lr={lr}", f"--model.algorithm.beta={coef}"]
-    overrides += [f"--model.algorithm.surrogate={surrogate}"]
+    flags = {
+        "optimizer.init_args.lr": trial.suggest_float("lr", 1e-7, 1e-5, log=True),
+        "algorithm.beta": trial.suggest_float("coef", 0.003, 0.1, log=True),
+        "algorithm.surrogate": trial.suggest_categorical("surrogate", ["Clip", "KLPenalty"]),
+    }
+    overrides = [f"--model.{name}={value}" for name, value in flags.items()]
     found = main(["fit", *arguments, *overrides]).trainer.callback_metrics
     return float(found["eval/reward"] - PRICE * found["eval/kl"])
 

@@ -48,7 +48,7 @@ class GradientNorms(Callback):
         """Say where there is nothing to measure."""
         why = None
         if not getattr(getattr(pl_module, "algorithm", None), "ptx_coef", 0.0):
-            why = f"this {type(pl_module).__name__} has no `ptx_coef` above 0"
+            why = f"this {type(pl_module).__name__} has no `algorithm.ptx_coef` above 0"
         elif isinstance(trainer.strategy, DeepSpeedStrategy):
             why = "DeepSpeed's engine keeps the gradients to itself"
         self._measures = why is None

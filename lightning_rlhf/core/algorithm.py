@@ -65,6 +65,8 @@ class Algorithm(Adaptive):
         check_not_negative(ptx_coef=self.ptx_coef)
         if not isinstance(self.beta, KLController):
             check_not_negative(beta=self.beta)
+        if isinstance(self.shaping, list):
+            object.__setattr__(self, "shaping", tuple(self.shaping))
         _check_ratio(self.level, self.surrogate)
         if self.value_loss is not None and not self.needs_value:
             raise ValueError(
@@ -108,6 +110,7 @@ class Algorithm(Adaptive):
             self,
             shaping=tuple(rule.for_length(max_new_tokens) for rule in rules),
             reduction=self.reduction.for_length(max_new_tokens),
+            value_loss=ClippedValueLoss() if self.value_loss is None and self.needs_value else self.value_loss,
         )
 
     def shaped(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:

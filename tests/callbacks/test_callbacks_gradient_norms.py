@@ -135,9 +135,9 @@ def test_nothing_is_measured_without_texts_or_gradients(fitted, caplog):
     callback = Steps()
     fitted(callback, ptx_coef=0.0)
     assert callback.seen[0].keys() == {"policy/grad_norm"}
-    assert "measures nothing: this PPOModule has no `ptx_coef` above 0" in caplog.text
+    assert "measures nothing: this PPOModule has no `algorithm.ptx_coef` above 0" in caplog.text
     engine = SimpleNamespace(strategy=DeepSpeedStrategy.__new__(DeepSpeedStrategy), is_global_zero=True)
-    callback.on_fit_start(engine, SimpleNamespace(ptx_coef=1.0))
+    callback.on_fit_start(engine, SimpleNamespace(algorithm=Algorithm(ptx_coef=1.0)))
     callback.on_train_batch_start(engine, SimpleNamespace(iteration=0), {"pretrain": None}, 0)
     assert "measures nothing: DeepSpeed's engine keeps the gradients" in caplog.text
 

@@ -92,12 +92,12 @@ def test_raised_coefficient_stays_raised_after_a_resume(fit, tmp_path, kl):
             count, [KLGuard(length=0.5, action=RaiseKL(2.0)), saver], beta=kl, epochs=epochs, ckpt_path=ckpt_path
         )
 
-    assert run(2, 1).kl.coef == pytest.approx(0.1 * 2**2)
-    assert run(2, 2, str(tmp_path / "kept1" / "last.ckpt")).kl.coef == pytest.approx(0.1 * 2**4)
+    assert run(2, 1).algorithm.kl.coef == pytest.approx(0.1 * 2**2)
+    assert run(2, 2, str(tmp_path / "kept1" / "last.ckpt")).algorithm.kl.coef == pytest.approx(0.1 * 2**4)
 
 
 def test_coefficient_of_zero_cannot_be_raised(fit):
-    with pytest.raises(ValueError, match="`kl.coef` is 0"):
+    with pytest.raises(ValueError, match="`algorithm.beta` is 0"):
         fit(callbacks=[KLGuard(length=0.5, action=RaiseKL())], beta=FixedKL(coef=0.0))
 
 
@@ -271,6 +271,6 @@ def test_timed_reward_scores_as_the_one_inside(fit, token_reward):
 
 def test_reward_that_fails_elsewhere_fails_here(fit, token_reward, left_padded):
     module = fit(1)
-    rollout = module.roll_out(left_padded(RAGGED), 1, stream="eval", iteration=0)
+    rollout = module.responder.respond(left_padded(RAGGED), samples=1, stream="eval", iteration=0)
     with pytest.raises(RewardError, match="rollout 7: the reward failed on another process"):
         scored_or_told(token_reward(), rollout, [{}] * 4, agreed=lambda fine: False, iteration=7)

@@ -52,11 +52,21 @@ FLAGS = [
     flag("no-response", "--model.generation.max_new_tokens=0", says=("`max_new_tokens`",), kind="ppo"),
     flag("cold", "--model.generation.temperature=0", says=("`temperature`",), kind="ppo"),
     flag("temperature-nan", "--model.generation.temperature=.nan", says=("temperature",), kind="ppo"),
-    flag("negative-beta", "--model.algorithm.beta=-1", says=("`coef`",), kind="ppo"),
-    flag("negative-gamma", "--model.algorithm.ptx_coef=-1", says=("`ptx_coef` must be at least 0",), kind="ppo"),
+    flag("negative-beta", "--model.algorithm.beta=-1", says=("`beta`",), kind="ppo"),
+    flag(
+        "negative-gamma",
+        "--model.algorithm.ptx_coef=-1",
+        says=("`ptx_coef` must be a number of at least 0",),
+        kind="ppo",
+    ),
     flag("no-samples", "--model.generation.samples_per_prompt=0", says=("samples_per_prompt",), kind="ppo"),
     flag("no-texts", "--data.pretrain_ratio=0", says=("`pretrain_ratio`",), kind="ppo"),
-    flag("group-of-one", "--model.algorithm.advantage=GroupAdvantage", says=("samples_per_prompt",), kind="ppo"),
+    flag(
+        "group-of-one",
+        *("--model.algorithm=GRPO", "--model.generation.samples_per_prompt=1"),
+        says=("samples_per_prompt",),
+        kind="ppo",
+    ),
     flag("huge-batch", "--data.batch_size=1" + "0" * 30, says=("`batch_size` must be at most 1048576",)),
     flag("huge-response", "--model.generation.max_new_tokens=9999999", says=("`max_new_tokens` must be",), kind="ppo"),
     flag("huge-group", "--model.generation.samples_per_prompt=9999999", says=("at most 1048576",), kind="ppo"),
@@ -85,6 +95,7 @@ FLAGS = [
         "flag-gamma-nan",
         lambda b: b.ppo("--model.algorithm.ptx_coef=.nan", f"--data.pretrain={b.tiny.file('texts')}"),
         "`ptx_coef` must be a number of at least 0: got nan",
+        code=2,
     ),
 ]
 TRUSTED = "trust_remote_code: true"

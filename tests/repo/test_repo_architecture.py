@@ -27,7 +27,7 @@ BELOW = {  # what each room may import of the library beside itself
     "callbacks": {"core", "folders", "report", "rollout", "text", "types"},
     "report": {"core", "text"},
     "failure": {"text"},
-    "parser": {"failure"},
+    "parser": {"core", "failure"},
     "consent": set(),
     "documents": set(),
     "command": {

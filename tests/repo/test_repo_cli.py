@@ -14,7 +14,18 @@ import pytest
 import torch
 import yaml
 
-from lightning_rlhf import AdaptiveKL, Clip, KLPenalty, ModuleReward, PPOModule, RewardModule, SFTModule
+from lightning_rlhf import (
+    DAPO,
+    GRPO,
+    RLOO,
+    AdaptiveKL,
+    Clip,
+    KLPenalty,
+    ModuleReward,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+)
 from lightning_rlhf.cli import console, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -122,6 +133,17 @@ def test_unknown_class_is_refused_by_name(flag: str, ppo: Arguments, workplace: 
     assert flag.split("=")[1] in refused(capsys, "fit", *ppo(), flag)
 
 
+@pytest.mark.parametrize("method", [DAPO, RLOO, GRPO])
+def test_method_by_name_is_the_method(method: Any, theirs: str, tiny: Any) -> None:
+    data = ["--data=PromptDataModule", f"--data.train={tiny.file('held_out')}", "--data.batch_size=4"]
+    model = ["--model=PPOModule", f"--model.policy={tiny.policy}", f"--model.reward={theirs}.short"]
+    short = ["--model.generation.max_new_tokens=4", "--trainer.max_steps=1", "--trainer.logger=false"]
+    quiet = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    cli = main(["fit", *data, *model, *short, *quiet, f"--model.algorithm={method.__name__}"])
+    assert cli.model.algorithm == method().for_run(learned_reward=False, max_new_tokens=4)
+    assert cli.model.samples_per_prompt == 8
+
+
 def test_argument_of_another_class_is_refused(ppo: Arguments, workplace: Path, capsys: Any) -> None:
     """Clip's epsilon, set by the YAML, does not leak into KLPenalty; given by hand it is an error."""
     error = refused(
@@ -154,7 +176,7 @@ def test_short_class_names_work_on_the_command_line(ppo: Arguments, workplace: P
 
 
 def test_function_by_dotted_path_is_a_reward(theirs: str, ppo: Arguments) -> None:
-    changes = {"model__reward__path": None, "model__shaping": "[]"}
+    changes = {"model__reward__path": None, "model__algorithm__shaping": "[]"}
     metrics = main(["validate", *ppo(**changes), f"--model.reward={theirs}.short"]).trainer.callback_metrics
     assert metrics["eval/reward"] == 1  # every held-out row has "answer": "1"
 
@@ -182,7 +204,7 @@ def fit(arguments: list[str], *more: str) -> Any:
 
 
 def test_checkpoint_of_the_command_line_loads_by_itself(ppo: Arguments, workplace: Path) -> None:
-    trained = fit(ppo(trainer__enable_checkpointing=True, model__surrogate__epsilon=0.3)).model
+    trained = fit(ppo(trainer__enable_checkpointing=True, model__algorithm__surrogate__epsilon=0.3)).model
     loaded = PPOModule.load_from_checkpoint("kept/last.ckpt")
     loaded.configure_model()
     assert loaded.algorithm.surrogate == Clip(epsilon=0.3)
@@ -220,7 +242,7 @@ def test_resumed_run_is_the_uninterrupted_run(config: str, tiny: Any, workplace:
 @pytest.fixture
 def trained(tiny: Any, ppo: Arguments, workplace: Path) -> Arguments:
     """Arguments that go with `kept/last.ckpt`, whose averaged weights are far from its live ones."""
-    same = {"data__val": tiny.file("held_out"), "data__test": tiny.file("held_out"), "model__shaping": "[]"}
+    same = {"data__val": tiny.file("held_out"), "data__test": tiny.file("held_out"), "model__algorithm__shaping": "[]"}
     fit(ppo(**same, trainer__enable_checkpointing=True, model__optimizer__init_args__lr=0.3))
     return lambda **changes: [*ppo(**same, **changes), "--ckpt_path=kept/last.ckpt"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import set_parsing_settings
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import (
@@ -31,6 +31,7 @@ from lightning_rlhf.core import (
     ReinforcePP,
     SequenceMean,
 )
+from lightning_rlhf.parser import Parser
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"
@@ -206,7 +207,7 @@ def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
 def algorithm_of(*arguments: str) -> Algorithm:
     """What the command line makes of these arguments; saved and read again it is the same."""
     set_parsing_settings(subclasses_enabled=[Algorithm])
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_argument("--algorithm", type=Algorithm | None)
     parsed = parser.parse_args([*arguments])
     algorithm = parser.instantiate(parsed).algorithm

@@ -69,7 +69,8 @@ def test_own_class_trains_by_the_command_line(example: str, ppo: Arguments, work
     changes = {"model__reward__path": None} if example == "own_reward" else {}
     arguments = ppo(**changes)
     cli = main(["fit", *arguments[:2], "--config", str(overlay), *arguments[2:]])
-    part = getattr(cli.model, example.removeprefix("own_"))
+    name = example.removeprefix("own_")
+    part = getattr(cli.model if name == "reward" else cli.model.algorithm, name)
     assert type(part).__module__ == example
     assert cli.model.iteration == 2
 
