@@ -10,10 +10,10 @@ from xml.sax.saxutils import escape
 
 STEP = [
     ("prompts", "x", "PromptDataModule", ""),
-    ("rollout", "y ~ π_old(·|x)", "Generation", "Collector"),
+    ("rollout", "y ~ π_old(·|x)", "SamplingParams", "Collector"),
     ("scores", "r(x, y)", "Reward", "Shaping"),
     ("advantages", "r − β·log π/π_SFT", "Algorithm", "ActionLevel, KL, Advantage"),
-    ("minibatches", "epochs × pieces", "Updates", "OldLogprobs"),
+    ("minibatches", "epochs × pieces", "UpdateSchedule", "OldLogprobs"),
     ("update", "CLIP, KLPEN + γ·ptx", "Surrogate", "Reduction"),
     ("metrics", "β, b adapt", "KLController", "callbacks"),
 ]
@@ -43,7 +43,7 @@ ROOMS: list[dict[str, str]] = [
     {"types": "what flows between the stages"},
 ]
 """Rooms from the top row to the bottom one, with what they are for. A room imports only from rows below its own; in the
-top row, the command line, also from its neighbours on the right."""
+top row, the command line, also from its neighbors on the right."""
 
 WIDTH, MARGIN, GAP = 980, 20, 12
 STYLE = """

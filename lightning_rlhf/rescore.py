@@ -108,10 +108,10 @@ class Rescorer:
         nothing = torch.zeros(len(lines), width, device=self.device)
         return Rollout(
             tokens=torch.tensor(rows, dtype=torch.long, device=self.device),
-            attention=real,
-            response=real[:, before:],
+            attention_mask=real,
+            response_mask=real[:, before:],
             ended=torch.tensor([line["ended"] for line in lines], device=self.device),
-            groups=torch.arange(len(lines), device=self.device),
+            prompt_index=torch.arange(len(lines), device=self.device),
             logprobs=nothing,
             sampler_logprobs=nothing,
             ref_logprobs=nothing,

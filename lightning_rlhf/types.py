@@ -25,18 +25,18 @@ class PromptBatch(NamedTuple):
     Attributes:
         tokens: (B, P), int64.
         mask: (B, P), bool, True on real tokens.
-        counts: (B,), bool, False on a row repeated only to fill the last evaluation batch of a rank.
+        is_real: (B,), bool, False on a row repeated only to fill the last evaluation batch of a rank.
         rows: the B raw records.
     """
 
     tokens: Tensor
     mask: Tensor
-    counts: Tensor
+    is_real: Tensor
     rows: list[Row]
 
     def rows_of(self, rollout: Rollout) -> list[Row]:
         """The raw record of the prompt of each response."""
-        return [self.rows[i] for i in rollout.groups.tolist()]
+        return [self.rows[i] for i in rollout.prompt_index.tolist()]
 
 
 class TextBatch(NamedTuple):
@@ -86,44 +86,44 @@ class Rollout:
 
     Attributes:
         tokens: prompt and response, (B, P + R), int64.
-        attention: real tokens of both, (B, P + R), bool.
-        response: tokens the policy chose, the end token included, (B, R), bool; True is always a prefix of the row.
+        attention_mask: real tokens of both, (B, P + R), bool.
+        response_mask: tokens the policy chose, the end token included, (B, R), bool; True is a prefix of the row.
         ended: the response closed with an end token, (B,), bool.
-        groups: which prompt of the batch each response answers, (B,), int64.
-        logprobs: log π_old(token | before), (B, R), nats, 0 where `response` is False.
+        prompt_index: which prompt of the batch each response answers, (B,), int64.
+        logprobs: log π_old(token | before), (B, R), nats, 0 where `response_mask` is False.
         sampler_logprobs: the same under the weights that drew the token, which may be of lower precision, (B, R), nats.
         ref_logprobs: log π_ref of the same tokens, (B, R), nats.
         entropy: of the next-token distribution that each token was drawn from, (B, R), nats.
         values: V(state before each token), (B, R); zeros where there is no value network.
-        live: `logprobs` with the graph they came by, where the one update there is goes on from it; else None.
+        logprobs_with_grad: `logprobs` with the graph they came by, where the only update goes on from it; else None.
     """
 
     tokens: Tensor
-    attention: Tensor
-    response: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
     ended: Tensor
-    groups: Tensor
+    prompt_index: Tensor
     logprobs: Tensor
     sampler_logprobs: Tensor
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor
-    live: Tensor | None = None
+    logprobs_with_grad: Tensor | None = None
 
     @property
     def prompt_width(self) -> int:
         """P, the column at which responses begin."""
-        return self.tokens.shape[1] - self.response.shape[1]
+        return self.tokens.shape[1] - self.response_mask.shape[1]
 
     @property
     def lengths(self) -> Tensor:
         """Response lengths in tokens, end token included, (B,)."""
-        return self.response.sum(1)
+        return self.response_mask.sum(1)
 
     @property
     def prompt_lengths(self) -> Tensor:
         """Prompt lengths in tokens, (B,)."""
-        return self.attention[:, : self.prompt_width].sum(1)
+        return self.attention_mask[:, : self.prompt_width].sum(1)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -132,7 +132,10 @@ class Rollout:
         """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
         first = self.prompt_width - max(int(self.prompt_lengths[index].max()), 1)
         width = max(int(self.lengths[index].max()), 1)
-        cut = {"tokens": slice(first, self.prompt_width + width), "attention": slice(first, self.prompt_width + width)}
+        cut = {
+            "tokens": slice(first, self.prompt_width + width),
+            "attention_mask": slice(first, self.prompt_width + width),
+        }
         found: dict[str, Any] = {}
         for field in fields(self):
             whole = getattr(self, field.name)
@@ -147,7 +150,7 @@ class Experience:
 
     Attributes:
         rollout: B sequences.
-        mask: actions that count, (B, T), bool.
+        action_mask: actions that count, (B, T), bool.
         rewards: of each action, r − β·log(π_old/π_ref), (B, T), reward units, 0 where masked.
         penalties: the part −β·log(π_old/π_ref) of them, (B, T), reward units: large scores round it away.
         advantages: Â, (B, T), reward units.
@@ -155,7 +158,7 @@ class Experience:
     """
 
     rollout: Rollout
-    mask: Tensor
+    action_mask: Tensor
     rewards: Tensor
     penalties: Tensor
     advantages: Tensor
@@ -167,13 +170,13 @@ class Experience:
     def select(self, index: Tensor) -> Experience:
         """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
         rollout = self.rollout.select(index)
-        width = rollout.response.shape[1]  # T is R, or 1
+        width = rollout.response_mask.shape[1]  # T is R, or 1
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rollout"}
         return Experience(rollout=rollout, **{name: x[index][:, :width] for name, x in whole.items()})
 
     def unlearned(self) -> Experience:
         """The same sequences of which no action counts: what a process passes through where it has nothing to learn."""
-        return replace(self, mask=torch.zeros_like(self.mask))
+        return replace(self, action_mask=torch.zeros_like(self.action_mask))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +189,7 @@ class Outcome:
         raw_scores: of the reward, before the shaping rules, (B,), reward units.
         scores: after them, (B,), reward units.
         parts: what the reward is made of, by name, (B,) each.
-        counts: responses that count, (B,), bool; fillers of an evaluation do not.
+        is_real: responses that count, (B,), bool; fillers of an evaluation do not.
         advantages: mean over each response's actions, (B,), reward units; None where nothing is learned.
     """
 
@@ -195,7 +198,7 @@ class Outcome:
     raw_scores: Tensor
     scores: Tensor
     parts: Mapping[str, Tensor]
-    counts: Tensor
+    is_real: Tensor
     advantages: Tensor | None = None
 
     def tokens(self) -> list[list[int]]:

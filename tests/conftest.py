@@ -220,7 +220,7 @@ class TokenReward(Reward):
     def __call__(self, rollout: Rollout, rows: Sequence[Any]) -> Tensor:
         responses = rollout.tokens[:, rollout.prompt_width :]
         weight = 0.7 ** torch.arange(responses.shape[1], dtype=torch.float64)
-        return torch.where(rollout.response, self.table[responses] * weight, 0.0).sum(1)
+        return torch.where(rollout.response_mask, self.table[responses] * weight, 0.0).sum(1)
 
 
 @pytest.fixture

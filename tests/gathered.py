@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from lightning_rlhf import Updates
+from lightning_rlhf import UpdateSchedule
 from lightning_rlhf.core import Algorithm
 
 PARTS = [field.name for field in fields(Algorithm)]
@@ -19,5 +19,5 @@ def gathered(**options: Any) -> dict[str, Any]:
         others["algorithm"] = replace(others.get("algorithm", Algorithm()), **parts)
     if "old_logprobs" in others:
         chosen = others.pop("old_logprobs")
-        others["updates"] = replace(others.get("updates", Updates()), old_logprobs=chosen)
+        others["updates"] = replace(others.get("updates", UpdateSchedule()), old_logprobs=chosen)
     return others

@@ -90,14 +90,14 @@ def plot(path: Path, rows: Sequence[Row], target: float) -> None:
 
     plt.switch_backend("Agg")
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = dict(zip(SIDES, ("tab:blue", "tab:orange"), strict=True))
+    colors = dict(zip(SIDES, ("tab:blue", "tab:orange"), strict=True))
     for side, seed in sorted({(row["side"], row["seed"]) for row in rows}):
         own = [row for row in rows if (row["side"], row["seed"]) == (side, seed)]
         points = [(row["cpu"], mean) for row, mean in zip(own, window_means([r["score"] for r in own]), strict=True)]
         label = side if seed == min(row["seed"] for row in rows) else None
-        axis.plot(*zip(*[p for p in points if p[1] is not None], strict=True), color=colours[side], label=label)
+        axis.plot(*zip(*[p for p in points if p[1] is not None], strict=True), color=colors[side], label=label)
     for goal in (target, start(rows) + target):
-        axis.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
+        axis.axhline(goal, color="gray", linewidth=0.8, linestyle="--")
     axis.set(xlabel="CPU seconds", ylabel=f"VADER score, mean of {WINDOW} steps")
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from turns import prepared
 from work import Work, parsed, parser, works
 
-from lightning_rlhf import Generation, PolicyModel, PromptBatch
+from lightning_rlhf import PolicyModel, PromptBatch, SamplingParams
 from lightning_rlhf.rollout import Sampler, row_uniforms
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     """fp32 master weights, copied to the sampling dtype in every rollout: the copy is part of the time."""
     network = network_of(work, "float32")
     options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **work.options("generation")}
-    sampler = Sampler(PolicyModel(network, tokenizer_of(work)), Generation(**options))
+    sampler = Sampler(PolicyModel(network, tokenizer_of(work)), SamplingParams(**options))
     real = torch.ones(chosen.rows, dtype=torch.bool, device=work.device)
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), real, [])
 

@@ -20,12 +20,12 @@ from work import Work
 
 from lightning_rlhf import (
     RLOO,
-    Constant,
-    Generation,
+    ConstantSchedule,
     ModelSource,
     PPOModule,
     PromptDataModule,
-    Updates,
+    SamplingParams,
+    UpdateSchedule,
 )
 
 
@@ -69,10 +69,10 @@ def module_of(work: Work) -> PPOModule:
         policy=ModelSource(path=work.folder, attention=work.attention),
         reward=vader,
         algorithm=RLOO(beta=work.beta, shaping=(), **work.options("algorithm")),
-        generation=Generation(**sizes, **work.options("generation")),
-        updates=Updates(**work.options("updates")),
+        generation=SamplingParams(**sizes, **work.options("generation")),
+        updates=UpdateSchedule(**work.options("updates")),
         optimizer=adam,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
         **work.options(),
     )
 

@@ -19,7 +19,7 @@ from table import show, write
 from turns import prepared
 from work import Work, parsed, parser, works
 
-from lightning_rlhf import Generation, ModelSource, PolicyModel, PromptBatch
+from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, SamplingParams
 from lightning_rlhf.rollout import Sampler, row_uniforms, slots
 
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ def measured(work: Work, rows: int, chosen: Any) -> Iterator[Row]:
     prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(work.device)
     real = torch.ones(len(texts), dtype=torch.bool, device=work.device)
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), real, [])
-    sampler = Sampler(PolicyModel(network, tokenizer), Generation(max_new_tokens=work.tokens, dtype="bfloat16"))
+    sampler = Sampler(PolicyModel(network, tokenizer), SamplingParams(max_new_tokens=work.tokens, dtype="bfloat16"))
     for lengths, probability in (("full", 0.0), ("geometric", 1 / chosen.mean)):
         Ending.put_on(network, probability)
         for repeat in range(chosen.repeats):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_rlhf import AdvantageEstimator, Credit
+from lightning_rlhf import AdvantageEstimator, AdvantagesAndReturns
 from lightning_rlhf.core import AllSum
 
 
@@ -22,7 +22,9 @@ class WinRate(AdvantageEstimator):
     Ranks are among the responses of one process; `all_sum` is there for baselines that are sums over all of them.
     """
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         totals = rewards.sum(1)
         wins = (totals.unsqueeze(1) - totals).sign().mean(1)
-        return Credit(advantages=wins.unsqueeze(1) * mask, returns=totals.unsqueeze(1) * mask)
+        return AdvantagesAndReturns(advantages=wins.unsqueeze(1) * mask, returns=totals.unsqueeze(1) * mask)

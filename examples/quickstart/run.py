@@ -40,12 +40,12 @@ def fit(config: str, overlay: str, *flags: str) -> None:
 
 def sample_comparisons() -> None:
     """K responses of the SFT model to each of the first prompts, ranked by the labeler."""
-    from lightning_rlhf import Generation, ModelSource, PolicyModel, PromptBatch, PromptDataModule
+    from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, PromptDataModule, SamplingParams
     from lightning_rlhf.rollout import Sampler, row_uniforms
 
     source = ModelSource(path=str(RUN / "sft"), attention="eager")
     policy = PolicyModel(source.causal_lm(), source.tokenizer())
-    sampler = Sampler(policy, Generation(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16"))
+    sampler = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16"))
     prompts = str(RUN / "data/prompts_train.jsonl")
     data = PromptDataModule(predict=prompts, eval_batch_size=BATCH, tokenizer=policy.tokenizer)
     data.setup("predict")
@@ -54,7 +54,7 @@ def sample_comparisons() -> None:
         repeated = PromptBatch(*(field.repeat_interleave(K, 0) for field in batch[:3]), rows=[])
         uniforms = row_uniforms(seed=SEED, stream="comparisons", iteration=step, rows=range(BATCH * K), length=LENGTH)
         drawn = sampler(repeated, uniforms)
-        kept = [tokens[mask] for tokens, mask in zip(drawn.tokens, drawn.response, strict=True)]
+        kept = [tokens[mask] for tokens, mask in zip(drawn.tokens, drawn.response_mask, strict=True)]
         texts = policy.tokenizer.batch_decode(kept, skip_special_tokens=True)
         rows += rank([row["prompt"] for row in batch.rows], [texts[i : i + K] for i in range(0, len(texts), K)])
         print(f"sampled {len(rows) * K} of {RANKED * K} responses", flush=True)

@@ -17,12 +17,12 @@ from lightning_rlhf import (
     BanditAdvantage,
     BatchMean,
     Clip,
-    Constant,
+    ConstantSchedule,
     Schedule,
-    SequenceMean,
+    SeqMeanTokenSum,
     Surrogate,
 )
-from lightning_rlhf.core import k3, local, penalised_rewards
+from lightning_rlhf.core import k3, local, penalized_rewards
 
 BETA = 0.5
 """Reward units per nat: the beta of J, whatever beta a run trains with."""
@@ -98,7 +98,7 @@ class Run:
     group: int = 4
     """k: responses that a baseline per prompt compares; must divide `samples`."""
     lr: float = 0.05
-    schedule: Schedule = field(default_factory=Constant)
+    schedule: Schedule = field(default_factory=ConstantSchedule)
 
 
 class Drawn(NamedTuple):
@@ -144,12 +144,12 @@ class Learner:
 
     def credit(self, drawn: Drawn) -> Tensor:
         """A = r - beta log(pi_old/pi_SFT) - baseline, (S, B), by the library; the baselines take in their seed."""
-        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response)
+        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response_mask)
         scores, kl_ref = self.bandit.scores[place], drawn.logp - self.bandit.logp_ref[place]
         found, groups = [], torch.arange(scores.shape[1]) // self.run.group
         for seed, estimator in enumerate(self.advantages):
             mask = torch.ones(scores.shape[1], 1, dtype=torch.bool)
-            rewards = penalised_rewards(scores[seed], kl_ref[seed].unsqueeze(1), mask, coef=self.run.beta)
+            rewards = penalized_rewards(scores[seed], kl_ref[seed].unsqueeze(1), mask, coef=self.run.beta)
             empty = torch.zeros_like(rewards)
             credit = estimator(rewards, empty, mask, groups=groups, all_sum=local)
             self.advantages[seed] = estimator.adapted(float(rewards.mean()))
@@ -158,7 +158,7 @@ class Learner:
 
     def loss(self, drawn: Drawn, advantages: Tensor) -> Tensor:
         """Sum over the seeds of the mean over their responses: what one seed's parameters see is its own mean."""
-        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response)
+        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response_mask)
         log_ratio = self.logp[place] - drawn.logp
         alike = all(surrogate == self.surrogates[0] for surrogate in self.surrogates)
         if alike:
@@ -167,7 +167,7 @@ class Learner:
             rows = zip(self.surrogates, log_ratio, advantages, strict=True)
             loss = torch.stack([surrogate(ratio, a).loss for surrogate, ratio, a in rows])
         loss = (loss * drawn.weight).reshape(-1, 1)
-        mask, reduction = torch.ones_like(loss, dtype=torch.bool), SequenceMean()
+        mask, reduction = torch.ones_like(loss, dtype=torch.bool), SeqMeanTokenSum()
         return len(log_ratio) * reduction.total(loss, mask) / reduction.count(mask)
 
     def iterate(self, share: float) -> Tensor:
@@ -177,11 +177,11 @@ class Learner:
         old = self.logp.detach()
         drawn = roll_out(old, self.run.samples, self.generator)
         advantages = self.credit(drawn)
-        for index in self.minibatches(drawn.response.shape[1]):
+        for index in self.minibatches(drawn.response_mask.shape[1]):
             self.optimizer.zero_grad()
             self.loss(Drawn(*(x[:, index] for x in drawn)), advantages[:, index]).backward()
             self.optimizer.step()
-        place = (torch.arange(len(old)).unsqueeze(1), drawn.prompt, drawn.response)
+        place = (torch.arange(len(old)).unsqueeze(1), drawn.prompt, drawn.response_mask)
         estimates = (drawn.weight * k3(drawn.logp - self.logp.detach()[place])).mean(1)
         pairs = zip(self.surrogates, estimates.tolist(), strict=True)
         self.surrogates = [surrogate.adapted(estimate) for surrogate, estimate in pairs]

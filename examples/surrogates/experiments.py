@@ -13,7 +13,7 @@ from bandit import BETA, Bandit, Learner, Run, gradient_noise, kl
 from grid import NAMES, Scale, append
 from torch import Tensor
 
-from lightning_rlhf import BanditAdvantage, BatchMean, KLPenalty, LeaveOneOut, Linear, NoBaseline, RunningMean
+from lightning_rlhf import BanditAdvantage, BatchMean, KLPen, LeaveOneOut, LinearSchedule, NoBaseline, RunningMean
 
 SCALE = Scale(beta=BETA, b=2.0, target=0.02)
 MEANS = (0.0, 2.0)
@@ -35,7 +35,7 @@ class Size:
     prices: tuple[float, ...] = (0.1, 0.5, 1.0, 4.0)
     """KLPEN's b, in the experiment without noise."""
     steps: int = 150
-    """Optimizer steps that maximise KLPEN's surrogate there."""
+    """Optimizer steps that maximize KLPEN's surrogate there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ def trust(size: Size) -> Iterator[Trial]:
 
 
 def fixed_point(size: Size) -> Iterator[Trial]:
-    """KLPEN's surrogate maximised over all responses, then re-centred: no noise is left, only b and beta."""
+    """KLPEN's surrogate maximised over all responses, then re-centered: no noise is left, only b and beta."""
     for b, beta in product(size.prices, (BETA, 0.0)):
-        surrogate = KLPenalty(coef=b, target=None)
+        surrogate = KLPen(coef=b, target=None)
         run = Run(surrogate=surrogate, beta=beta, samples=0, minibatches=1, epochs=size.steps, rollouts=30, lr=0.02)
         yield Trial(names={"surrogate": "KLPEN fixed", "baseline": "batch mean"}, run=run, every=True)
 
@@ -84,7 +84,7 @@ def baselines(size: Size) -> Iterator[Trial]:
     """Baseline x mean score x inner epochs, with CLIP and a learning rate that falls to 0."""
     for (name, baseline), mean, epochs in product(BASELINES.items(), MEANS, (1, 4)):
         advantage = BanditAdvantage(baseline=baseline)
-        run = Run(advantage=advantage, epochs=epochs, rollouts=size.rollouts, schedule=Linear())
+        run = Run(advantage=advantage, epochs=epochs, rollouts=size.rollouts, schedule=LinearSchedule())
         yield Trial(names={"surrogate": "CLIP", "baseline": name}, run=run, mean=mean)
 
 

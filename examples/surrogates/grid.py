@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from lightning_rlhf import Clip, KLPenalty, Surrogate, Unclipped
+from lightning_rlhf import Clip, ImportanceSampling, KLPen, Surrogate
 
 NAMES = ("CLIP", "KLPEN fixed", "KLPEN adaptive", "unclipped")
 EPOCHS = (1, 4)
@@ -31,9 +31,9 @@ class Scale:
         """The surrogate of that name."""
         return {
             "CLIP": Clip(epsilon=0.2),
-            "KLPEN fixed": KLPenalty(coef=self.b, target=None),
-            "KLPEN adaptive": KLPenalty(coef=self.b, target=self.target),
-            "unclipped": Unclipped(),
+            "KLPEN fixed": KLPen(coef=self.b, target=None),
+            "KLPEN adaptive": KLPen(coef=self.b, target=self.target),
+            "unclipped": ImportanceSampling(),
         }[name]
 
     def runs(self) -> Iterator[tuple[str, float, int]]:

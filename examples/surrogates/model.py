@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf import (
     BanditAdvantage,
     BatchMean,
-    Constant,
+    ConstantSchedule,
     FixedKL,
-    Generation,
     ModelSource,
     PPOModule,
     PromptDataModule,
-    Updates,
+    SamplingParams,
+    UpdateSchedule,
 )
 from lightning_rlhf.core import Algorithm
 
@@ -108,8 +108,8 @@ def module_of(material: Material, size: Size, name: str, beta: float, epochs: in
         policy=copy.deepcopy(material.network),
         tokenizer=material.tokenizer,
         reward=material.reward,
-        generation=Generation(max_new_tokens=size.tokens, temperature=0.7),
-        updates=Updates(epochs=epochs, minibatch=size.minibatch),
+        generation=SamplingParams(max_new_tokens=size.tokens, temperature=0.7),
+        updates=UpdateSchedule(epochs=epochs, minibatch=size.minibatch),
         algorithm=Algorithm(
             beta=FixedKL(coef=beta),
             advantage=BanditAdvantage(baseline=BatchMean()),
@@ -117,7 +117,7 @@ def module_of(material: Material, size: Size, name: str, beta: float, epochs: in
             shaping=(),
         ),
         optimizer=adam,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
 
 

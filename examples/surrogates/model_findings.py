@@ -45,7 +45,7 @@ def model(rows: Sequence[Row]) -> list[str]:
     text = [
         f"Held-out VADER score at KL to SFT, from {start.reward:.2f} at 0, after {rollouts} rollouts at lr {rate}. One "
         f"seed and {HELD_OUT} prompts: a mean of scores in [−1, 1] has a standard error of up to {error:.2f}, "
-        "so neighbours are not to be ranked.",
+        "so neighbors are not to be ranked.",
         _kl_term(runs),
         _plain(runs, start),
         _steps(rows),

@@ -29,7 +29,7 @@ def settings(run: tuple[str, float, int]) -> dict[str, object]:
 
 
 def point(axis: Axes, run: tuple[str, float, int], x: float, y: float) -> None:
-    """A run's end: colour the surrogate, shape the inner epochs, filled with KL to SFT."""
+    """A run's end: color the surrogate, shape the inner epochs, filled with KL to SFT."""
     name, beta, epochs = run
     face = COLOURS[name] if beta else "white"
     axis.plot(x, y, MARKERS[epochs], color=COLOURS[name], markerfacecolor=face, markersize=7, zorder=4)
@@ -75,7 +75,7 @@ def trust_panel(axis: Axes, rows: Sequence[Row]) -> None:
             axis.errorbar(rates, means, errors, color=COLOURS[name], linestyle=style, marker=".", linewidth=1.2)
     shown = zip(epochs, STYLES, strict=False)
     styles = [
-        Line2D([], [], color="grey", linestyle=style, label=f"{count:.0f} inner epoch{'s' * (count > 1)}")
+        Line2D([], [], color="gray", linestyle=style, label=f"{count:.0f} inner epoch{'s' * (count > 1)}")
         for count, style in shown
     ]
     axis.legend(handles=styles, fontsize=8, loc="lower left")
@@ -89,11 +89,11 @@ def fixed_point_panel(axis: Axes, rows: Sequence[Row]) -> None:
     exact = chosen(rows, experiment="fixed point")
     prices = values(exact, "b")
     for price, alpha in zip(prices, torch.linspace(0.35, 1, len(prices)).tolist(), strict=True):
-        for beta, colour, style in ((BETA, "#1f77b4", "-"), (0.0, "#d62728", "--")):
+        for beta, color, style in ((BETA, "#1f77b4", "-"), (0.0, "#d62728", "--")):
             own = chosen(exact, b=price, beta=beta)
             steps = values(own, "rollout")
             means = [estimate(numbers(chosen(own, rollout=step), "gap_closed")).mean for step in steps]
-            axis.plot(steps, means, style, color=colour, alpha=alpha, marker=".", linewidth=1.2)
+            axis.plot(steps, means, style, color=color, alpha=alpha, marker=".", linewidth=1.2)
             if means[-1] < 0.95:  # those at the optimum lie on one another
                 axis.annotate(
                     f"b = {price:g}", (steps[-1], means[-1]), (4, -3), textcoords="offset points", fontsize=7.5
@@ -102,20 +102,20 @@ def fixed_point_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.legend(handles=[Line2D([], [], linestyle=s, color=c, label=t) for _, s, c, t in kinds], fontsize=8, loc="best")
     axis.axhline(1, color="#2ca02c", linewidth=1)
     axis.set(xscale="log", xlabel="rollouts", ylabel="share of the gap to J* closed", xlim=(0.9, 1.5 * max(steps)))
-    axis.set(title="bandit: KLPEN maximised and re-centred, no noise")
+    axis.set(title="bandit: KLPEN maximised and re-centered, no noise")
 
 
 def legend() -> list[Line2D]:
-    """What colour, shape and filling mean."""
-    colours = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in NAMES]
-    plain = {"linestyle": "", "color": "grey", "markersize": 7}
+    """What color, shape and filling mean."""
+    colors = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in NAMES]
+    plain = {"linestyle": "", "color": "gray", "markersize": 7}
     shapes = [Line2D([], [], marker=MARKERS[n], label=f"{n} inner epoch{'s' * (n > 1)}", **plain) for n in EPOCHS]
     filling = [
         Line2D([], [], marker="D", label="with KL to SFT", **plain),
         Line2D([], [], marker="D", markerfacecolor="white", label="without", **plain),
         Line2D([], [], color="#2ca02c", label="best reward at that KL; J*"),
     ]
-    return colours + shapes + filling
+    return colors + shapes + filling
 
 
 def plot(path: Path, bandit: Sequence[Row], model: Sequence[Row]) -> None:

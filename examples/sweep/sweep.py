@@ -20,7 +20,7 @@ def objective(trial: Any, arguments: list[str]) -> float:
     flags = {
         "optimizer.init_args.lr": trial.suggest_float("lr", 1e-7, 1e-5, log=True),
         "algorithm.beta": trial.suggest_float("coef", 0.003, 0.1, log=True),
-        "algorithm.surrogate": trial.suggest_categorical("surrogate", ["Clip", "KLPenalty"]),
+        "algorithm.surrogate": trial.suggest_categorical("surrogate", ["Clip", "KLPen"]),
     }
     overrides = [f"--model.{name}={value}" for name, value in flags.items()]
     found = main(["fit", *arguments, *overrides]).trainer.callback_metrics

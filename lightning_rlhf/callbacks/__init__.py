@@ -4,7 +4,7 @@ from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.export import Export
 from lightning_rlhf.callbacks.gradient_norms import GradientNorms
-from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, Stop
+from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, StopTraining
 from lightning_rlhf.callbacks.kl_guard import KLGuard
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
@@ -30,5 +30,5 @@ __all__ = [
     "RolloutProgress",
     "RunCheckpoint",
     "SampleLog",
-    "Stop",
+    "StopTraining",
 ]

@@ -39,7 +39,7 @@ class GuardAction(ABC):
         """Go on from `state`."""
 
 
-class Stop(GuardAction):
+class StopTraining(GuardAction):
     """Ends the run with an error, before the rollout gets into a checkpoint or an export."""
 
     def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
@@ -119,7 +119,7 @@ class RollBack(GuardAction):
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
                 "RollBack cannot return to older weights under DeepSpeed, whose engine has copies of its own: take "
-                "RaiseKL or Stop, or shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
+                "RaiseKL or StopTraining, or shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
             )
         self._candidate = _snapshot(trainer, pl_module)
         self._good = self._good or self._candidate

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks.kl_action import GuardAction, Stop
+from lightning_rlhf.callbacks.kl_action import GuardAction, StopTraining
 
 
 class KLGuard(Callback):
@@ -15,7 +15,7 @@ class KLGuard(Callback):
     Args:
         kl: most nats per response (`objective/kl`); None is no budget.
         length: most tokens per response (`objective/response_length`); None is no budget.
-        action: `Stop()`, `RaiseKL()` or `RollBack()`.
+        action: `StopTraining()`, `RaiseKL()` or `RollBack()`.
 
     Raises:
         ValueError: there is no budget, or it is not positive.
@@ -26,7 +26,7 @@ class KLGuard(Callback):
         given = [budget for budget in self.budgets.values() if budget is not None]
         if not given or min(given) <= 0:
             raise ValueError(f"KLGuard needs a budget above 0, `kl` or `length`: got kl={kl}, length={length}")
-        self.action = action or Stop()
+        self.action = action or StopTraining()
         self._state: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -126,7 +126,7 @@ class Preflight(Callback):
         if not off <= tolerance:
             yield (
                 f"the ratio of an untrained policy is not 1: log π_θ and log π_old differ by {off:.3g} nats; set "
-                "`updates.old_logprobs` to Recomputed(), and see that the network has no dropout and no noise"
+                "`updates.old_logprobs` to RecomputedLogprobs(), and see that the network has no dropout and no noise"
             )
         kl = float((rollout.logprobs - rollout.ref_logprobs).abs().max())
         frozen = collector.reference.frozen
@@ -171,7 +171,7 @@ def _padded(rollout: Any, *, columns: int) -> Any:
     """The same rollout behind more padding."""
     fill = int(rollout.tokens[0, -1])  # a token of which a network that reads padding would make something
     tokens = pad(rollout.tokens, (columns, 0), value=fill)
-    return replace(rollout, tokens=tokens, attention=pad(rollout.attention, (columns, 0)))
+    return replace(rollout, tokens=tokens, attention_mask=pad(rollout.attention_mask, (columns, 0)))
 
 
 def _demonstration_problems(module: LightningModule, batch: Any) -> Iterator[str]:

@@ -48,7 +48,7 @@ class RolloutLog(FileCallback):
 def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Iterator[Keyed]:
     """Of this process; the key is the response's place in the rollout of all."""
     world, samples, tokens = trainer.world_size, module.samples_per_prompt, outcome.tokens()
-    before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.groups.tolist()
+    before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.prompt_index.tolist()
     said = zip(outcome.rows, responses(module, tokens), tokens, outcome.numbers(), strict=True)
     for i, (row, response, ids, numbers) in enumerate(said):
         place = (groups[i] * world + trainer.global_rank) * samples + i % samples

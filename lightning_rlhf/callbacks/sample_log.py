@@ -118,7 +118,7 @@ class SampleLog(FileCallback):
         if outcome is None:
             return
         said = zip(outcome.rows, responses(module, outcome.tokens()), outcome.numbers(), strict=True)
-        counts = outcome.counts.tolist()
+        counts = outcome.is_real.tolist()
         for i, (row, response, numbers) in enumerate(said):
             if counts[i]:
                 key = (loader, batch_idx, i, trainer.global_rank)  # the order of the file, dealt out to the processes

@@ -4,26 +4,33 @@ Every equation is named with its source in the docstring of the function or clas
 """
 
 from lightning_rlhf.core.adaptive import Adaptive
-from lightning_rlhf.core.advantage import GAE, AdvantageEstimator, BanditAdvantage, Credit, RewardToGo, Whitened
+from lightning_rlhf.core.advantage import (
+    GAE,
+    AdvantageEstimator,
+    AdvantagesAndReturns,
+    BanditAdvantage,
+    RewardToGo,
+    Whitened,
+)
 from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
 from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
-from lightning_rlhf.core.ensemble import Combination, MeanOf, UncertaintyWeighted, WorstOf
-from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, Unscaled
+from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWeighted, WorstReward
+from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, NoScale
 from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL
-from lightning_rlhf.core.klpen import KLPenalty
+from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
-from lightning_rlhf.core.mismatch import MaskedWeights, MismatchWeights, TruncatedWeights
+from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, TruncatedIS
 from lightning_rlhf.core.preference import (
-    Centred,
+    Centered,
     PlackettLuce,
     PreferenceLoss,
     RankingLoss,
@@ -31,20 +38,20 @@ from lightning_rlhf.core.preference import (
     score_margins,
 )
 from lightning_rlhf.core.pretrain import next_token_loss
-from lightning_rlhf.core.reduction import ConstantLength, MeanOfMeans, Reduction, SequenceMean, TokenMean
-from lightning_rlhf.core.reward import penalised_rewards
-from lightning_rlhf.core.schedule import Constant, Cosine, Linear, Schedule
+from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
+from lightning_rlhf.core.reward import penalized_rewards
+from lightning_rlhf.core.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
 from lightning_rlhf.core.shaping import (
     ClipScore,
-    LengthNormalised,
+    LengthNormalized,
     LengthPenalty,
-    ReplaceScore,
+    MissingEOSPenalty,
     Shaping,
     SoftOverlong,
-    SubtractFromScore,
+    TruncatedScore,
 )
 from lightning_rlhf.core.standard_error import ratio_standard_error, standard_error
-from lightning_rlhf.core.surrogate import PerAction, Surrogate, Unclipped, importance_ratio
+from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
 __all__ = [
@@ -60,15 +67,15 @@ __all__ = [
     "BatchStd",
     "CISPO",
     "CISPOMethod",
-    "Centred",
+    "Centered",
     "Clip",
     "ClipScore",
     "ClippedValueLoss",
     "Combination",
-    "Constant",
-    "ConstantLength",
-    "Cosine",
-    "Credit",
+    "ConstantSchedule",
+    "SeqMeanTokenSumNorm",
+    "CosineSchedule",
+    "AdvantagesAndReturns",
     "DAPO",
     "DrGRPO",
     "FixedKL",
@@ -87,16 +94,16 @@ __all__ = [
     "KLEstimator",
     "KLInLoss",
     "KLInReward",
-    "KLPenalty",
+    "KLPen",
     "LearnedValue",
     "LeaveOneOut",
-    "LengthNormalised",
+    "LengthNormalized",
     "LengthPenalty",
-    "Linear",
-    "MaskedWeights",
-    "MeanOf",
-    "MeanOfMeans",
-    "MismatchWeights",
+    "LinearSchedule",
+    "MaskedIS",
+    "MeanReward",
+    "SeqMeanTokenMean",
+    "MismatchIS",
     "NoBaseline",
     "PerAction",
     "PlackettLuce",
@@ -106,26 +113,26 @@ __all__ = [
     "Reduction",
     "ReferenceKL",
     "ReinforcePP",
-    "ReplaceScore",
+    "TruncatedScore",
     "RewardToGo",
     "RunningMean",
     "Schedule",
     "SequenceLevel",
-    "SequenceMean",
+    "SeqMeanTokenSum",
     "Shaping",
     "SoftOverlong",
-    "SubtractFromScore",
+    "MissingEOSPenalty",
     "Surrogate",
     "TLDR",
     "TokenLevel",
     "TokenMean",
-    "TruncatedWeights",
+    "TruncatedIS",
     "UncertaintyWeighted",
-    "Unclipped",
-    "Unscaled",
+    "ImportanceSampling",
+    "NoScale",
     "ValueLoss",
     "Whitened",
-    "WorstOf",
+    "WorstReward",
     "best_of_n",
     "best_of_n_kl",
     "entropy",
@@ -146,7 +153,7 @@ __all__ = [
     "masked_variance",
     "n_of_kl",
     "next_token_loss",
-    "penalised_rewards",
+    "penalized_rewards",
     "preferred_pairs",
     "ratio_standard_error",
     "score_margins",

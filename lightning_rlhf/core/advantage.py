@@ -15,7 +15,7 @@ from lightning_rlhf.core.checks import check_unit_interval
 from lightning_rlhf.core.masked import AllSum, whiten
 
 
-class Credit(NamedTuple):
+class AdvantagesAndReturns(NamedTuple):
     """What an estimator gives.
 
     Attributes:
@@ -42,7 +42,9 @@ class AdvantageEstimator(Adaptive, ABC):
         return False
 
     @abstractmethod
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """Advantages and returns.
 
         Args:
@@ -91,11 +93,13 @@ class BanditAdvantage(AdvantageEstimator):
         """As the baseline."""
         return self.baseline.needs_group
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """Σ_t r_t − b(x) on every action."""
         totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
-        centred = totals - self.baseline(totals, values[:, 0], groups=groups, all_sum=all_sum)
-        return Credit(on_every_action(centred, mask), on_every_action(totals, mask))
+        centered = totals - self.baseline(totals, values[:, 0], groups=groups, all_sum=all_sum)
+        return AdvantagesAndReturns(on_every_action(centered, mask), on_every_action(totals, mask))
 
     def adapted(self, mean: float) -> Self:
         """With the baseline's successor."""
@@ -122,7 +126,9 @@ class GAE(AdvantageEstimator):
         """True."""
         return True
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """Âₜ by a backward sweep; the state after the last action is worth 0."""
         advantages = torch.zeros_like(rewards)
         following = torch.zeros_like(rewards[:, 0])
@@ -132,14 +138,14 @@ class GAE(AdvantageEstimator):
             following = torch.where(mask[:, t], delta + self.gamma * self.lam * following, 0.0)
             next_value = torch.where(mask[:, t], values[:, t], 0.0)
             advantages[:, t] = following
-        return Credit(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
+        return AdvantagesAndReturns(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardToGo(AdvantageEstimator):
     """Âₜ = Σ_{t' ≥ t} γ^(t'−t)·rₜ', with no value network (REINFORCE++; Hu 2025): GAE at V = 0 and λ = 1.
 
-    REINFORCE++ is this inside `Whitened`: normalised over the rollout of all processes, not per prompt.
+    REINFORCE++ is this inside `Whitened`: normalized over the rollout of all processes, not per prompt.
     """
 
     gamma: float = 1.0
@@ -148,7 +154,9 @@ class RewardToGo(AdvantageEstimator):
     def __post_init__(self) -> None:
         check_unit_interval(gamma=self.gamma)
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """The discounted sum of what follows."""
         plain = GAE(gamma=self.gamma, lam=1.0)
         return plain(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=all_sum)
@@ -174,7 +182,9 @@ class Whitened(AdvantageEstimator):
         """As the inner estimator."""
         return self.estimator.needs_group
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """(Â − mean) / √(var + 1e-8)."""
         credit = self.estimator(rewards, values, mask, groups=groups, all_sum=all_sum)
         return credit._replace(advantages=whiten(credit.advantages, mask, all_sum=all_sum))

@@ -16,13 +16,13 @@ from lightning_rlhf.core.clip import Clip
 from lightning_rlhf.core.controller import FixedKL, KLController
 from lightning_rlhf.core.kl import k2
 from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL
-from lightning_rlhf.core.klpen import KLPenalty
+from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
-from lightning_rlhf.core.mismatch import MismatchWeights
+from lightning_rlhf.core.mismatch import MismatchIS
 from lightning_rlhf.core.reduction import Reduction, TokenMean
-from lightning_rlhf.core.reward import penalised_rewards
-from lightning_rlhf.core.shaping import ReplaceScore, Shaping
+from lightning_rlhf.core.reward import penalized_rewards
+from lightning_rlhf.core.shaping import Shaping, TruncatedScore
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 from lightning_rlhf.types import Experience, Rollout
@@ -56,7 +56,7 @@ class Algorithm(Adaptive):
     reduction: Reduction = TokenMean()
     """From per-action losses to a number."""
     shaping: Shaping | Sequence[Shaping] | None = None
-    """A rule on the score, or several, applied in turn. None: `ReplaceScore()` for a learned reward, whose
+    """A rule on the score, or several, applied in turn. None: `TruncatedScore()` for a learned reward, whose
     demonstrations score around 0; none for any other."""
     ptx_coef: float = 0.0
     """γ ≥ 0, weight of the pretraining loss; above 0 the data must serve pretraining texts (PPO-ptx)."""
@@ -104,7 +104,7 @@ class Algorithm(Adaptive):
             learned_reward: whether the reward is such a model.
             max_new_tokens: longest response.
         """
-        by_reward = (ReplaceScore(),) if learned_reward else ()
+        by_reward = (TruncatedScore(),) if learned_reward else ()
         rules = by_reward if self.shaping is None else self.rules
         return replace(
             self,
@@ -133,16 +133,16 @@ class Algorithm(Adaptive):
             scores: after shaping, (B,), reward units.
             all_sum: sums a tensor over processes.
         """
-        mask = self.level.mask(rollout.response)
-        kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response)
+        mask = self.level.mask(rollout.response_mask)
+        kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
         charged = self.kl_term.in_reward(kl_ref)
-        rewards = penalised_rewards(scores, charged, mask, coef=self.kl.coef)
-        penalties = penalised_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
-        values = self.level.state_value(rollout.values, rollout.response)
-        credit = self.advantage(rewards, values, mask, groups=rollout.groups, all_sum=all_sum)
+        rewards = penalized_rewards(scores, charged, mask, coef=self.kl.coef)
+        penalties = penalized_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
+        values = self.level.state_value(rollout.values, rollout.response_mask)
+        credit = self.advantage(rewards, values, mask, groups=rollout.prompt_index, all_sum=all_sum)
         return Experience(
             rollout=rollout,
-            mask=mask,
+            action_mask=mask,
             rewards=rewards,
             penalties=penalties,
             advantages=credit.advantages,
@@ -158,11 +158,11 @@ class Algorithm(Adaptive):
             experience: what the rollout gave.
         """
         old = experience.rollout
-        log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response)
+        log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response_mask)
         action = self.surrogate(log_ratio, experience.advantages)
-        weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response))
+        weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response_mask))
         policy_loss = weights * action.loss
-        kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response, self.level)
+        kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response_mask, self.level)
         ratio = importance_ratio(log_ratio.detach())
         stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
         stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()} | action.stats
@@ -190,17 +190,17 @@ class Algorithm(Adaptive):
 
     def _value_loss(self, values: Tensor, experience: Experience) -> PerAction:
         old = experience.rollout
-        now = self.level.state_value(values, old.response)
-        before = self.level.state_value(old.values, old.response)
+        now = self.level.state_value(values, old.response_mask)
+        before = self.level.state_value(old.values, old.response_mask)
         return (self.value_loss or ClippedValueLoss())(now, before, experience.returns)
 
 
 def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
     """Raises ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
-    while isinstance(surrogate, MismatchWeights):
+    while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
-    if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPenalty):
+    if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPen):
         raise ValueError(
-            "KLPenalty needs the ratio π_θ/π_old, but GeometricLevel normalises it by the length, so that its k3 is no "
+            "KLPen needs the ratio π_θ/π_old, but GeometricLevel normalizes it by the length, so that its k3 is no "
             "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
         )

@@ -24,7 +24,7 @@ class Combination(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanOf(Combination):
+class MeanReward(Combination):
     """(1/n) Σ_i r_i."""
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ class MeanOf(Combination):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorstOf(Combination):
-    """min_i r_i: what the most critical member says (worst-case optimisation, WCO)."""
+class WorstReward(Combination):
+    """min_i r_i: what the most critical member says (worst-case optimization, WCO)."""
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Smallest over the members."""
@@ -43,7 +43,7 @@ class WorstOf(Combination):
 
 @dataclass(frozen=True, kw_only=True)
 class UncertaintyWeighted(Combination):
-    """mean − λ·variance over the members, biased variance (uncertainty-weighted optimisation, UWO)."""
+    """mean − λ·variance over the members, biased variance (uncertainty-weighted optimization, UWO)."""
 
     coef: float = 0.1
     """λ > 0, per reward unit."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core.advantage import AdvantageEstimator, Credit, on_every_action
+from lightning_rlhf.core.advantage import AdvantageEstimator, AdvantagesAndReturns, on_every_action
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.core.groups import group_mean, group_size, group_std
 from lightning_rlhf.core.masked import AllSum, masked_variance
@@ -70,7 +70,7 @@ class BatchStd(GroupScale):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unscaled(GroupScale):
+class NoScale(GroupScale):
     """1: the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
 
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
@@ -82,7 +82,7 @@ class Unscaled(GroupScale):
 class GroupAdvantage(AdvantageEstimator):
     """Âᵢ = (Rᵢ − mean of the group) / unit, the same for every action of a response (GRPO; Shao et al. 2024).
 
-    With `GroupStd` it is GRPO's, with `Unscaled` Dr. GRPO's. A group whose responses all earn the same gives 0. The
+    With `GroupStd` it is GRPO's, with `NoScale` Dr. GRPO's. A group whose responses all earn the same gives 0. The
     mean counts the response itself, so without a unit and with the KL in the reward the expected gradient is (k − 1)/k
     of the unbiased one that `LeaveOneOut` has, k responses to each prompt. A KL in the loss is not shrunk (`KLInLoss`).
     """
@@ -95,7 +95,9 @@ class GroupAdvantage(AdvantageEstimator):
         """True."""
         return True
 
-    def __call__(self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum) -> Credit:
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
+    ) -> AdvantagesAndReturns:
         """Distance from the group's mean in units of `scale`.
 
         Raises:
@@ -107,4 +109,4 @@ class GroupAdvantage(AdvantageEstimator):
         distance = (totals - group_mean(totals, groups)) / self.scale(totals, groups, all_sum)
         flat = group_std(totals, groups) == 0  # there the mean's rounding is all that distance holds
         advantages = torch.where(flat, torch.zeros_like(distance), distance)
-        return Credit(on_every_action(advantages, mask), on_every_action(totals, mask))
+        return AdvantagesAndReturns(on_every_action(advantages, mask), on_every_action(totals, mask))

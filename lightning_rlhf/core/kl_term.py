@@ -103,7 +103,7 @@ class KLInLoss(ReferenceKL):
     """β·KL(π_θ‖π_ref) beside the surrogate (GRPO; Shao et al. 2024, eq. 3); the reward stays the score.
 
     What shrinks or scales the advantage does not reach it. Beside a mean that counts the response itself (`BatchMean`,
-    `GroupAdvantage` with `Unscaled`) β counts k/(k − 1) times, k responses to a mean; beside a unit of spread
+    `GroupAdvantage` with `NoScale`) β counts k/(k − 1) times, k responses to a mean; beside a unit of spread
     (`Whitened`, `GroupStd`, `BatchStd`) it is a price in standard deviations of the reward, which shrink as the policy
     sharpens.
 

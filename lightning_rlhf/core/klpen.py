@@ -17,10 +17,10 @@ PENALTY_BOUNDS = (1e-6, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLPenalty(Surrogate):
+class KLPen(Surrogate):
     """−ρÂ + b·KL(π_old‖π_θ), the penalty adapted to a target (PPO eq. 8 and §4).
 
-    The KL is to the *old* policy: 0 with gradient 0 at the start of every update and re-centred at each rollout, so
+    The KL is to the *old* policy: 0 with gradient 0 at the start of every update and re-centered at each rollout, so
     it does not move the optimum and does not repeat the KL to SFT in the reward. It is estimated by k3 = ρ − 1 − log ρ
     at the sampled action, whose gradient in expectation is that of the KL.
 

@@ -39,11 +39,11 @@ def length_controlled(preferences: Tensor, differences: Tensor, *, ridge: float 
     rate = float(wins.mean())
     if rate in (0.0, 1.0):
         return rate  # θ is infinite
-    return float(fitted(wins, standardised(lengths), ridge=ridge)[0].sigmoid())
+    return float(fitted(wins, standardized(lengths), ridge=ridge)[0].sigmoid())
 
 
-def standardised(differences: Tensor) -> Tensor:
-    """tanh(Δ/std(Δ)), (N,), not centred, so that 0 stays 0; std is Bessel's, 1 where all differences are equal."""
+def standardized(differences: Tensor) -> Tensor:
+    """tanh(Δ/std(Δ)), (N,), not centered, so that 0 stays 0; std is Bessel's, 1 where all differences are equal."""
     spread = differences.std() if len(differences) > 1 else differences.new_zeros(())
     return torch.tanh(differences / torch.where(spread > 0, spread, 1.0))
 

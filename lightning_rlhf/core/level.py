@@ -102,11 +102,11 @@ class SequenceLevel(ActionLevel):
 
 @dataclass(frozen=True, kw_only=True)
 class GeometricLevel(SequenceLevel):
-    """The whole response, its ratio normalised by its length (GSPO; Zheng et al. 2025, eq. 7).
+    """The whole response, its ratio normalized by its length (GSPO; Zheng et al. 2025, eq. 7).
 
     log s = (1/|y|) Σ_t log π_θ(y_t)/π_old(y_t): the geometric mean of the token ratios. Rewards and KL stay those of
     the whole response. The ratio moves far less than a token's, so the paper clips at 3e-4 below and 4e-4 above.
-    At π_old its gradient is that of `MeanOfMeans` over tokens, and so not ∇J where lengths vary.
+    At π_old its gradient is that of `SeqMeanTokenMean` over tokens, and so not ∇J where lengths vary.
     """
 
     def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def whiten(
         the shape of `x`; 0 where masked.
     """
     mean = masked_mean(x, mask, all_sum)
-    centred = x - mean
-    centred = centred - masked_mean(centred, mask, all_sum)  # the rounding of the mean, which √ε would blow up
-    white = centred * torch.rsqrt(masked_variance(centred, mask, all_sum) + epsilon)
+    centered = x - mean
+    centered = centered - masked_mean(centered, mask, all_sum)  # the rounding of the mean, which √ε would blow up
+    white = centered * torch.rsqrt(masked_variance(centered, mask, all_sum) + epsilon)
     white = white if shift_mean else white + mean
     return torch.where(mask, white, torch.zeros_like(white))

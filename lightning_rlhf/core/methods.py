@@ -10,12 +10,12 @@ from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import LeaveOneOut
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import KLController
-from lightning_rlhf.core.group_advantage import GroupAdvantage, Unscaled
+from lightning_rlhf.core.group_advantage import GroupAdvantage, NoScale
 from lightning_rlhf.core.kl_term import K3, KLInLoss, ReferenceKL
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, TokenLevel
-from lightning_rlhf.core.reduction import ConstantLength, MeanOfMeans, Reduction, SequenceMean
+from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm
 from lightning_rlhf.core.shaping import Shaping, SoftOverlong
-from lightning_rlhf.core.surrogate import Surrogate, Unclipped
+from lightning_rlhf.core.surrogate import ImportanceSampling, Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class RLOO(Algorithm):
 
     beta: float | KLController = 0.03
     advantage: AdvantageEstimator = BanditAdvantage(baseline=LeaveOneOut())
-    surrogate: Surrogate = Unclipped()
+    surrogate: Surrogate = ImportanceSampling()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class GRPO(Algorithm):
     beta: float | KLController = 0.04
     kl_term: ReferenceKL = KLInLoss(estimator=K3())
     advantage: AdvantageEstimator = GroupAdvantage()
-    reduction: Reduction = MeanOfMeans()
+    reduction: Reduction = SeqMeanTokenMean()
     shaping: Shaping | Sequence[Shaping] | None = ()
 
 
@@ -73,8 +73,8 @@ class DrGRPO(Algorithm):
 
     level: ActionLevel = TokenLevel()
     beta: float | KLController = 0.0
-    advantage: AdvantageEstimator = GroupAdvantage(scale=Unscaled())
-    reduction: Reduction = ConstantLength()
+    advantage: AdvantageEstimator = GroupAdvantage(scale=NoScale())
+    reduction: Reduction = SeqMeanTokenSumNorm()
     shaping: Shaping | Sequence[Shaping] | None = ()
 
 
@@ -94,13 +94,13 @@ class DAPO(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(Algorithm):
-    """Clips the length-normalised ratio of whole responses (Zheng et al. 2025, 2507.18071, §4)."""
+    """Clips the length-normalized ratio of whole responses (Zheng et al. 2025, 2507.18071, §4)."""
 
     level: ActionLevel = GeometricLevel()
     beta: float | KLController = 0.0
     advantage: AdvantageEstimator = GroupAdvantage()
     surrogate: Surrogate = Clip(epsilon=3e-4, epsilon_high=4e-4)
-    reduction: Reduction = SequenceMean()
+    reduction: Reduction = SeqMeanTokenSum()
     shaping: Shaping | Sequence[Shaping] | None = ()
 
 

@@ -16,7 +16,7 @@ from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class MismatchWeights(Surrogate, ABC):
+class MismatchIS(Surrogate, ABC):
     """Another surrogate, each action's loss times a detached function of w = π_old(a|s) / π_sampler(a|s).
 
     E_sampler[w·loss] = E_old[loss] for whole responses, up to the truncation; per token, as is usual, the tokens before
@@ -39,7 +39,7 @@ class MismatchWeights(Surrogate, ABC):
     def weights(self, mismatch: Tensor) -> Tensor:
         """The correction of w, after that of an inner one."""
         inner = self.surrogate
-        corrected = isinstance(inner, MismatchWeights)
+        corrected = isinstance(inner, MismatchIS)
         return self.correction(inner.weights(mismatch) if corrected else importance_ratio(mismatch))
 
     @abstractmethod
@@ -52,7 +52,7 @@ class MismatchWeights(Surrogate, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncatedWeights(MismatchWeights):
+class TruncatedIS(MismatchIS):
     """min(w, cap): truncated importance sampling (TIS; Yao et al. 2025)."""
 
     cap: float = 2.0
@@ -67,7 +67,7 @@ class TruncatedWeights(MismatchWeights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedWeights(MismatchWeights):
+class MaskedIS(MismatchIS):
     """w inside [smallest, largest], 0 outside: actions on which the two disagree teach nothing (IcePop, MIS)."""
 
     smallest: float = 0.5

@@ -131,7 +131,7 @@ class PlackettLuce(PreferenceLoss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Centred(PreferenceLoss):
+class Centered(PreferenceLoss):
     """A loss plus η·(r_w + r_l)², averaged over the prompt's pairs (Eisenstein et al. 2023).
 
     Preferences leave a constant per prompt free; this fixes it, so that scores of different prompts can be compared.

@@ -10,7 +10,7 @@ from lightning_rlhf.core.masked import masked_sum
 def next_token_loss(logprobs: Tensor, target: Tensor, *, count: Tensor | int) -> Tensor:
     """−Σ log π(x_t | x_<t) / n over the tokens that count (Ouyang et al. 2022, eq. 2, the γ term).
 
-    The paper does not say how the term is normalised; here it is the mean over tokens, so γ = 27.8 weighs a token of
+    The paper does not say how the term is normalized; here it is the mean over tokens, so γ = 27.8 weighs a token of
     text against an action of the surrogate.
 
     Args:

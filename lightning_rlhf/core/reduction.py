@@ -48,7 +48,7 @@ class TokenMean(Reduction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceMean(Reduction):
+class SeqMeanTokenSum(Reduction):
     """Every response's *sum* weighs the same: Σ loss / number of responses.
 
     At token level the only reduction, up to a constant, that is ∇J.
@@ -60,7 +60,7 @@ class SequenceMean(Reduction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanOfMeans(Reduction):
+class SeqMeanTokenMean(Reduction):
     """Every response's *mean* weighs the same: Σ (Σ_t loss / |y|) / number of responses (GRPO, eq. 3).
 
     (Shao et al. 2024.) A token of a long response weighs less, so at token level it is not ∇J where lengths vary
@@ -77,7 +77,7 @@ class MeanOfMeans(Reduction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConstantLength(Reduction):
+class SeqMeanTokenSumNorm(Reduction):
     """Every response's sum over one constant: Σ loss / (length · number of responses) (Dr. GRPO, §3.2).
 
     (Liu et al. 2025.) ∇J up to the constant, at the size of a mean over tokens.
@@ -101,7 +101,7 @@ class ConstantLength(Reduction):
             ValueError: `length` is still None.
         """
         if self.length is None:
-            raise ValueError("`ConstantLength` needs `length`, in tokens: set it, or call `for_length` first")
+            raise ValueError("`SeqMeanTokenSumNorm` needs `length`, in tokens: set it, or call `for_length` first")
         return masked_sum(losses, mask) / self.length
 
     def count(self, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def penalised_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: float) -> Tensor:
+def penalized_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: float) -> Tensor:
     """Per-action reward: −β·kl, plus the score on the last action (Ouyang et al. 2022, eq. 2).
 
     rₜ = −β (log π_old(aₜ|sₜ) − log π_ref(aₜ|sₜ)) + 1[t = last] · r_φ(x, y)

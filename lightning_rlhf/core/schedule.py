@@ -44,7 +44,7 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(Schedule):
+class ConstantSchedule(Schedule):
     """The peak, after warm-up (Ouyang et al. 2022, C.4)."""
 
     def decay(self, progress: float) -> float:
@@ -53,7 +53,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Schedule):
+class LinearSchedule(Schedule):
     """Linearly from the peak to `floor`."""
 
     floor: float = 0.0
@@ -69,7 +69,7 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(Schedule):
+class CosineSchedule(Schedule):
     """Half a cosine from the peak to `floor` (Ouyang et al. 2022, C.1 and C.2: to 10 %)."""
 
     floor: float = 0.1

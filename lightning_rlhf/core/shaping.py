@@ -35,11 +35,11 @@ class Shaping(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaceScore(Shaping):
+class TruncatedScore(Shaping):
     """Without end token the score becomes a fixed value (Ziegler et al. 2019, code; Huang et al. 2024, detail 23)."""
 
     value: float = -1.0
-    """Reward units, after normalisation of the reward."""
+    """Reward units, after normalization of the reward."""
 
     def __post_init__(self) -> None:
         check_finite(value=self.value)
@@ -50,7 +50,7 @@ class ReplaceScore(Shaping):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubtractFromScore(Shaping):
+class MissingEOSPenalty(Shaping):
     """Without end token the score is lowered by a penalty (TRL's `missing_eos_penalty`)."""
 
     penalty: float = 1.0
@@ -119,7 +119,7 @@ class LengthPenalty(Shaping):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthNormalised(Shaping):
+class LengthNormalized(Shaping):
     """score · (length / |y|): the score per token, in units of a response of `length` tokens.
 
     A response below 0 gains by being longer: take it for rewards that count something, or shift them above 0 first.

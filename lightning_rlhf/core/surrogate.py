@@ -1,4 +1,4 @@
-"""What an update maximises of advantages that were measured at π_old: the interface, and the plain ρÂ."""
+"""What an update maximizes of advantages that were measured at π_old: the interface, and the plain ρÂ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PerAction(NamedTuple):
     """A loss before it is reduced.
 
     Attributes:
-        loss: to be minimised, (B, T).
+        loss: to be minimized, (B, T).
         stats: what to log of each action, by logged name, (B, T) each.
     """
 
@@ -77,7 +77,7 @@ class Surrogate(Adaptive, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unclipped(Surrogate):
+class ImportanceSampling(Surrogate):
     """−ρÂ: importance sampling and nothing else (PPO eq. 6, "conservative policy iteration").
 
     At π_old its gradient is REINFORCE's. E_old[ρÂ] exceeds J by β·KL(π_θ‖π_old), so many steps on one rollout run off:

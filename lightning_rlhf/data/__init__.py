@@ -1,6 +1,6 @@
 """Rows of text to batches of tokens."""
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.comparisons import ComparisonDataModule
 from lightning_rlhf.data.demonstrations import DemonstrationDataModule
 from lightning_rlhf.data.hub import HubData
@@ -10,7 +10,7 @@ from lightning_rlhf.data.schedule import BatchSchedule
 
 __all__ = [
     "BatchSchedule",
-    "Columns",
+    "ColumnNames",
     "ComparisonDataModule",
     "DemonstrationDataModule",
     "HubData",

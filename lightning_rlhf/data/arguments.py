@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.types import Row
 
 
-def template_arguments(row: Row, columns: Columns) -> dict[str, Any]:
+def template_arguments(row: Row, columns: ColumnNames) -> dict[str, Any]:
     """Tools and other arguments by name, without empty ones; either may be JSON in a text, as flat tables hold them.
 
     Raises:

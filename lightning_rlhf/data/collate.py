@@ -21,7 +21,7 @@ def collate_prompts(examples: Sequence[PromptExample], counts: Sequence[bool], *
     """Prompts, padded on the left with `pad`."""
     tokens, mask = _padded([example.tokens for example in examples], pad, left=True)
     rows = [example.row for example in examples]
-    return PromptBatch(tokens=tokens, mask=mask, counts=torch.tensor(counts, dtype=torch.bool), rows=rows)
+    return PromptBatch(tokens=tokens, mask=mask, is_real=torch.tensor(counts, dtype=torch.bool), rows=rows)
 
 
 def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pad: int) -> TextBatch:

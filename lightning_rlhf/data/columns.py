@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class ColumnNames:
     """Which key of a record holds what, so that a file need not be rewritten to be read.
 
     Args:

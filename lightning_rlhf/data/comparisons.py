@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_texts
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples
 from lightning_rlhf.data.loader import ResumableLoader
@@ -55,7 +55,7 @@ class ComparisonDataModule(TextDataModule):
         max_tokens: int = 1024,
         prompt_role: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        columns: Columns = Columns(),
+        columns: ColumnNames = ColumnNames(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
         seed: int = 0,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import MOST
 from lightning_rlhf.core.settings import accept_differences
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.order import FileOrder, ShuffledOrder
@@ -22,14 +22,14 @@ from lightning_rlhf.data.stream import JointStream, Stream
 from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder, load_tokenizer
 
-Reader = Callable[[Sequence[Located], Encoder, Columns, Tally], Sequence[Any]]
+Reader = Callable[[Sequence[Located], Encoder, ColumnNames, Tally], Sequence[Any]]
 Collate = Callable[..., Any]
 TOKENS = "tokens, as the chat template writes them today"
 """Key of the digest that changes with a template, the date in it, or a limit on lengths."""
 
 
 class TextDataModule(LightningDataModule):
-    """Rows from where the arguments say, read and tokenised when a stage first needs them, served by step number.
+    """Rows from where the arguments say, read and tokenized when a stage first needs them, served by step number.
 
     Args:
         tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
@@ -51,7 +51,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None,
         prompt_role: str | None,
         chat_template_kwargs: dict[str, Any] | None,
-        columns: Columns,
+        columns: ColumnNames,
         batch_size: int,
         eval_batch_size: int | None,
         num_workers: int,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_rlhf.data.arguments import template_arguments
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import Answer
 from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
@@ -30,7 +30,7 @@ class PromptExample:
 
     tokens: Tokens
     record: Located
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
 
     @property
     def row(self) -> Row:
@@ -70,7 +70,7 @@ class ComparisonExample:
 
 
 def prompt_examples(
-    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
 ) -> list[PromptExample]:
     """The prompts of the records that fit `tally.limit` tokens.
 
@@ -93,7 +93,7 @@ def prompt_examples(
 
 
 def demonstration_examples(
-    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally, *, loss_on_prompt: bool = False
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally, *, loss_on_prompt: bool = False
 ) -> list[TextExample]:
     """Prompt + response + end token, or a document to be predicted whole, of the records that fit `tally.limit` tokens.
 
@@ -124,7 +124,7 @@ def demonstration_examples(
 
 
 def comparison_examples(
-    records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
 ) -> list[ComparisonExample]:
     """The rankings of the records, without responses over `tally.limit` tokens (prompt and end token included).
 
@@ -148,7 +148,7 @@ def comparison_examples(
 
 
 def pretraining_blocks(
-    records: Sequence[Located], encoder: Encoder, columns: Columns, *, block: int
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, *, block: int
 ) -> list[TextExample]:
     """Documents end to end, cut every `block` tokens; a shorter last block is kept if it has a token to predict.
 
@@ -165,7 +165,7 @@ def pretraining_blocks(
     return [TextExample(tokens, context=1) for tokens in blocks if len(tokens) >= 2]
 
 
-def _demonstration(row: Row, encoder: Encoder, columns: Columns, tally: Tally) -> TextExample | None:
+def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Tally) -> TextExample | None:
     if is_document(row, columns):
         text = text_of(row, columns)
         if tally.exceeded(encoder, text):
@@ -176,7 +176,11 @@ def _demonstration(row: Row, encoder: Encoder, columns: Columns, tally: Tally) -
         return TextExample(tokens, context=1)
     demonstration = demonstration_of(row, columns)
     exchange = _exchange(demonstration.prompt, demonstration.response, template_arguments(row, columns), encoder, tally)
-    return None if exchange is None else TextExample(exchange.prompt + exchange.response, context=len(exchange.prompt))
+    return (
+        None
+        if exchange is None
+        else TextExample(exchange.prompt + exchange.response_mask, context=len(exchange.prompt))
+    )
 
 
 def _exchange(
@@ -192,7 +196,7 @@ def _exchange(
 
 def _comparison(ranking: Ranking, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally) -> ComparisonExample:
     exchanges = [_exchange(ranking.prompt, answer, arguments, encoder, tally) for answer in ranking.responses]
-    texts = [array("i") if exchange is None else exchange.prompt + exchange.response for exchange in exchanges]
+    texts = [array("i") if exchange is None else exchange.prompt + exchange.response_mask for exchange in exchanges]
     kept = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]
     tally.responses += len(texts)
     tally.long_responses += len(texts) - len(kept)

@@ -1,7 +1,7 @@
 """What a record says: a prompt, a demonstration or a document, under our keys or those of TRL, OpenRLHF and NeMo-RL.
 
-A key named with `Columns` is read and no other. Under the default names our key comes first, then those of the others;
-two of theirs in one row are an error, never a guess.
+A key named with `ColumnNames` is read and no other. Under the default names our key comes first, then those of the
+others; two of theirs in one row are an error, never a guess.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import Answer, answered, shared_messages, shared_text
 from lightning_rlhf.text import Prompt, checked_answer, checked_messages, checked_prompt
 from lightning_rlhf.types import Row
@@ -28,7 +28,7 @@ class Demonstration:
     response: Answer
 
 
-def prompt_of(row: Row, columns: Columns) -> Prompt:
+def prompt_of(row: Row, columns: ColumnNames) -> Prompt:
     """The prompt to respond to, of any row that has one.
 
     That of `prompt_key`, or what comes before the answers of a dialogue (`messages`), of a pair (`chosen`, `rejected`)
@@ -52,20 +52,20 @@ def prompt_of(row: Row, columns: Columns) -> Prompt:
     return checked_prompt(value_of(row, columns.prompt, "prompt"), columns.prompt)  # which it is not: say so
 
 
-def prompt_key(row: Row, columns: Columns) -> str | None:
+def prompt_key(row: Row, columns: ColumnNames) -> str | None:
     """The key that holds the row's prompt; None where it has to be found in a dialogue.
 
     Raises:
         ValueError: several might.
     """
-    if columns.prompt in row or columns.prompt != Columns.prompt:  # a key that was named on purpose must be there
+    if columns.prompt in row or columns.prompt != ColumnNames.prompt:  # a key that was named on purpose must be there
         return columns.prompt
     found = {key: key in row for key in PROMPT_KEYS}
     beside = {"instruction": "instruction" in row and any(found.values())}  # Alpaca's: `input` is half of its prompt
     return one_of(found | beside, "the prompt", "prompt")
 
 
-def text_of(row: Row, columns: Columns) -> str:
+def text_of(row: Row, columns: ColumnNames) -> str:
     """The document of `{"text"}`.
 
     Raises:
@@ -77,13 +77,13 @@ def text_of(row: Row, columns: Columns) -> str:
     return text
 
 
-def is_document(row: Row, columns: Columns) -> bool:
+def is_document(row: Row, columns: ColumnNames) -> bool:
     """Whether a row of demonstrations has a text and no prompt or answer (TRL's language modelling)."""
     named = {columns.prompt, columns.response, *PROMPT_KEYS, *ANSWER_KEYS}
     return columns.text in row and not named & row.keys()
 
 
-def demonstration_of(row: Row, columns: Columns) -> Demonstration:
+def demonstration_of(row: Row, columns: ColumnNames) -> Demonstration:
     """The demonstration of a prompt and its answer, or of a dialogue that ends with one.
 
     Raises:
@@ -102,7 +102,7 @@ def demonstration_of(row: Row, columns: Columns) -> Demonstration:
     return Demonstration(prompt, answer)
 
 
-def split_pair(row: Row, columns: Columns) -> tuple[Prompt, Any, Any]:
+def split_pair(row: Row, columns: ColumnNames) -> tuple[Prompt, Any, Any]:
     """The implicit prompt of two dialogues, and what follows it in each.
 
     Raises:
@@ -157,8 +157,8 @@ def one_of(found: dict[str, bool], what: str, column: str) -> str | None:
     return keys[0] if keys else None
 
 
-def _answer_key(row: Row, columns: Columns) -> str:
-    if columns.response in row or columns.response != Columns.response:
+def _answer_key(row: Row, columns: ColumnNames) -> str:
+    if columns.response in row or columns.response != ColumnNames.response:
         return columns.response
     return one_of({key: key in row for key in ANSWER_KEYS}, "the answer", "response") or columns.response
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
 from lightning_rlhf.data.loader import ResumableLoader
@@ -68,7 +68,7 @@ class PromptDataModule(TextDataModule):
         text_tokens: int = 512,
         prompt_role: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        columns: Columns = Columns(),
+        columns: ColumnNames = ColumnNames(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -154,6 +154,6 @@ class PromptDataModule(TextDataModule):
         self.load(name, self._blocks, limit="text_tokens")
 
     def _blocks(
-        self, records: Sequence[Located], encoder: Encoder, columns: Columns, tally: Tally
+        self, records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
     ) -> list[TextExample]:
         return pretraining_blocks(records, encoder, columns, block=tally.limit)

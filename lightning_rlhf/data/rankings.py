@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import Answer, answered
 from lightning_rlhf.data.formats import one_of, prompt_key, split_pair, value_of
 from lightning_rlhf.text import Prompt, checked_prompt
@@ -38,7 +38,7 @@ class Ranking:
     systems: list[str] | None = None
 
 
-def ranking_of(row: Row, columns: Columns) -> Ranking:
+def ranking_of(row: Row, columns: ColumnNames) -> Ranking:
     """The ranking of a pair, of K responses with scores or ranks, or of NeMo-RL's completions.
 
     `{"prompt", "chosen", "rejected", "margin"}`, the prompt and the margin optional, or `score_chosen` and
@@ -65,7 +65,7 @@ def ranking_of(row: Row, columns: Columns) -> Ranking:
     )
 
 
-def _pair(row: Row, columns: Columns) -> Ranking:
+def _pair(row: Row, columns: ColumnNames) -> Ranking:
     key = prompt_key(row, columns)
     if key is None:
         prompt, chosen, rejected = split_pair(row, columns)
@@ -77,7 +77,7 @@ def _pair(row: Row, columns: Columns) -> Ranking:
     return Ranking(prompt, responses, places, _ratings(row, columns))
 
 
-def _ratings(row: Row, columns: Columns) -> list[float] | None:
+def _ratings(row: Row, columns: ColumnNames) -> list[float] | None:
     better, worse = PAIR_RATINGS
     if columns.margin in row:
         ratings, name = [_rating(row[columns.margin], columns.margin), 0.0], f"`{columns.margin}`"
@@ -93,7 +93,7 @@ def _ratings(row: Row, columns: Columns) -> list[float] | None:
     return ratings
 
 
-def _listed(row: Row, columns: Columns) -> Ranking:
+def _listed(row: Row, columns: ColumnNames) -> Ranking:
     prompted = prompt_key(row, columns) or columns.prompt
     prompt, responses = checked_prompt(value_of(row, prompted, "prompt"), prompted), row[columns.responses]
     if columns.scores in row and columns.ranks in row:
@@ -119,7 +119,7 @@ def _listed(row: Row, columns: Columns) -> Ranking:
     return replace(ranking, systems=_systems(row, columns, len(responses)))
 
 
-def _systems(row: Row, columns: Columns, count: int) -> list[str] | None:
+def _systems(row: Row, columns: ColumnNames, count: int) -> list[str] | None:
     if columns.systems not in row:
         return None
     names = row[columns.systems]

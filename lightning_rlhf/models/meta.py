@@ -119,7 +119,7 @@ def _why_converted(network: Any, weights: UnreadWeights, missing: list[str]) -> 
     """What transformers has to do with a network's weights while it reads them, beyond a cast."""
     config = network.config
     if getattr(config, "quantization_config", None) is not None:
-        return "they are quantised"
+        return "they are quantized"
     if network._keep_in_fp32_modules or network._keep_in_fp32_modules_strict:
         return "some of them keep another precision than the others"
     if network.state_dict().keys() != {name for name, _ in network.named_parameters(remove_duplicate=False)}:

@@ -97,8 +97,10 @@ class PolicyModel(nn.Module):
             rollout: B responses.
             temperature: τ the logits are divided by.
         """
-        width = rollout.response.shape[1]
-        return self(rollout.tokens, rollout.attention, width=width, temperature=temperature, groups=rollout.groups)
+        width = rollout.response_mask.shape[1]
+        return self(
+            rollout.tokens, rollout.attention_mask, width=width, temperature=temperature, groups=rollout.prompt_index
+        )
 
     def text_logprobs(self, text: TextBatch) -> Tensor:
         """log π of tokens 1 .. L − 1 of each text, (B, L − 1), nats, 0 where a token is no target."""

@@ -79,7 +79,7 @@ class ScalarModel(nn.Module):
 
     def response_values(self, rollout: Rollout) -> Tensor:
         """V of the state before each response token, (B, R), reward units."""
-        return self(rollout.tokens, rollout.attention)[:, rollout.prompt_width - 1 : -1]
+        return self(rollout.tokens, rollout.attention_mask)[:, rollout.prompt_width - 1 : -1]
 
     @contextmanager
     def without_bias(self) -> Iterator[None]:

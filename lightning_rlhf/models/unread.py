@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.hub import cached_file
 
 CASTS = ("F64", "F32", "F16", "BF16")
-"""Numbers in a file that need no more than a cast; others are packed or quantised."""
+"""Numbers in a file that need no more than a cast; others are packed or quantized."""
 
 
 def weight_files(path: str, *, local_files_only: bool) -> list[str]:

@@ -10,21 +10,21 @@ from lightning_rlhf.core import (
     Algorithm,
     Clip,
     GeometricLevel,
-    MismatchWeights,
+    MismatchIS,
     Shaping,
     SoftOverlong,
     Surrogate,
     Whitened,
 )
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.rollout import Generation
+from lightning_rlhf.rollout import SamplingParams
 
 WIDEST_GEOMETRIC_BOUND = 0.05
-"""No response's length-normalised ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
+"""No response's length-normalized ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
 def check_compatible(
-    algorithm: Algorithm, generation: Generation, *, value: object = None, value_lr: float | None = None
+    algorithm: Algorithm, generation: SamplingParams, *, value: object = None, value_lr: float | None = None
 ) -> None:
     """Refuse settings of a run that its algorithm cannot use, and warn of those that do nothing.
 
@@ -56,7 +56,7 @@ def check_compatible(
     if isinstance(algorithm.level, GeometricLevel):
         for never in _idle_bounds(algorithm.surrogate):
             warnings.warn(
-                f"{never} never acts on GeometricLevel's length-normalised ratio: GSPO's bounds are epsilon=3e-4, "
+                f"{never} never acts on GeometricLevel's length-normalized ratio: GSPO's bounds are epsilon=3e-4, "
                 "epsilon_high=4e-4",
                 stacklevel=3,
             )
@@ -75,8 +75,8 @@ def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:
 
 
 def _idle_bounds(surrogate: Surrogate) -> list[str]:
-    """The bounds of a surrogate that a length-normalised ratio does not reach, as one would write them."""
-    while isinstance(surrogate, MismatchWeights):
+    """The bounds of a surrogate that a length-normalized ratio does not reach, as one would write them."""
+    while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
     if isinstance(surrogate, CISPO):
         near_one = abs(surrogate.largest - 1) <= WIDEST_GEOMETRIC_BOUND

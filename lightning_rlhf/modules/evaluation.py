@@ -43,7 +43,7 @@ class Evaluation:
             return None
         rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
         scores = responder.score(rollout, batch, iteration=batch_idx)
-        self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.counts)
+        self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)
         self.panel.prompts(responder, batch, batch_idx, rollout, scores)
         return outcome_of(rollout, scores, batch)
 
@@ -65,5 +65,5 @@ class Evaluation:
         texts: list[Any] = outcome.tokens()
         if responder.tokenizer is not None:
             texts = texts_of(texts, responder.tokenizer)
-        records = zip(outcome.rows, texts, outcome.numbers(), outcome.counts.tolist(), strict=True)
+        records = zip(outcome.rows, texts, outcome.numbers(), outcome.is_real.tolist(), strict=True)
         return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in records if counts]

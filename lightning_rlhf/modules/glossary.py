@@ -117,7 +117,7 @@ EVALUATIONS = (
     Entry("eval/gold/since_best", "mean gold reward less that of the run's best evaluation, or the reference", "gold"),
     Entry("eval/gold/since_best_se", "its standard error over prompts", "gold"),
     Entry("eval/gold/proxy_since_best", "the same of the score", "reward"),
-    Entry("eval/gold/overoptimised", "1 where the score rose and gold fell by over 2 standard errors, else 0", "1"),
+    Entry("eval/gold/overoptimized", "1 where the score rose and gold fell by over 2 standard errors, else 0", "1"),
     Entry("eval/ptx_loss_reference", "`eval/ptx_loss` of the reference", "nats/token"),
     Entry("eval/alignment_tax", "`eval/ptx_loss` less that", "nats/token"),
     Entry("eval/alignment_tax_se", "its standard error over texts", "nats/token"),

@@ -1,4 +1,4 @@
-"""Over-optimisation: a second reward, which is not trained on, judges what the first one led to (Gao et al. 2023)."""
+"""Over-optimization: a second reward, which is not trained on, judges what the first one led to (Gao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GoldReward(Evaluator):
 
     `gold/since_best`, with its standard error, is the gold reward less that of the best evaluation so far in this run
     (the reference's where none was better), prompt by prompt, and `gold/proxy_since_best` the same of the proxy.
-    `gold/overoptimised` is 1 where the proxy has risen since then and the gold reward has fallen by more than two
+    `gold/overoptimized` is 1 where the proxy has risen since then and the gold reward has fallen by more than two
     standard errors: what is learned now is the proxy's error. It steers nothing. What was best is not part of a
     checkpoint: a resumed run begins with the reference again.
     """
@@ -74,7 +74,7 @@ class GoldReward(Evaluator):
             "since_best": since,
             "since_best_se": error,
             "proxy_since_best": proxy_change,
-            "overoptimised": float(proxy_change > 0 and since < -ERRORS * error),
+            "overoptimized": float(proxy_change > 0 and since < -ERRORS * error),
         }
         return {f"{self.name}/{name}": number for name, number in found.items()}
 

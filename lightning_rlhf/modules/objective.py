@@ -34,10 +34,12 @@ class Objective:
     def actions(self, algorithm: Algorithm, piece: Experience) -> Loss:
         """Surrogate, KL in the loss and value loss over the actions of some rows."""
         old = piece.rollout
-        logprobs = self.logprobs(piece) if old.live is None else old.live
+        logprobs = self.logprobs(piece) if old.logprobs_with_grad is None else old.logprobs_with_grad
         values = None if self.value is None else self.value.response_values(old)
         per_action = algorithm.action_loss(logprobs, values, piece)
-        return algorithm.reduction.total(per_action.loss, piece.mask), MeanMetrics.of(per_action.stats, piece.mask)
+        return algorithm.reduction.total(per_action.loss, piece.action_mask), MeanMetrics.of(
+            per_action.stats, piece.action_mask
+        )
 
     def text(self, text: TextBatch, *, count: Tensor) -> Loss:
         """−Σ log π_θ(token) / count, nats per token: the γ term before its γ."""
@@ -50,8 +52,8 @@ class Objective:
     def kl_old(self, algorithm: Algorithm, piece: Experience) -> MeanMetrics:
         """KL(π_old‖π_θ) per action, by k3 at the samples of π_old (PPO §4)."""
         old = piece.rollout
-        log_ratio = algorithm.level.log_ratio(self.logprobs(piece), old.logprobs, old.response)
-        return MeanMetrics.of({"policy/kl_old": k3(-log_ratio)}, piece.mask)
+        log_ratio = algorithm.level.log_ratio(self.logprobs(piece), old.logprobs, old.response_mask)
+        return MeanMetrics.of({"policy/kl_old": k3(-log_ratio)}, piece.action_mask)
 
     def logprobs(self, piece: Experience) -> Tensor:
         """log π_θ of each response token, (B, R), nats."""

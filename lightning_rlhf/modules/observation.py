@@ -47,11 +47,11 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
         "policy/entropy_avg": rollout.entropy,
         "policy/kl_sampler": k3(rollout.sampler_logprobs - rollout.logprobs),
     }
-    flat = group_std(scores.total, rollout.groups) == 0  # of these GRPO learns nothing
+    flat = group_std(scores.total, rollout.prompt_index) == 0  # of these GRPO learns nothing
     return (
         MeanMetrics.of({f"objective/{name}": term for name, term in terms.items()})
-        + MeanMetrics.of(of_tokens, rollout.response)
-        + MeanMetrics.of({"objective/flat_groups": flat.to(scores.total)}, group_size(rollout.groups) > 1)
+        + MeanMetrics.of(of_tokens, rollout.response_mask)
+        + MeanMetrics.of({"objective/flat_groups": flat.to(scores.total)}, group_size(rollout.prompt_index) > 1)
     )
 
 
@@ -66,14 +66,14 @@ def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experienc
     """
     advantages = None
     if experience is not None:
-        mask = experience.mask
+        mask = experience.action_mask
         advantages = torch.where(mask, experience.advantages, 0.0).sum(1) / mask.sum(1)
     return Outcome(
-        rollout=replace(rollout, live=None),
+        rollout=replace(rollout, logprobs_with_grad=None),
         rows=prompts.rows_of(rollout),
         raw_scores=scores.total if scores.raw is None else scores.raw,
         scores=scores.total,
         parts=scores.parts,
-        counts=prompts.counts[rollout.groups],
+        is_real=prompts.is_real[rollout.prompt_index],
         advantages=advantages,
     )

@@ -63,7 +63,7 @@ def retune(module: LightningModule) -> None:
 
 
 def training_steps(module: LightningModule) -> int:
-    """Optimizer steps of the run under automatic optimisation; a run without end counts as very long.
+    """Optimizer steps of the run under automatic optimization; a run without end counts as very long.
 
     A resumed run must not ask for its data before Lightning has the checkpoint's position in them, which it would lose;
     the schedule's first value, for which it is asked by then, comes from the checkpoint.
@@ -123,7 +123,7 @@ def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: floa
 
 
 def rollouts_of(module: LightningModule) -> int:
-    """Rollouts of the run under manual optimisation, where `max_steps` counts optimizer steps."""
+    """Rollouts of the run under manual optimization, where `max_steps` counts optimizer steps."""
     trainer = module.trainer
     done, steps = trainer.fit_loop.total_batch_idx + 1, trainer.global_step
     limits = [ENDLESS]

@@ -62,7 +62,7 @@ class Panel:
             return
         answers = self._answers(responder, batch, batch_idx, rollout, scores)
         for number, evaluator in present:
-            self._note(responder.ranks, number, evaluator.of_answers(answers), batch.counts, batch_idx)
+            self._note(responder.ranks, number, evaluator.of_answers(answers), batch.is_real, batch_idx)
 
     def texts(self, responder: Responder, batch: TextBatch, batch_idx: int, logprobs: Tensor) -> None:
         """Take in a batch of texts with the policy's log-probs, (B, L − 1)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Algorithm, Constant, Schedule
+from lightning_rlhf.core import Algorithm, ConstantSchedule, Schedule
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
@@ -35,7 +35,7 @@ from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
 from lightning_rlhf.modules.training_signal import TrainingSignal
-from lightning_rlhf.rollout import Collector, Generation, Reward, Scores, Updates, as_reward
+from lightning_rlhf.rollout import Collector, Reward, SamplingParams, Scores, UpdateSchedule, as_reward
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.responder import Responder
 from lightning_rlhf.types import Experience, Outcome, PPOBatch, PromptBatch, Rollout, TextBatch
@@ -82,8 +82,8 @@ class PPOModule(CheckedRevival, LightningModule):
         policy: str | ModelSource | nn.Module,
         reward: Reward | Callable[..., Any],
         algorithm: Algorithm | None = None,
-        generation: Generation = Generation(),
-        updates: Updates = Updates(),
+        generation: SamplingParams = SamplingParams(),
+        updates: UpdateSchedule = UpdateSchedule(),
         reference: str | ModelSource | None = None,
         reference_dtype: DType | None = None,
         value: str | ModelSource | None = None,
@@ -91,7 +91,7 @@ class PPOModule(CheckedRevival, LightningModule):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         lr: float | None = None,
         optimizer: OptimizerCallable | None = None,
-        schedule: Schedule = Constant(warmup=10),
+        schedule: Schedule = ConstantSchedule(warmup=10),
         compile: bool = False,
         evaluations: Sequence[Evaluator] = (),
     ) -> None:
@@ -258,7 +258,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def counts(self, minibatch: Experience, text: TextBatch | None) -> Tensor:
         """Denominators of a step, of all processes, (2,): those of the reduction, and tokens of text; at least 1."""
-        actions = self.algorithm.reduction.count(minibatch.mask)
+        actions = self.algorithm.reduction.count(minibatch.action_mask)
         words = torch.zeros_like(actions) if text is None else text.target.sum()
         return self.ranks.sum(torch.stack([actions, words])).clamp(min=1)
 

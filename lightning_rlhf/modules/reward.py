@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Cosine, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
+from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
@@ -49,7 +49,7 @@ class RewardModule(CheckedRevival, LightningModule):
     to r_θ, so b is set after every validation that served demonstrations, and when training ends where the data module
     has any, with or without a validation: over all processes, and in float32 whatever the training precision (under
     FSDP2 and DeepSpeed ZeRO-3 in the training precision). The loss is given raw scores, because one that does see a
-    constant (`Centred`) would chase the bias.
+    constant (`Centered`) would chase the bias.
 
     An evaluation logs accuracy, margin and loss, the accuracy by confidence (`Calibration`), by length difference
     (`LengthAccuracy`) and by who wrote the responses (`SystemAccuracy`), and the correlation of score and length
@@ -70,7 +70,7 @@ class RewardModule(CheckedRevival, LightningModule):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         loss: PreferenceLoss = RankingLoss(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9e-6, weight_decay=0.0),
-        schedule: Schedule = Cosine(),
+        schedule: Schedule = CosineSchedule(),
     ) -> None:
         super().__init__()
         keep_hyperparameters(self, tokenizer=tokenizer)
@@ -237,7 +237,7 @@ class RewardModule(CheckedRevival, LightningModule):
         self.model.bias = -raw
 
     @torch.no_grad()
-    def normalise(self, demonstrations: Iterable[TextBatch]) -> float:
+    def normalize(self, demonstrations: Iterable[TextBatch]) -> float:
         """Set the bias on demand, without a trainer: afterwards the demonstrations score 0 on average.
 
         Args:

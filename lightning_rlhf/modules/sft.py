@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Cosine, Schedule, next_token_loss
+from lightning_rlhf.core import CosineSchedule, Schedule, next_token_loss
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, PolicyModel
@@ -49,7 +49,7 @@ class SFTModule(CheckedRevival, LightningModule):
         model: ModelSource | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, weight_decay=0.0),
-        schedule: Schedule = Cosine(),
+        schedule: Schedule = CosineSchedule(),
     ) -> None:
         super().__init__()
         keep_hyperparameters(self, tokenizer=tokenizer)

@@ -81,7 +81,7 @@ class WinRate(Evaluator):
             )
         ours = decoded(answers.policy, answers.tokenizer)
         theirs = decoded(answers.of_reference(self.samples), answers.tokenizer)
-        pairs = answers.prompts.counts.cpu().repeat_interleave(self.samples).nonzero().flatten()
+        pairs = answers.prompts.is_real.cpu().repeat_interleave(self.samples).nonzero().flatten()
         of_policy, of_reference = (pairs // self.samples).tolist(), pairs.tolist()
         rows = [answers.prompts.rows[i] for i in of_policy]
         texts = [ours[i] for i in of_policy], [theirs[i] for i in of_reference]

@@ -1,4 +1,4 @@
-"""Figures as PNG files, and as SVG that takes its colours and its font from the page around it."""
+"""Figures as PNG files, and as SVG that takes its colors and its font from the page around it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def draw(figure: Figure, *, png: Path) -> str:
         png: path of the file.
 
     Returns:
-        `<svg …>`, without a script, a style sheet or an address; its words are text, its neutral colours the page's.
+        `<svg …>`, without a script, a style sheet or an address; its words are text, its neutral colors the page's.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas

@@ -10,7 +10,7 @@ from lightning_rlhf.report.figure import Figure, Missing
 from lightning_rlhf.report.frontier import BestOfN, GaoCurve, best_of_start, fit_gao
 from lightning_rlhf.report.marks import Dots, Guide, Mark, Points
 from lightning_rlhf.report.metrics import Series
-from lightning_rlhf.report.palette import FAINT, INK, colour
+from lightning_rlhf.report.palette import FAINT, INK, color
 from lightning_rlhf.report.responses import Responses
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import thinned
@@ -30,14 +30,14 @@ def frontier(runs: Sequence[Run]) -> Figure | Missing:
         training, held_out = _points(run, *_TRAINING), _points(run, *_HELD_OUT)
         name = "" if len(runs) == 1 else f"{run.name}, "
         if training:
-            marks.append(Dots(label=f"{name}training", x=training.x, y=training.y, colour=colour(place)))
+            marks.append(Dots(label=f"{name}training", x=training.x, y=training.y, color=color(place)))
         if held_out:
-            marks.append(Points(label=f"{name}held out", x=held_out.x, y=held_out.y, colour=colour(place)))
+            marks.append(Points(label=f"{name}held out", x=held_out.x, y=held_out.y, color=color(place)))
         reach = max(reach, *training.x, *held_out.x, 0.0)
         for points, which in ((held_out, "held-out"), (training, "training")):
             curve = fit_gao(points.x, points.y)
             if curve is not None:
-                marks.append(_fitted(curve, points, colour=colour(place) if name else INK, label=f"{name}fit"))
+                marks.append(_fitted(curve, points, color=color(place) if name else INK, label=f"{name}fit"))
                 told.append(f"{run.name}, {which} points: {_told(curve)}")
                 break
         best = _best(run)
@@ -69,10 +69,10 @@ def _means(responses: Responses) -> list[tuple[float, float]]:
     return [(math.sqrt(max(fmean(kls[i]), 0.0)), fmean(scores[i])) for i in kls if i in scores]
 
 
-def _fitted(curve: GaoCurve, points: Series, *, colour: str, label: str) -> Guide:
+def _fitted(curve: GaoCurve, points: Series, *, color: str, label: str) -> Guide:
     far = max(points.x)
     x = [far * i / 100 for i in range(101)]
-    return Guide(label=label, x=x, y=[curve(d) for d in x], colour=colour)
+    return Guide(label=label, x=x, y=[curve(d) for d in x], color=color)
 
 
 def _told(curve: GaoCurve) -> str:
@@ -95,7 +95,7 @@ def _bounds(bests: Sequence[tuple[Run, BestOfN]], *, alone: bool) -> list[Mark]:
     for run, best in bests:
         of = "best of n" if alone else f"best of n, start of {run.name}"
         label = f"{of} ≤ {best.largest}{', upper bound' if best.pooled else ''}"
-        marks.setdefault(best.rewards, Guide(label=label, x=best.d, y=best.rewards, colour=FAINT, dashes=(1, 2)))
+        marks.setdefault(best.rewards, Guide(label=label, x=best.d, y=best.rewards, color=FAINT, dashes=(1, 2)))
     return list(marks.values())
 
 

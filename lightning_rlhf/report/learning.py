@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_rlhf.report.figure import Figure, Missing
 from lightning_rlhf.report.marks import Mark, Points
 from lightning_rlhf.report.metrics import Series
-from lightning_rlhf.report.palette import colour
+from lightning_rlhf.report.palette import color
 from lightning_rlhf.report.quantity import ROLLOUTS, Quantity, line_of
 from lightning_rlhf.report.responses import Responses
 from lightning_rlhf.report.runs import Run
@@ -45,7 +45,7 @@ KL_OLD = Quantity(
     line=("policy/approxkl_avg",),
     points=("policy/kl_old",),
     labels=("½(log ρ)², over the update", "KL(π_old‖π_θ), after the update"),
-    caption="How far one update goes from the policy that wrote the responses. The second is measured by KLPenalty.",
+    caption="How far one update goes from the policy that wrote the responses. The second is measured by KLPen.",
     remedy=f"needs policy/approxkl_avg in {_LOG}",
 )
 CLIPPED = Quantity(
@@ -125,9 +125,9 @@ def length_bias(runs: Sequence[Run]) -> Figure | Missing:
         names = ("training", "held out") if len(runs) == 1 else (run.name, f"{run.name}, held out")
         trained, tested = _correlations(run.rollouts), _correlations(run.held_out)
         if trained:
-            marks.append(line_of(trained, {}, None, label=names[0], colour=colour(place)))
+            marks.append(line_of(trained, {}, None, label=names[0], color=color(place)))
         if tested:
-            marks.append(Points(label=names[1], x=tested.x, y=tested.y, colour=colour(place)))
+            marks.append(Points(label=names[1], x=tested.x, y=tested.y, color=color(place)))
     title = "Correlation of score and length"
     if not marks:
         return Missing(title=title, remedy="needs rollouts.jsonl or samples.jsonl, in which length and score both vary")

@@ -16,19 +16,19 @@ Row = tuple[float | str, float, float | None, float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark(ABC):
-    """Something with a label and a colour.
+    """Something with a label and a color.
 
     Attributes:
         label: in the legend; "" keeps it out.
         x: along the axis.
         y: one number for each x.
-        colour: of the palette.
+        color: of the palette.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str
+    color: str
 
     @abstractmethod
     def draw(self, axis: Any) -> None:
@@ -55,12 +55,12 @@ class Line(Mark):
     def draw(self, axis: Any) -> None:
         """Line, band, and what is behind them."""
         if self.raw:
-            axis.plot(self.x, self.raw, color=self.colour, linewidth=0.7, alpha=0.3, zorder=2)
+            axis.plot(self.x, self.raw, color=self.color, linewidth=0.7, alpha=0.3, zorder=2)
         if self.intervals:
             low, high = zip(*self.intervals, strict=True)
-            axis.fill_between(self.x, low, high, color=self.colour, alpha=0.16, linewidth=0, zorder=1.5)
+            axis.fill_between(self.x, low, high, color=self.color, alpha=0.16, linewidth=0, zorder=1.5)
         marker = {"marker": "o", "markersize": 3.2} if len(self.x) <= 30 else {}
-        axis.plot(self.x, self.y, color=self.colour, linewidth=1.7, label=self.label, zorder=3, **marker)
+        axis.plot(self.x, self.y, color=self.color, linewidth=1.7, label=self.label, zorder=3, **marker)
 
     def rows(self) -> Iterator[Row]:
         """The line's numbers with their band; what it smooths where it does."""
@@ -78,7 +78,7 @@ class Guide(Mark):
     def draw(self, axis: Any) -> None:
         """Behind the data."""
         style = {"linewidth": 1.3, "dashes": self.dashes, "zorder": 2.5}
-        axis.plot(self.x, self.y, color=self.colour, label=self.label, **style)
+        axis.plot(self.x, self.y, color=self.color, label=self.label, **style)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +95,9 @@ class Points(Mark):
         """Rings over everything else."""
         if self.intervals:
             low, high = zip(*self.intervals, strict=True)
-            axis.vlines(self.x, low, high, color=self.colour, linewidth=1, alpha=0.6, zorder=3.5)
+            axis.vlines(self.x, low, high, color=self.color, linewidth=1, alpha=0.6, zorder=3.5)
         ring = {"markerfacecolor": PAPER, "markeredgewidth": 1.5, "markersize": 5.5 if len(self.x) <= 40 else 3}
-        axis.plot(self.x, self.y, "o-", color=self.colour, linewidth=0.8, label=self.label, zorder=4, **ring)
+        axis.plot(self.x, self.y, "o-", color=self.color, linewidth=0.8, label=self.label, zorder=4, **ring)
 
     def rows(self) -> Iterator[Row]:
         """Its numbers with their intervals."""
@@ -114,7 +114,7 @@ class Dots(Mark):
         """Small, behind lines."""
         alphas = [0.15 + 0.6 * i / max(len(self.x) - 1, 1) for i in range(len(self.x))]
         dots = {"s": 12, "linewidths": 0, "zorder": 2, "label": self.label}
-        axis.scatter(self.x, self.y, color=self.colour, alpha=alphas, **dots)
+        axis.scatter(self.x, self.y, color=self.color, alpha=alphas, **dots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ class Bars(Mark):
 
     def draw(self, axis: Any) -> None:
         """Bars from zero, with their intervals and notes."""
-        axis.bar(self.x, self.y, self.width * 0.92, color=self.colour, alpha=0.85, label=self.label, zorder=2)
+        axis.bar(self.x, self.y, self.width * 0.92, color=self.color, alpha=0.85, label=self.label, zorder=2)
         if self.intervals:
             low, high = zip(*self.intervals, strict=True)
             axis.vlines(self.x, low, high, color=FAINT, linewidth=1.2, zorder=3)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.palette import colour
+from lightning_rlhf.report.palette import color
 from lightning_rlhf.report.summary import Change
 from lightning_rlhf.text.escape import html
 
@@ -53,7 +53,7 @@ def page(
         samples: HTML of the responses side by side, or of what would give them.
         notes: plain text, one sentence each.
     """
-    places = {name: colour(place) for place, name in enumerate(names)}
+    places = {name: color(place) for place, name in enumerate(names)}
     runs = "".join(f'<li style="--run: {places[name]}">{html(name)}</li>' for name in names)
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     body = "\n".join(

@@ -1,4 +1,4 @@
-"""Colours that tell runs apart on white and on black, and those of the page, which follow the reader's theme."""
+"""Colors that tell runs apart on white and on black, and those of the page, which follow the reader's theme."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ THEMED = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--grid)", PAPER: 
 """What stands for them in an SVG inside the page."""
 
 
-def colour(place: int) -> str:
+def color(place: int) -> str:
     """That of a run by its place among the runs."""
     return RUNS[place % len(RUNS)]

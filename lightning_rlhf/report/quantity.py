@@ -9,7 +9,7 @@ from statistics import fmean
 from lightning_rlhf.report.figure import Figure, Missing
 from lightning_rlhf.report.marks import Line, Mark, Points
 from lightning_rlhf.report.metrics import Series
-from lightning_rlhf.report.palette import colour
+from lightning_rlhf.report.palette import color
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, thinned
 
@@ -77,12 +77,12 @@ class Quantity:
         names = self.labels if alone else (run.name, f"{run.name}, {self.labels[1]}")
         marks: list[Mark] = []
         if line:
-            marks.append(line_of(line, trained, self.interval, label=names[0], colour=colour(place)))
+            marks.append(line_of(line, trained, self.interval, label=names[0], color=color(place)))
         if points:
             points = thinned(points)
             bars = _intervals(points, tested, self.interval)
             label = names[1] if line or alone else run.name
-            marks.append(Points(label=label, x=points.x, y=points.y, colour=colour(place), intervals=bars))
+            marks.append(Points(label=label, x=points.x, y=points.y, color=color(place), intervals=bars))
         return marks
 
 
@@ -92,7 +92,7 @@ def line_of(
     interval: Callable[[Sequence[float]], Interval] | None,
     *,
     label: str,
-    colour: str,
+    color: str,
 ) -> Line:
     """A line that is smoothed where it has many points, with its band.
 
@@ -101,15 +101,15 @@ def line_of(
         columns: iteration → the values that the series is the mean of; empty where they are not known.
         interval: of such values.
         label: of the line.
-        colour: of the line.
+        color: of the line.
     """
     series = thinned(series)
     bands = _intervals(series, columns, interval)
     if len(series.x) <= MANY:
-        return Line(label=label, x=series.x, y=series.y, colour=colour, intervals=bands)
+        return Line(label=label, x=series.x, y=series.y, color=color, intervals=bands)
     edges = [smoothed(Series(series.x, edge)).y for edge in zip(*bands, strict=True)]
     bands = list(zip(*edges, strict=True))
-    return Line(label=label, x=series.x, y=smoothed(series).y, colour=colour, intervals=bands, raw=series.y)
+    return Line(label=label, x=series.x, y=smoothed(series).y, color=color, intervals=bands, raw=series.y)
 
 
 def _intervals(

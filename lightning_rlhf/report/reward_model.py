@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_rlhf.report.figure import Figure, Missing
 from lightning_rlhf.report.marks import Bars, Guide, Mark, Points
-from lightning_rlhf.report.palette import FAINT, colour
+from lightning_rlhf.report.palette import FAINT, color
 from lightning_rlhf.report.quantity import STEPS, Quantity
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import share_interval
@@ -57,7 +57,7 @@ LENGTH_CORRELATION = Quantity(
 def reliability(runs: Sequence[Run]) -> Figure | Missing:
     """Accuracy against confidence."""
     marks: list[Mark] = [
-        Guide(label="right as often as sure", x=(0.5, 1.0), y=(0.5, 1.0), colour=FAINT),
+        Guide(label="right as often as sure", x=(0.5, 1.0), y=(0.5, 1.0), color=FAINT),
     ]
     for place, run in enumerate(runs):
         found = _binned(run, [f"confidence_{name}" for name in CONFIDENCES])
@@ -66,7 +66,7 @@ def reliability(runs: Sequence[Run]) -> Figure | Missing:
             bars = [share_interval(share, count) for share, count in found.values()]
             shares = [share for share, _ in found.values()]
             label = "held out" if len(runs) == 1 else run.name
-            marks.append(Points(label=label, x=sure, y=shares, colour=colour(place), intervals=bars))
+            marks.append(Points(label=label, x=sure, y=shares, color=color(place), intervals=bars))
     if len(marks) == 1:
         return Missing(title="Reliability curve", remedy=_REMEDY)
     names = {"name": "reliability", "title": "Reliability curve", "y": "accuracy", "x": "confidence σ(|r_w − r_l|)"}
@@ -125,7 +125,7 @@ def _by_bin(
                 label="held out" if len(runs) == 1 else run.name,
                 x=[i + width * (place - (len(runs) - 1) / 2) for i in found],
                 y=[share for share, _ in found.values()],
-                colour=colour(place),
+                color=color(place),
                 categories=categories,
                 width=width,
                 intervals=[share_interval(share, count) for share, count in found.values()],

@@ -62,7 +62,7 @@ def thinned(series: Series, most: int = 400) -> Series:
 
 
 def smoothed(series: Series) -> Series:
-    """Centred means over a thirtieth of the run, of at least five points."""
+    """Centered means over a thirtieth of the run, of at least five points."""
     half = max(len(series.y) // 60, 2)
     means = [fmean(series.y[max(i - half, 0) : i + half + 1]) for i in range(len(series.y))]
     return Series(series.x, tuple(means))

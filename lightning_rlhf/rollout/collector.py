@@ -14,18 +14,18 @@ from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rollout.clock import Clock
-from lightning_rlhf.rollout.generation import Generation, row_uniforms
+from lightning_rlhf.rollout.generation import SamplingParams, row_uniforms
 from lightning_rlhf.rollout.old import OldLogprobs, Situation, choose
 from lightning_rlhf.rollout.reward import Reward
 from lightning_rlhf.rollout.sampler import Sampler
-from lightning_rlhf.rollout.updates import Agree, Updates, alone
+from lightning_rlhf.rollout.updates import Agree, UpdateSchedule, alone
 from lightning_rlhf.types import PromptBatch, Rollout
 
 logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Samples and measures; only `FromUpdate` leaves a gradient in it.
+    """Samples and measures; only `UpdateLogprobs` leaves a gradient in it.
 
     It owns the frozen networks. They are no part of the module's state, so `apply` carries `.to()` and casts to them.
 
@@ -49,8 +49,8 @@ class Collector:
         reward: Reward,
         *,
         ranks: Ranks,
-        generation: Generation,
-        updates: Updates,
+        generation: SamplingParams,
+        updates: UpdateSchedule,
         clock: Clock | None = None,
         agree: Agree = alone,
     ) -> None:
@@ -164,6 +164,6 @@ def in_pieces(measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: li
     whole: Tensor | None = None
     for index in pieces:
         part = measure(rollout.select(index))
-        whole = part.new_zeros(rollout.response.shape) if whole is None else whole
+        whole = part.new_zeros(rollout.response_mask.shape) if whole is None else whole
         whole[index, : part.shape[1]] = part
     return whole

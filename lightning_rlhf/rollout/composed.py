@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Combination, MeanOf
+from lightning_rlhf.core import Combination, MeanReward
 from lightning_rlhf.rollout.reward import Reward, Scores, as_reward
 from lightning_rlhf.types import Rollout, Row
 
@@ -95,7 +95,7 @@ class EnsembleReward(ComposedReward):
         ValueError: there are fewer than two.
     """
 
-    def __init__(self, rewards: list[Reward | Callable[..., Any]], combine: Combination = MeanOf()) -> None:
+    def __init__(self, rewards: list[Reward | Callable[..., Any]], combine: Combination = MeanReward()) -> None:
         if len(rewards) < 2:
             raise ValueError(f"`rewards` must hold at least 2 members: got {len(rewards)}")
         super().__init__({f"member_{i}": reward for i, reward in enumerate(rewards)})

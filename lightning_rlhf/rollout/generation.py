@@ -14,7 +14,7 @@ from lightning_rlhf.core.checks import check_count, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class SamplingParams:
     """Pure sampling at a temperature.
 
     There is no top-k, top-p or minimum length: they sample from another distribution than the one whose log-probs

@@ -94,7 +94,7 @@ class LearnedReward(TextReward):
         Raises:
             ValueError: the texts are too long, or it reads the policy's tokens and the prompts have none.
         """
-        tokens, mask = rollout.tokens, rollout.attention
+        tokens, mask = rollout.tokens, rollout.attention_mask
         if not self.shares_vocabulary:
             tokens, mask = self.encode(rollout, rows)
         else:

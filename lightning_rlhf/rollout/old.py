@@ -53,7 +53,7 @@ class OldLogprobs(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captured(OldLogprobs):
+class SamplerLogprobs(OldLogprobs):
     """Those the logits gave while sampling, at no cost: equal to a forward pass within 1e-4 in float32."""
 
     meaning: ClassVar[str] = "captured while sampling"
@@ -64,7 +64,7 @@ class Captured(OldLogprobs):
             return None
         return (
             "the weights that sample are of another or of low precision, so that their log-probs are not those of "
-            "training: take Recomputed(), or leave `updates.old_logprobs` out"
+            "training: take RecomputedLogprobs(), or leave `updates.old_logprobs` out"
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
@@ -73,7 +73,7 @@ class Captured(OldLogprobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recomputed(OldLogprobs):
+class RecomputedLogprobs(OldLogprobs):
     """By a forward pass before the updates, in their precision and kernels."""
 
     meaning: ClassVar[str] = "recomputed by a forward pass before the updates"
@@ -88,7 +88,7 @@ class Recomputed(OldLogprobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromUpdate(OldLogprobs):
+class UpdateLogprobs(OldLogprobs):
     """By the update's own forward pass, which is run before the scores: where there is but one, nothing is run twice.
 
     The pass's activations stay in memory while the reward and the reference score.
@@ -101,7 +101,7 @@ class FromUpdate(OldLogprobs):
         if situation.one_step:
             return None
         return (
-            "a rollout is learned from in several steps or microbatches: take Recomputed(), leave "
+            "a rollout is learned from in several steps or microbatches: take RecomputedLogprobs(), leave "
             "`updates.old_logprobs` out, or set updates.epochs=1 and neither updates.minibatch nor updates.microbatch"
         )
 
@@ -109,7 +109,7 @@ class FromUpdate(OldLogprobs):
         """The policy's, with their graph in `live`."""
         with torch.enable_grad():
             live = whole(rollout)
-        return replace(rollout, logprobs=live.detach(), live=live)
+        return replace(rollout, logprobs=live.detach(), logprobs_with_grad=live)
 
 
 def choose(setting: OldLogprobs | None, situation: Situation) -> OldLogprobs:
@@ -123,5 +123,5 @@ def choose(setting: OldLogprobs | None, situation: Situation) -> OldLogprobs:
             raise ValueError(f"`updates.old_logprobs`={type(setting).__name__}() cannot be used here: {reason}")
         return setting
     if situation.full_precision and situation.epochs <= 1:
-        return Captured()
-    return FromUpdate() if situation.one_step else Recomputed()
+        return SamplerLogprobs()
+    return UpdateLogprobs() if situation.one_step else RecomputedLogprobs()

@@ -17,14 +17,14 @@ class Sampled(NamedTuple):
 
     Attributes:
         tokens: (B, R), int64, `pad_token` after the end.
-        response: (B, R), bool, True up to and including the end token.
+        response_mask: (B, R), bool, True up to and including the end token.
         ended: (B,), bool.
         logprobs: of the drawn tokens under the weights that drew them, (B, R), nats, 0 after the end.
         entropy: of the distributions they were drawn from, (B, R), nats, 0 after the end.
     """
 
     tokens: Tensor
-    response: Tensor
+    response_mask: Tensor
     ended: Tensor
     logprobs: Tensor
     entropy: Tensor
@@ -37,14 +37,14 @@ class Sampled(NamedTuple):
         """
         samples = len(self.tokens) // len(prompts.tokens)
         groups = torch.arange(len(prompts.tokens), device=self.tokens.device).repeat_interleave(samples)
-        width = int(self.response.sum(1).max())
-        response, unknown = self.response[:, :width], torch.zeros_like(self.logprobs[:, :width])
+        width = int(self.response_mask.sum(1).max())
+        response, unknown = self.response_mask[:, :width], torch.zeros_like(self.logprobs[:, :width])
         return Rollout(
             tokens=torch.cat([prompts.tokens[groups], self.tokens[:, :width]], 1),
-            attention=torch.cat([prompts.mask[groups], response], 1),
-            response=response,
+            attention_mask=torch.cat([prompts.mask[groups], response], 1),
+            response_mask=response,
             ended=self.ended,
-            groups=groups,
+            prompt_index=groups,
             sampler_logprobs=self.logprobs[:, :width],
             entropy=self.entropy[:, :width],
             logprobs=unknown,

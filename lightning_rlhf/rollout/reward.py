@@ -166,8 +166,8 @@ class ModuleReward(Reward):
             ValueError: the module returned another shape, or something that is not finite; or prompts have no tokens.
         """
         check_prompts(rollout, source=type(self.module).__name__)
-        output = self.module(rollout.tokens, rollout.attention)
-        scores = score_at_end(output, rollout.attention) if isinstance(self.module, ScalarModel) else output
+        output = self.module(rollout.tokens, rollout.attention_mask)
+        scores = score_at_end(output, rollout.attention_mask) if isinstance(self.module, ScalarModel) else output
         return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
 
 

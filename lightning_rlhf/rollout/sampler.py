@@ -13,7 +13,7 @@ from lightning_rlhf.models.cache import why_no_cache
 from lightning_rlhf.models.policy import PolicyModel
 from lightning_rlhf.rollout.decode import decode
 from lightning_rlhf.rollout.fallback import generate
-from lightning_rlhf.rollout.generation import Generation
+from lightning_rlhf.rollout.generation import SamplingParams
 from lightning_rlhf.rollout.record import Sampled
 from lightning_rlhf.rollout.watch import Watch
 from lightning_rlhf.types import PromptBatch
@@ -34,7 +34,7 @@ class Sampler:
         watch: follows the drawing while it is set.
     """
 
-    def __init__(self, policy: PolicyModel, generation: Generation) -> None:
+    def __init__(self, policy: PolicyModel, generation: SamplingParams) -> None:
         self.policy, self.generation = policy, generation
         self.watch: Watch | None = None
         reason = why_no_cache(policy.network)

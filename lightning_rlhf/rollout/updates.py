@@ -24,7 +24,7 @@ def alone(count: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Updates:
+class UpdateSchedule:
     """Inner epochs, minibatches and microbatches of one rollout. All sizes count sequences per process."""
 
     epochs: int = 1
@@ -171,7 +171,7 @@ class Updates:
 
 def _places(rollout: Rollout, rank: int, world: int) -> Tensor:
     """Where each of this process's responses stands among those of all, (B,), int64, on CPU."""
-    rows, prompts = torch.arange(len(rollout)), rollout.groups.cpu()
+    rows, prompts = torch.arange(len(rollout)), rollout.prompt_index.cpu()
     samples = len(rollout) // (int(prompts.max()) + 1)
     return (prompts * world + rank) * samples + rows % samples
 

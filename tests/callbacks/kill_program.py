@@ -25,7 +25,6 @@ from lightning_rlhf import (
     AdaptiveKL,
     ComparisonDataModule,
     DemonstrationDataModule,
-    Generation,
     ModelSource,
     PPOModule,
     PromptDataModule,
@@ -33,8 +32,9 @@ from lightning_rlhf import (
     RolloutLog,
     RunCheckpoint,
     SampleLog,
+    SamplingParams,
     SFTModule,
-    Updates,
+    UpdateSchedule,
 )
 from lightning_rlhf.core import Algorithm
 
@@ -119,8 +119,8 @@ def module_and_data(stage: str, data: Path):
     module = PPOModule(
         policy=source,
         reward=letters,
-        generation=Generation(max_new_tokens=3),
-        updates=Updates(epochs=2, minibatch=2),
+        generation=SamplingParams(max_new_tokens=3),
+        updates=UpdateSchedule(epochs=2, minibatch=2),
         algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0)),
         optimizer=adam,
     )

@@ -22,15 +22,15 @@ from lightning_rlhf import (
     EMA,
     AdaptiveKL,
     BanditAdvantage,
-    Generation,
-    KLPenalty,
-    Linear,
+    KLPen,
+    LinearSchedule,
     ModelSource,
     PPOModule,
     PromptDataModule,
     RunCheckpoint,
     RunningMean,
-    Updates,
+    SamplingParams,
+    UpdateSchedule,
 )
 from lightning_rlhf.callbacks import checked_io
 from lightning_rlhf.callbacks import checkpoint as checkpoint_room
@@ -119,16 +119,16 @@ def train(data: Path, folder: Path, devices: int, kill: str, ckpt_path: str | No
     module = PPOModule(
         policy=ModelSource(path=str(data / "lm"), dtype="float64"),
         reward=letters,
-        generation=Generation(max_new_tokens=3),
-        updates=Updates(epochs=2, minibatch=4 // devices),
+        generation=SamplingParams(max_new_tokens=3),
+        updates=UpdateSchedule(epochs=2, minibatch=4 // devices),
         algorithm=Algorithm(
             beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
-            surrogate=KLPenalty(coef=1.0, target=1e-3),
+            surrogate=KLPen(coef=1.0, target=1e-3),
             advantage=BanditAdvantage(baseline=RunningMean(decay=0.5)),
             ptx_coef=0.3,
         ),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
-        schedule=Linear(),
+        schedule=LinearSchedule(),
     )
     prompts = PromptDataModule(
         train=str(data / "prompts.jsonl"),

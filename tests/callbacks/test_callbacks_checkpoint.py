@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_rlhf.callbacks import RunCheckpoint, checked_io
 from lightning_rlhf.callbacks import checkpoint as room
 from lightning_rlhf.callbacks.torn import defect
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, ModuleReward, Updates
+from lightning_rlhf.rollout import ModuleReward, SamplingParams, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 
@@ -49,7 +49,11 @@ def batches(as_loader, left_padded):
 @pytest.fixture
 def make_ppo(make_lm, make_scorer):
     def make(**options) -> PPOModule:
-        usual = {"generation": Generation(max_new_tokens=3), "updates": Updates(minibatch=2), "schedule": Constant()}
+        usual = {
+            "generation": SamplingParams(max_new_tokens=3),
+            "updates": UpdateSchedule(minibatch=2),
+            "schedule": ConstantSchedule(),
+        }
         adam = partial(torch.optim.Adam, lr=0.01)
         return PPOModule(
             make_lm().double(), ModuleReward(make_scorer().double()), **gathered(optimizer=adam, **usual | options)

@@ -29,12 +29,12 @@ from lightning_rlhf.callbacks import (
     SampleLog,
 )
 from lightning_rlhf.cli import main
-from lightning_rlhf.core import GAE, Constant
+from lightning_rlhf.core import GAE, ConstantSchedule
 from lightning_rlhf.data import PromptDataModule
 from lightning_rlhf.folders.atomic import MANIFEST, write_folder
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 DECAY = 0.75
@@ -43,7 +43,11 @@ DECAY = 0.75
 @pytest.fixture
 def make_ppo(make_lm, token_reward):
     def make(**options) -> PPOModule:
-        usual = {"generation": Generation(max_new_tokens=3), "schedule": Constant(), "reward": token_reward()}
+        usual = {
+            "generation": SamplingParams(max_new_tokens=3),
+            "schedule": ConstantSchedule(),
+            "reward": token_reward(),
+        }
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.2), "shaping": ()}
         return PPOModule(**gathered(**({"policy": make_lm().double()} | usual | options)))
 
@@ -80,7 +84,7 @@ def test_every_validation_sees_the_average_of_the_minibatches_so_far(make_ppo, m
     """Two optimizer steps per rollout, a validation after each rollout; the order of the callbacks is no matter."""
     for order in (1, -1):
         watch, ema = Watch(), EMA(decay=DECAY)
-        module = make_ppo(updates=Updates(minibatch=2))
+        module = make_ppo(updates=UpdateSchedule(minibatch=2))
         trainer = make_trainer(callbacks=[watch, ema][::order], val_check_interval=1)
         trainer.fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 3), as_loader([left_padded(PROMPTS)]))
         assert [k for k, _ in watch.validated] == [2, 4, 6]

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.callbacks import EMA, Export, NonFiniteGuard, PredictionWriter
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.folders import atomic
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0], [14, 15, 16, 17, 18, 19, 0]]
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
@@ -60,7 +60,7 @@ def averaged(live: list[torch.Tensor]) -> torch.Tensor:
 def make_sft(make_lm):
     def make(**options) -> SFTModule:
         adam = partial(torch.optim.Adam, lr=0.01)
-        return SFTModule(make_lm().double(), optimizer=adam, schedule=Constant(), **options)
+        return SFTModule(make_lm().double(), optimizer=adam, schedule=ConstantSchedule(), **options)
 
     return make
 
@@ -68,7 +68,11 @@ def make_sft(make_lm):
 @pytest.fixture
 def make_ppo(make_lm, token_reward):
     def make(**options) -> PPOModule:
-        usual = {"generation": Generation(max_new_tokens=4), "updates": Updates(minibatch=2), "schedule": Constant()}
+        usual = {
+            "generation": SamplingParams(max_new_tokens=4),
+            "updates": UpdateSchedule(minibatch=2),
+            "schedule": ConstantSchedule(),
+        }
         adam = partial(torch.optim.Adam, lr=0.01)
         return PPOModule(make_lm().double(), token_reward(), **gathered(optimizer=adam, **usual | options))
 

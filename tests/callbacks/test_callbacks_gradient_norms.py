@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.nn.functional import cross_entropy
 
-from lightning_rlhf import Generation, GradientNorms, PPOModule, Updates
-from lightning_rlhf.core import Algorithm, Constant
+from lightning_rlhf import GradientNorms, PPOModule, SamplingParams, UpdateSchedule
+from lightning_rlhf.core import Algorithm, ConstantSchedule
 
 GAMMA = 0.3
 PROMPTS, TEXTS = [[12, 13], [10], [14, 15, 16, 11], [17]], [[12, 13, 14, 0], [10, 11, 0], [15, 16, 17], [18, 19]]
@@ -47,11 +47,11 @@ def fitted(make_lm, make_tokenizer, as_loader, left_padded, right_padded):
             make_lm(end=list(range(10))),
             vowels,
             tokenizer=make_tokenizer(),
-            generation=Generation(max_new_tokens=5),
-            updates=Updates(max_grad_norm=None, **updates),
+            generation=SamplingParams(max_new_tokens=5),
+            updates=UpdateSchedule(max_grad_norm=None, **updates),
             algorithm=Algorithm(ptx_coef=ptx_coef),
             optimizer=partial(torch.optim.SGD, lr=0.1),
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
         trainer = Trainer(
             accelerator="cpu",

@@ -14,10 +14,10 @@ import torch
 from gathered import gathered
 from lightning.pytorch import Callback
 
-from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, RollBack, RunCheckpoint, Stop
-from lightning_rlhf.core import AdaptiveKL, Constant, FixedKL
+from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, RollBack, RunCheckpoint, StopTraining
+from lightning_rlhf.core import AdaptiveKL, ConstantSchedule, FixedKL
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import Generation, TimedReward, Updates
+from lightning_rlhf.rollout import SamplingParams, TimedReward, UpdateSchedule
 from lightning_rlhf.rollout.failure import RewardError, scored_or_told
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
@@ -45,7 +45,11 @@ def fit(make_lm, make_trainer, as_loader, left_padded, toy_tokenizer, token_rewa
     monkeypatch.chdir(tmp_path)
 
     def run(count=4, callbacks=(), *, lr=0.01, reward=None, ckpt_path=None, epochs=1, **options):
-        usual = {"generation": Generation(max_new_tokens=4), "updates": Updates(minibatch=2), "schedule": Constant()}
+        usual = {
+            "generation": SamplingParams(max_new_tokens=4),
+            "updates": UpdateSchedule(minibatch=2),
+            "schedule": ConstantSchedule(),
+        }
         usual |= {"optimizer": partial(torch.optim.Adam, lr=lr), "tokenizer": toy_tokenizer}
         module = PPOModule(make_lm().double(), reward or token_reward(), **gathered(**usual | options))
         saves = any(isinstance(callback, RunCheckpoint) for callback in callbacks)
@@ -75,7 +79,7 @@ def test_stop_comes_before_the_checkpoint(fit, tmp_path):
     assert watch.kl[0] < budget
     assert watch.kl[1] < budget < watch.kl[2]
     with pytest.raises(RuntimeError, match=r"rollout 2: objective/kl is .*, over its budget of .*raise the KL coef"):
-        fit(callbacks=[KLGuard(kl=budget, action=Stop()), RunCheckpoint(str(tmp_path / "kept"))], lr=0.1)
+        fit(callbacks=[KLGuard(kl=budget, action=StopTraining()), RunCheckpoint(str(tmp_path / "kept"))], lr=0.1)
     assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["rlhf"]["iteration"] == 2
 
 
@@ -136,7 +140,9 @@ def train(make_lm, make_trainer, as_loader, right_padded, tmp_path):
     """SFT of which some steps have NaN gradients; the module and Adam's step count."""
 
     def run(broken, **options):
-        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.Adam, lr=0.01), schedule=Constant())
+        module = SFTModule(
+            make_lm().double(), optimizer=partial(torch.optim.Adam, lr=0.01), schedule=ConstantSchedule()
+        )
         module.configure_model()
         number = iter(range(9))
 

@@ -21,9 +21,9 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import pipeline
 
 from lightning_rlhf.callbacks import Export
-from lightning_rlhf.core import Algorithm, Linear
+from lightning_rlhf.core import Algorithm, LinearSchedule
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Reward, Updates
+from lightning_rlhf.rollout import Reward, SamplingParams, UpdateSchedule
 
 HELD_OUT = [1.0, 3.0, 2.0, 0.0, 9.0]
 """Mean score of each validation in turn: the best is the second, and two after it are worse."""
@@ -72,11 +72,11 @@ def ran(
         policy=make_lm("llama").double(),
         reward=reward,
         tokenizer=make_tokenizer(),
-        generation=Generation(max_new_tokens=3),
-        updates=Updates(minibatch=2),
+        generation=SamplingParams(max_new_tokens=3),
+        updates=UpdateSchedule(minibatch=2),
         algorithm=Algorithm(shaping=()),
         optimizer=partial(torch.optim.SGD, lr=RATE),
-        schedule=Linear(),
+        schedule=LinearSchedule(),
     )
     kept = ModelCheckpoint(root / "kept", monitor="eval/reward", mode="max", filename="{epoch}")
     frequent = ModelCheckpoint(root / "frequent", every_n_train_steps=2, save_top_k=-1, filename="{step}")

@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_rlhf.callbacks import RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.run_file import RunFile
 from lightning_rlhf.callbacks.run_lock import RunLock
-from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, Constant, FixedKL, ReplaceScore
+from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, ConstantSchedule, FixedKL, TruncatedScore
 from lightning_rlhf.modules import PPOModule, SFTModule
 from lightning_rlhf.report.places import find_places
-from lightning_rlhf.rollout import Generation, WeightedReward
+from lightning_rlhf.rollout import SamplingParams, WeightedReward
 from lightning_rlhf.types import Outcome
 
 ENDS = list(range(10))
@@ -62,14 +62,14 @@ def make_module(make_lm, make_tokenizer):
             policy=make_lm(end=ENDS).double(),
             reward=WeightedReward({"vowels": vowels, "short": brevity}),
             tokenizer=make_tokenizer(),
-            generation=Generation(max_new_tokens=5, samples_per_prompt=2),
+            generation=SamplingParams(max_new_tokens=5, samples_per_prompt=2),
             algorithm=Algorithm(
                 beta=FixedKL(coef=BETA),
                 advantage=BanditAdvantage(baseline=BatchMean()),
-                shaping=(ReplaceScore(value=-9.0),),
+                shaping=(TruncatedScore(value=-9.0),),
             ),
             optimizer=partial(torch.optim.SGD, lr=0.05),
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
 
     return make
@@ -113,14 +113,14 @@ def test_lines_say_what_was_measured(fit, tmp_path, make_lm):
         assert line["entropy"] == pytest.approx(-math.fsum(logprobs), abs=1e-9)
         assert line["kl"] == pytest.approx(0.0, abs=1e-9)
     for number, outcome in enumerate(seen.outcomes):
-        assert outcome.rollout.live is None
+        assert outcome.rollout.logprobs_with_grad is None
         part = lines[8 * number : 8 * number + 8]
         credit = [line["score"] - BETA * line["kl"] for line in part]
         for i, line in enumerate(part):
             letters = [chr(87 + token) for token in line["tokens"] if token >= 10]
             names = {2: "<unk>", 5: "user", 6: "assistant", 7: "system"}
             assert [word for word in line["response"].split() if word not in names.values()] == letters
-            assert line["length"] == len(line["tokens"]) == int(outcome.rollout.response[i].sum())
+            assert line["length"] == len(line["tokens"]) == int(outcome.rollout.response_mask[i].sum())
             assert line["ended"] == (line["tokens"][-1] < 10)
             assert line["score/vowels"] == vowels([], [line["response"]])[0]
             assert line["raw_score"] == pytest.approx(line["score/vowels"] + line["score/short"])
@@ -148,8 +148,8 @@ def test_logs_predictions_and_failures_hold_the_text_that_the_reward_saw(
         policy=make_lm(end=ENDS, vocab=38).double(),
         reward=reward,
         tokenizer=tokenizer,
-        generation=Generation(max_new_tokens=9, samples_per_prompt=16),
-        schedule=Constant(),
+        generation=SamplingParams(max_new_tokens=9, samples_per_prompt=16),
+        schedule=ConstantSchedule(),
     )
     batch = left_padded(PROMPTS, rows=rows("p", 4))
     trainer = make_trainer(callbacks=[RolloutLog(str(tmp_path))])
@@ -336,7 +336,7 @@ def test_log_is_ascii_and_pandas_reads_it(fit, tmp_path):
 
 
 def test_other_stages_write_nothing(make_lm, toy_tokenizer, make_trainer, as_loader, right_padded, tmp_path):
-    module = SFTModule(make_lm().double(), toy_tokenizer, schedule=Constant())
+    module = SFTModule(make_lm().double(), toy_tokenizer, schedule=ConstantSchedule())
     texts = right_padded([[12, 13, 14, 0]])
     logs = [RolloutLog(str(tmp_path)), SampleLog(str(tmp_path))]
     make_trainer(callbacks=logs).fit(module, as_loader([texts]), as_loader([texts]))

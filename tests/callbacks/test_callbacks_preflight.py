@@ -13,10 +13,10 @@ from torch import nn
 
 from lightning_rlhf.callbacks import EMA, GradientNorms, Preflight
 from lightning_rlhf.callbacks.preflight_memory import memory_estimate, memory_peak, memory_report, memory_warning
-from lightning_rlhf.core import GAE, Constant, TokenLevel
+from lightning_rlhf.core import GAE, ConstantSchedule, TokenLevel
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, LearnedReward, Updates
+from lightning_rlhf.rollout import LearnedReward, SamplingParams, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 
@@ -26,7 +26,11 @@ def fit(make_lm, make_trainer, as_loader, left_padded, token_reward, toy_tokeniz
     """Two rollouts; the module."""
 
     def run(preflight=True, *, lm=None, rows=None, change=lambda module: None, trainer_options=None, **options):
-        usual = {"generation": Generation(max_new_tokens=4), "schedule": Constant(), "tokenizer": toy_tokenizer}
+        usual = {
+            "generation": SamplingParams(max_new_tokens=4),
+            "schedule": ConstantSchedule(),
+            "tokenizer": toy_tokenizer,
+        }
         usual |= {"reward": token_reward(), "optimizer": partial(torch.optim.Adam, lr=0.01)}
         module = PPOModule((lm or make_lm()).double(), **gathered(**usual | options))
         module.configure_model()
@@ -203,7 +207,7 @@ def estimate(make_lm, make_trainer, token_reward):
         network = make_lm("llama")
         if checkpointing:
             network.gradient_checkpointing_enable()
-        options = {"generation": Generation(max_new_tokens=4)} | options
+        options = {"generation": SamplingParams(max_new_tokens=4)} | options
         module = PPOModule(network, token_reward(), **gathered(**options))
         module.configure_model()
         trainer = make_trainer(callbacks=list(callbacks), precision=precision)
@@ -241,13 +245,13 @@ def test_memory_of_low_precision_and_callbacks_is_counted_by_hand(estimate):
 @pytest.mark.parametrize(
     ("updates", "ptx_coef", "tokens"),
     [
-        (Updates(), 0.0, 8 * 14),  # the rollout: 8 responses of 10 + 4 tokens
-        (Updates(), 1.0, 16 * 9),  # its 16 texts
-        (Updates(minibatch=4), 1.0, 8 * 9),
-        (Updates(microbatch=3), 1.0, 3 * 14),
-        (Updates(microbatch_tokens=40), 1.0, 40),
-        (Updates(microbatch_tokens=5), 1.0, 14),  # a longer sequence goes alone
-        (Updates(microbatch_tokens=1000), 0.0, 8 * 14),
+        (UpdateSchedule(), 0.0, 8 * 14),  # the rollout: 8 responses of 10 + 4 tokens
+        (UpdateSchedule(), 1.0, 16 * 9),  # its 16 texts
+        (UpdateSchedule(minibatch=4), 1.0, 8 * 9),
+        (UpdateSchedule(microbatch=3), 1.0, 3 * 14),
+        (UpdateSchedule(microbatch_tokens=40), 1.0, 40),
+        (UpdateSchedule(microbatch_tokens=5), 1.0, 14),  # a longer sequence goes alone
+        (UpdateSchedule(microbatch_tokens=1000), 0.0, 8 * 14),
     ],
 )
 def test_activations_are_those_of_the_largest_microbatch(estimate, updates, ptx_coef, tokens):
@@ -265,13 +269,13 @@ def test_activations_are_those_of_the_largest_microbatch(estimate, updates, ptx_
     ],
 )
 def test_activations_depend_on_precision_and_checkpointing(estimate, checkpointing, precision, bytes_a_unit):
-    parts, _ = estimate(checkpointing=checkpointing, precision=precision, updates=Updates(microbatch_tokens=40))
+    parts, _ = estimate(checkpointing=checkpointing, precision=precision, updates=UpdateSchedule(microbatch_tokens=40))
     assert parts["activations"] == pytest.approx(bytes_a_unit * 40 * 16, abs=1)
 
 
 def test_responses_keep_the_activations_of_policy_and_value(estimate, make_folder):
     options = {"level": TokenLevel(), "advantage": GAE(), "value": ModelSource(path=make_folder("llama"))}
-    parts, _ = estimate(updates=Updates(microbatch_tokens=40), **options)
+    parts, _ = estimate(updates=UpdateSchedule(microbatch_tokens=40), **options)
     assert parts["activations"] == pytest.approx(2 * 34 * 2 * 40 * 16 * 2)
 
 

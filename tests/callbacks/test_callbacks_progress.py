@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_rlhf.callbacks import RolloutProgress, rollout_progress
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import Generation
+from lightning_rlhf.rollout import SamplingParams
 from lightning_rlhf.rollout.decode import decode
 from lightning_rlhf.rollout.fallback import generate
 from lightning_rlhf.rollout.watch import Progress, Watch
@@ -35,7 +35,7 @@ def test_watch_counts_every_response_and_token(make_lm, left_padded, way):
     alone = way(network, batch.tokens, batch.mask, uniforms, **options)
     watched = way(network, batch.tokens, batch.mask, uniforms, watch=Watch(told.append, every=0.0), **options)
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
-    lengths = alone.response.sum(1)
+    lengths = alone.response_mask.sum(1)
     assert lengths.unique().numel() > 1
     assert told[-1][:3] == (4, 4, int(lengths.sum()))
     assert told == sorted(told, key=lambda progress: progress.seconds)
@@ -71,9 +71,9 @@ def fit(make_lm, make_tokenizer, make_trainer, as_loader, left_padded):
             policy=make_lm(end=ENDS).double(),
             reward=vowels,
             tokenizer=make_tokenizer(),
-            generation=Generation(max_new_tokens=5),
+            generation=SamplingParams(max_new_tokens=5),
             optimizer=partial(torch.optim.SGD, lr=0.01),
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
         prompts = left_padded(PROMPTS)
         usual = {"callbacks": list(callbacks), "max_epochs": 2, "enable_progress_bar": True}
@@ -167,7 +167,7 @@ def test_steps_end_a_run_too(fit, capsys, monkeypatch):
 
 
 def test_stage_without_rollouts_is_left_alone(make_lm, make_trainer, as_loader, right_padded, capsys):
-    module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=0.01), schedule=Constant())
+    module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=0.01), schedule=ConstantSchedule())
     trainer = make_trainer(callbacks=[TQDMProgressBar(), RolloutProgress()], enable_progress_bar=True)
     trainer.fit(module, as_loader([right_padded([[10, 11, 0]])]))
     assert "left" not in capsys.readouterr().out

@@ -17,7 +17,7 @@ import torch
 from lightning_rlhf.callbacks import RunCheckpoint, checked_io
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.torn import discard, rename
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.modules import SFTModule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
@@ -46,7 +46,7 @@ def another_process(path: Path):
 def fit(make_lm, make_trainer, as_loader, right_padded, tmp_path):
     def run(ckpt_path=None, *, epochs=1) -> SFTModule:
         adam = partial(torch.optim.Adam, lr=0.01)
-        module = SFTModule(make_lm().double(), optimizer=adam, schedule=Constant())
+        module = SFTModule(make_lm().double(), optimizer=adam, schedule=ConstantSchedule())
         saver = RunCheckpoint(str(tmp_path / "kept"))
         trainer = make_trainer(callbacks=[saver], enable_checkpointing=True, max_epochs=epochs)
         trainer.fit(module, as_loader([right_padded(TEXTS)] * 2), ckpt_path=ckpt_path)

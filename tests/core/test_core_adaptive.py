@@ -24,17 +24,17 @@ from lightning_rlhf.core import (
     DrGRPO,
     FixedKL,
     GroupAdvantage,
+    ImportanceSampling,
     InstructGPT,
-    KLPenalty,
+    KLPen,
     LearnedValue,
     LeaveOneOut,
-    MaskedWeights,
+    MaskedIS,
     NoBaseline,
     ReinforcePP,
     RewardToGo,
     RunningMean,
-    TruncatedWeights,
-    Unclipped,
+    TruncatedIS,
     Whitened,
 )
 
@@ -54,7 +54,7 @@ MOVING = {
         Algorithm(
             beta=AdaptiveKL(coef=0.1, horizon=100.0),
             advantage=BanditAdvantage(baseline=RUNNING),
-            surrogate=KLPenalty(coef=2.0),
+            surrogate=KLPen(coef=2.0),
         ),
         rolled_out,
         {
@@ -65,7 +65,7 @@ MOVING = {
         },
     ),
     "adaptive_kl": (AdaptiveKL(coef=0.5, horizon=10.0), lambda x: x.adapted(60.0, 5), {"coef": 0.55}),  # 0.5·(1 + 0.1)
-    "kl_penalty": (KLPenalty(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
+    "kl_penalty": (KLPen(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
     "running_mean": (RUNNING, lambda x: x.adapted(4.0), {"mean": 2.0, "weight": 0.5}),
     "bandit": (
         BanditAdvantage(baseline=RUNNING),
@@ -77,9 +77,9 @@ MOVING = {
         lambda x: x.adapted(4.0),
         {"estimator.baseline.mean": 2.0, "estimator.baseline.weight": 0.5},
     ),
-    "truncated": (TruncatedWeights(surrogate=KLPenalty(coef=2.0)), lambda x: x.adapted(1.0), {"surrogate.coef": 4.0}),
+    "truncated": (TruncatedIS(surrogate=KLPen(coef=2.0)), lambda x: x.adapted(1.0), {"surrogate.coef": 4.0}),
     "masked": (
-        MaskedWeights(surrogate=TruncatedWeights(surrogate=KLPenalty(coef=2.0))),
+        MaskedIS(surrogate=TruncatedIS(surrogate=KLPen(coef=2.0))),
         lambda x: x.adapted(1.0),
         {"surrogate.surrogate.coef": 4.0},
     ),
@@ -90,10 +90,10 @@ STILL = {
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
     "clip": (Clip(), lambda x: x.adapted(1.0)),
     "cispo": (CISPO(), lambda x: x.adapted(1.0)),
-    "unclipped": (Unclipped(), lambda x: x.adapted(1.0)),
-    "fixed_penalty": (KLPenalty(coef=2.0, target=None), lambda x: x.adapted(1.0)),
-    "truncated": (TruncatedWeights(), lambda x: x.adapted(1.0)),
-    "masked": (MaskedWeights(), lambda x: x.adapted(1.0)),
+    "unclipped": (ImportanceSampling(), lambda x: x.adapted(1.0)),
+    "fixed_penalty": (KLPen(coef=2.0, target=None), lambda x: x.adapted(1.0)),
+    "truncated": (TruncatedIS(), lambda x: x.adapted(1.0)),
+    "masked": (MaskedIS(), lambda x: x.adapted(1.0)),
     "gae": (GAE(), lambda x: x.adapted(4.0)),
     "reward_to_go": (RewardToGo(), lambda x: x.adapted(4.0)),
     "group": (GroupAdvantage(), lambda x: x.adapted(4.0)),
@@ -115,7 +115,7 @@ def concrete(cls):
 
 def test_every_class_that_adapts_is_tested_here():
     tested = {type(setting) for setting, *_ in [*MOVING.values(), *STILL.values()]}
-    missing = {c.__name__ for c in concrete(Adaptive) - tested} - {"Adaptive", "MismatchWeights"}
+    missing = {c.__name__ for c in concrete(Adaptive) - tested} - {"Adaptive", "MismatchIS"}
     assert not missing
     # what moves is among the classes that say so
     assert {type(s) for s, *_ in MOVING.values()} >= {c for c in concrete(Adaptive) if "moving" in vars(c)} - {Adaptive}
@@ -192,7 +192,7 @@ def test_a_refusal_names_what_came_and_what_is_needed():
     [
         (AdaptiveKL(), {"coef": float("nan")}),
         (AdaptiveKL(), {"coef": 0.0}),
-        (KLPenalty(), {"coef": -1.0}),
+        (KLPen(), {"coef": -1.0}),
         (RUNNING, {"mean": 1.0, "weight": 2.0}),
         (NESTED, {"estimator.baseline.mean": 1.0, "estimator.baseline.weight": 0.0}),
     ],
@@ -208,8 +208,8 @@ def test_restored_keeps_the_settings_of_the_run_that_resumes():
     wrote = Whitened(estimator=BanditAdvantage(baseline=RunningMean(decay=0.9, mean=1.0, weight=0.5)))
     resumed = NESTED.restored(wrote.state())
     assert resumed.estimator.baseline == RunningMean(decay=0.5, mean=1.0, weight=0.5)
-    penalty = TruncatedWeights(surrogate=KLPenalty(target=0.3), cap=7.0).restored({"surrogate.coef": 9.0})
-    assert penalty == TruncatedWeights(surrogate=KLPenalty(coef=9.0, target=0.3), cap=7.0)
+    penalty = TruncatedIS(surrogate=KLPen(target=0.3), cap=7.0).restored({"surrogate.coef": 9.0})
+    assert penalty == TruncatedIS(surrogate=KLPen(coef=9.0, target=0.3), cap=7.0)
 
 
 def test_states_of_two_inner_settings_stay_apart():

@@ -18,7 +18,7 @@ from lightning_rlhf.core import (
     RunningMean,
     Whitened,
     local,
-    penalised_rewards,
+    penalized_rewards,
 )
 
 NAN = float("nan")
@@ -67,9 +67,9 @@ def test_bandit_at_token_level_spreads_the_total_over_every_action(float64):
 
 def test_batch_mean_advantages_sum_to_zero_and_forget_a_constant(float64):
     rewards = float64([[2.0], [-3.0], [4.0]])  # mean 1
-    centred = credit(BanditAdvantage(baseline=BatchMean()), rewards).advantages
-    assert_close(centred, float64([[1.0], [-4.0], [3.0]]), **TIGHT)
-    assert_close(credit(BanditAdvantage(baseline=BatchMean()), rewards + 50).advantages, centred, **TIGHT)
+    centered = credit(BanditAdvantage(baseline=BatchMean()), rewards).advantages
+    assert_close(centered, float64([[1.0], [-4.0], [3.0]]), **TIGHT)
+    assert_close(credit(BanditAdvantage(baseline=BatchMean()), rewards + 50).advantages, centered, **TIGHT)
     # negative control: with no baseline the constant shows
     plain = [credit(BanditAdvantage(), r).advantages for r in (rewards, rewards + 50)]
     assert torch.equal(plain[1] - plain[0], float64([[50.0]] * 3))
@@ -252,7 +252,7 @@ def test_reinforce_plus_plus_equals_hand_values(float64):
     # k1 per token in the reward, the score on the last token: rewards −β·kl + 1[last]·score, β = 0.5
     kl = float64([[0.2, -0.4, 0.6], [1.0, 2.0, NAN]])
     mask = torch.tensor([[True] * 3, [True, True, False]])
-    rewards = penalised_rewards(float64([2.0, -1.0]), kl, mask, coef=0.5)
+    rewards = penalized_rewards(float64([2.0, -1.0]), kl, mask, coef=0.5)
     # row 0: −0.1, 0.2, 1.7, to go 1.8, 1.9, 1.7; row 1: −0.5, −2, to go −2.5, −2
     to_go = [1.8, 1.9, 1.7, -2.5, -2.0]
     mean = 0.9 / 5
@@ -284,7 +284,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_actions_that_c
     assert abs(float(inside.var(unbiased=False)) - 1) <= 1e-7
     assert outer.advantages[~mask].eq(0).all()
     assert torch.equal(outer.returns, inner.returns)
-    # whitening is affine and increasing, so the order stands; negative control: the inner ones are not centred
+    # whitening is affine and increasing, so the order stands; negative control: the inner ones are not centered
     assert torch.equal(inside.argsort(), inner.advantages[mask].argsort())
     assert abs(float(inner.advantages[mask].mean())) > 0.01
 

@@ -19,16 +19,16 @@ from lightning_rlhf.core import (
     Algorithm,
     ClippedValueLoss,
     ClipScore,
-    ConstantLength,
     DrGRPO,
     FixedKL,
     GeometricLevel,
     KLInLoss,
-    KLPenalty,
-    MaskedWeights,
-    ReplaceScore,
+    KLPen,
+    MaskedIS,
+    SeqMeanTokenSumNorm,
     SoftOverlong,
     TokenLevel,
+    TruncatedScore,
     methods,
 )
 from lightning_rlhf.types import Rollout
@@ -49,10 +49,10 @@ def a_rollout(**changes) -> Rollout:
     tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in numbers.items()}
     return Rollout(
         tokens=torch.tensor([[3, 1, 2], [3, 2, 0]]),
-        attention=torch.tensor([[True, True, True], [True, True, False]]),
-        response=response,
+        attention_mask=torch.tensor([[True, True, True], [True, True, False]]),
+        response_mask=response,
         ended=torch.tensor([True, False]),
-        groups=torch.tensor([0, 0]),
+        prompt_index=torch.tensor([0, 0]),
         **(tensors | changes),
     )
 
@@ -109,7 +109,7 @@ def test_beta_is_a_number_or_what_adapts():
 
 def test_shaping_that_was_not_chosen_is_the_rewards():
     run = {"max_new_tokens": 100}
-    assert Algorithm().for_run(learned_reward=True, **run).rules == (ReplaceScore(),)
+    assert Algorithm().for_run(learned_reward=True, **run).rules == (TruncatedScore(),)
     assert Algorithm().for_run(learned_reward=False, **run).rules == ()
     assert Algorithm(shaping=()).for_run(learned_reward=True, **run).rules == ()
     assert Algorithm(shaping=ClipScore(high=2.0)).for_run(learned_reward=True, **run).rules == (ClipScore(high=2.0),)
@@ -120,15 +120,15 @@ def test_lengths_that_were_not_chosen_are_the_longest_response():
     assert dapo.rules == (SoftOverlong(limit=100, buffer=20),)
     assert DAPO().for_run(learned_reward=False, max_new_tokens=20480).rules == (SoftOverlong(limit=20480, buffer=4096),)
     of_drgrpo = DrGRPO().for_run(learned_reward=False, max_new_tokens=100)
-    assert of_drgrpo.reduction == ConstantLength(length=100)
+    assert of_drgrpo.reduction == SeqMeanTokenSumNorm(length=100)
     scores = torch.zeros(3, dtype=torch.float64)
     lengths, ended = torch.tensor([80, 90, 100]), torch.tensor([True, True, False])
     assert dapo.shaped(scores, lengths=lengths, ended=ended).tolist() == [0.0, -0.5, -1.0]
     for unset in (SoftOverlong(), SoftOverlong(limit=5)):
         with pytest.raises(ValueError, match="`SoftOverlong` needs"):
             unset(scores, lengths=lengths, ended=ended)
-    with pytest.raises(ValueError, match="`ConstantLength` needs"):
-        ConstantLength().total(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`SeqMeanTokenSumNorm` needs"):
+        SeqMeanTokenSumNorm().total(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_lengths_that_were_not_chosen_are_the_longest_response():
         ({"beta": float("nan")}, "beta"),
         ({"ptx_coef": -1.0}, "ptx_coef"),
         ({"value_loss": ClippedValueLoss()}, "value_loss"),
-        ({"level": GeometricLevel(), "surrogate": KLPenalty()}, "GeometricLevel"),
-        ({"level": GeometricLevel(), "surrogate": MaskedWeights(surrogate=KLPenalty())}, "GeometricLevel"),
+        ({"level": GeometricLevel(), "surrogate": KLPen()}, "GeometricLevel"),
+        ({"level": GeometricLevel(), "surrogate": MaskedIS(surrogate=KLPen())}, "GeometricLevel"),
     ],
 )
 def test_what_cannot_be_is_refused_when_built(options, named):

@@ -18,28 +18,28 @@ from lightning_rlhf.core import (
     BanditAdvantage,
     BatchMean,
     Clip,
-    KLPenalty,
+    ImportanceSampling,
+    KLPen,
+    SeqMeanTokenSum,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     TokenMean,
-    Unclipped,
     local,
-    penalised_rewards,
+    penalized_rewards,
     token_logprobs,
 )
 
 TIGHT = {"rtol": 0, "atol": 1e-9}
 BETA = 0.4
-PLAIN = Unclipped()
+PLAIN = ImportanceSampling()
 BOUND = [
     Clip(epsilon=0.2),
     Clip(epsilon=0.2, epsilon_high=0.28, dual=3.0),
     CISPO(largest=1.2, smallest=0.8),
-    KLPenalty(coef=0.5),
-    KLPenalty(coef=7.0),
+    KLPen(coef=0.5),
+    KLPen(coef=7.0),
 ]
-SURROGATES = [*BOUND, PLAIN, KLPenalty(coef=0.0, target=None), CISPO()]
+SURROGATES = [*BOUND, PLAIN, KLPen(coef=0.0, target=None), CISPO()]
 PENALTIES = [0.5, 7.0]
 
 
@@ -79,7 +79,9 @@ def sequence_logps(theta, rows):
     first = theta[:6].view(2, 3).log_softmax(-1)
     second = theta[6:].view(2, 3, 3).log_softmax(-1)
     logps = []
-    for x, (a, b), (_, two) in zip(rows.prompt.tolist(), rows.tokens.tolist(), rows.response.tolist(), strict=True):
+    for x, (a, b), (_, two) in zip(
+        rows.prompt.tolist(), rows.tokens.tolist(), rows.response_mask.tolist(), strict=True
+    ):
         logps.append(first[x, a] + second[x, a, b] if two else first[x, a])
     return torch.stack(logps)
 
@@ -123,7 +125,7 @@ def library_objective(
     surrogate=PLAIN,
     level=SequenceLevel(),
     estimator=BanditAdvantage(),
-    reduction=SequenceMean(),
+    reduction=SeqMeanTokenSum(),
     beta=BETA,
     reference=REF,
     values=None,
@@ -131,11 +133,11 @@ def library_objective(
 ):
     """−E_old[surrogate]: the expectation over every row if `weighted`, else the rows as they are a batch."""
     old = theta.detach() if old is None else old
-    old_logprobs, response = library_tokens(old, rows), rows.response
+    old_logprobs, response = library_tokens(old, rows), rows.response_mask
     mask = level.mask(response)
     kl_ref = level.total(old_logprobs - library_tokens(reference, rows), response)
     values = torch.zeros_like(old_logprobs) if values is None else values
-    rewards = penalised_rewards(rows.scores, kl_ref, mask, coef=beta)
+    rewards = penalized_rewards(rows.scores, kl_ref, mask, coef=beta)
     credit = estimator(rewards, level.state_value(values, response), mask, groups=rows.prompt, all_sum=local)
     loss = surrogate(level.log_ratio(library_tokens(theta, rows), old_logprobs, response), credit.advantages).loss
     count = reduction.count(mask)
@@ -169,7 +171,7 @@ def apart(a, b):
 def test_the_enumeration_is_complete_and_the_library_gives_the_same_logprobs(rows):
     logps = sequence_logps(OLD, rows)
     assert_close(logps.exp().view(2, -1).sum(1), torch.ones(2, dtype=torch.float64), **TIGHT)
-    got = SequenceLevel().total(library_tokens(OLD, rows), rows.response).squeeze(1)
+    got = SequenceLevel().total(library_tokens(OLD, rows), rows.response_mask).squeeze(1)
     assert_close(got, logps, **TIGHT)
 
 
@@ -204,7 +206,7 @@ def test_advantage_at_the_optimum_is_the_same_for_every_response():
     best, value = optimum(FIXED)
     kl_ref = SequenceLevel().total(library_tokens(best, FIXED) - library_tokens(REF, FIXED), FIXED.response)
     mask = SequenceLevel().mask(FIXED.response)
-    rewards = penalised_rewards(FIXED.scores, kl_ref, mask, coef=BETA)
+    rewards = penalized_rewards(FIXED.scores, kl_ref, mask, coef=BETA)
     advantages = BanditAdvantage()(rewards, torch.zeros_like(rewards), mask, groups=FIXED.prompt, all_sum=local)
     per_prompt = advantages.advantages.view(2, 9)
     assert_close(per_prompt, per_prompt[:, :1].expand(2, 9), **TIGHT)
@@ -240,7 +242,7 @@ def test_surrogate_gradient_away_from_the_old_policy_is_held_back(surrogate):
 @pytest.mark.parametrize("coef", PENALTIES)
 def test_penalty_has_no_gradient_at_the_old_policy_and_that_of_kl_old_elsewhere(coef):
     def penalty(theta):
-        bound = library_objective(theta, FIXED, old=OLD, surrogate=KLPenalty(coef=coef))
+        bound = library_objective(theta, FIXED, old=OLD, surrogate=KLPen(coef=coef))
         return library_objective(theta, FIXED, old=OLD) - bound
 
     assert gradient(penalty, OLD).abs().max() <= 1e-9
@@ -346,7 +348,7 @@ def test_batch_mean_shrinks_the_expected_gradient_by_one_over_n():
 # facts 18: what the surrogate over-states, and where iterating it leads.
 
 
-@pytest.mark.parametrize("surrogate", [PLAIN, KLPenalty(coef=0.0, target=None), Clip(epsilon=1e9)], ids=repr)
+@pytest.mark.parametrize("surrogate", [PLAIN, KLPen(coef=0.0, target=None), Clip(epsilon=1e9)], ids=repr)
 @pytest.mark.parametrize("rows", [FIXED, RAGGED], ids=["fixed", "ragged"])
 def test_surrogate_overstates_the_objective_by_beta_kl_to_old(rows, surrogate):
     # E_old[ρA] = J(φ) + β·KL(φ‖old)
@@ -384,7 +386,7 @@ def iterated(b, beta, rounds, *, start=REF):
             heavy = (b * logps.exp().view(2, 9) / (gap + behind)).sum(1, keepdim=True) > 1
             below, above = torch.where(heavy, gap, below), torch.where(heavy, above, gap)
         theta = as_theta((b * logps.exp().view(2, 9) / (gap + behind)).log())
-        surrogate = KLPenalty(coef=b, target=None)
+        surrogate = KLPen(coef=b, target=None)
         assert library_gradient(theta, FIXED, old=old, surrogate=surrogate, beta=beta).abs().max() <= 1e-9
     return theta
 

@@ -102,7 +102,7 @@ def test_leave_one_out_equals_a_naive_loop(rewards, random):
 
 @given(groups_of_rewards, st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
-def test_leave_one_out_advantages_sum_to_zero_and_are_stretched_centred_rewards(rewards, random):
+def test_leave_one_out_advantages_sum_to_zero_and_are_stretched_centered_rewards(rewards, random):
     # Σ_i A_i = 0 per group; A = k/(k − 1)·(R − mean)
     totals, groups = interleaved(rewards, random)
     advantages = totals - of(LeaveOneOut(), totals, groups=groups)
@@ -241,7 +241,7 @@ def test_running_mean_refuses_numbers_out_of_range():
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_running_mean_refuses_a_mean_that_is_not_finite(bad):
-    # AdaptiveKL and KLPenalty raise at once
+    # AdaptiveKL and KLPen raise at once
     with pytest.raises(ValueError, match="mean"):
         RunningMean().adapted(bad)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.core import AdaptiveKL, FixedKL, KLController, KLPenalty
+from lightning_rlhf.core import AdaptiveKL, FixedKL, KLController, KLPen
 
 
 def close(a, b):
@@ -128,15 +128,15 @@ def test_a_rollout_too_large_for_the_horizon_is_refused(episodes):
 )
 def test_penalty_halves_doubles_or_stays_at_the_thresholds_of_ppo(kl_old, factor):
     # target 0.03: below 0.03/1.5 = 0.02 half, above 0.03·1.5 = 0.045 twice (PPO §4)
-    penalty = KLPenalty(coef=3.0, target=0.03)
+    penalty = KLPen(coef=3.0, target=0.03)
     assert penalty.adapted(kl_old).coef == 3.0 * factor
-    assert KLPenalty(coef=3.0, target=None).adapted(kl_old).coef == 3.0
+    assert KLPen(coef=3.0, target=None).adapted(kl_old).coef == 3.0
 
 
 def test_penalty_on_a_threshold_stays():
     # 0.75·1.5 and 0.75/1.5 are exact in binary: the comparison is strict on both sides
-    assert KLPenalty(coef=3.0, target=0.75).adapted(1.125).coef == 3.0
-    assert KLPenalty(coef=3.0, target=0.75).adapted(0.5).coef == 3.0
+    assert KLPen(coef=3.0, target=0.75).adapted(1.125).coef == 3.0
+    assert KLPen(coef=3.0, target=0.75).adapted(0.5).coef == 3.0
 
 
 def test_a_kl_that_is_not_a_number_does_not_pass_silently():

@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_rlhf.core import Combination, MeanOf, UncertaintyWeighted, WorstOf
+from lightning_rlhf.core import Combination, MeanReward, UncertaintyWeighted, WorstReward
 
 TIGHT = {"rtol": 0, "atol": 1e-9}
-RULES = [MeanOf(), WorstOf(), UncertaintyWeighted(), UncertaintyWeighted(coef=3.0)]
+RULES = [MeanReward(), WorstReward(), UncertaintyWeighted(), UncertaintyWeighted(coef=3.0)]
 
 
 def test_combinations_equal_hand_values(float64):
     # three members, two responses: 1, 2, 6 and −1, −1, −4
     scores = float64([[1.0, -1.0], [2.0, -1.0], [6.0, -4.0]])
-    assert_close(MeanOf()(scores), float64([3.0, -2.0]), **TIGHT)
-    assert_close(WorstOf()(scores), float64([1.0, -4.0]), **TIGHT)
+    assert_close(MeanReward()(scores), float64([3.0, -2.0]), **TIGHT)
+    assert_close(WorstReward()(scores), float64([1.0, -4.0]), **TIGHT)
     # variances (4 + 1 + 9)/3 = 14/3 and (1 + 1 + 4)/3 = 2: 3 − ½·14/3 = 2/3, −2 − ½·2 = −3
     assert_close(UncertaintyWeighted(coef=0.5)(scores), float64([2 / 3, -3.0]), **TIGHT)
     # negative control: the unbiased variance would be 7 and 3
@@ -42,8 +42,8 @@ def test_combinations_equal_naive_loops(rows, coef):
         column = [row[b] for row in rows]
         mean = sum(column) / len(column)
         variance = sum((v - mean) ** 2 for v in column) / len(column)
-        assert abs(float(MeanOf()(scores)[b]) - mean) <= 1e-9
-        assert float(WorstOf()(scores)[b]) == min(column)
+        assert abs(float(MeanReward()(scores)[b]) - mean) <= 1e-9
+        assert float(WorstReward()(scores)[b]) == min(column)
         assert abs(float(UncertaintyWeighted(coef=coef)(scores)[b]) - (mean - coef * variance)) <= 1e-9
 
 
@@ -51,9 +51,9 @@ def test_combinations_equal_naive_loops(rows, coef):
 @settings(deadline=None, max_examples=20)
 def test_doubt_never_raises_a_score(rows):
     scores = torch.tensor(rows, dtype=torch.float64)
-    mean = MeanOf()(scores)
+    mean = MeanReward()(scores)
     # 1e-9: the mean of equal numbers rounds
-    assert (WorstOf()(scores) <= mean + 1e-9).all()
+    assert (WorstReward()(scores) <= mean + 1e-9).all()
     assert (UncertaintyWeighted(coef=0.7)(scores) <= mean).all()
     assert (UncertaintyWeighted(coef=1.4)(scores) <= UncertaintyWeighted(coef=0.7)(scores)).all()
 

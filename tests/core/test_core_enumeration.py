@@ -21,43 +21,43 @@ from lightning_rlhf.core import (
     K3,
     BanditAdvantage,
     Clip,
-    ConstantLength,
     GeometricLevel,
+    ImportanceSampling,
     KLInLoss,
     KLInReward,
-    KLPenalty,
-    MaskedWeights,
-    MeanOfMeans,
+    KLPen,
+    MaskedIS,
     ReferenceKL,
     RewardToGo,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
+    SeqMeanTokenSumNorm,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     TokenMean,
-    TruncatedWeights,
-    Unclipped,
+    TruncatedIS,
     k1,
     k2,
     k3,
     local,
-    penalised_rewards,
+    penalized_rewards,
 )
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
 SEEDS, BETAS = st.integers(0, 2**31), st.sampled_from([0.05, 0.4, 2.0])
 SURROGATES = [
-    Unclipped(),
+    ImportanceSampling(),
     Clip(epsilon=0.2),
     Clip(epsilon=0.2, epsilon_high=0.28),
     Clip(epsilon=0.2, dual=3.0),
     Clip(epsilon=3e-4, epsilon_high=4e-4, dual=1.5),
     CISPO(),
     CISPO(largest=1.2, smallest=0.8),
-    KLPenalty(coef=0.5),
-    KLPenalty(coef=7.0, target=None),
-    TruncatedWeights(surrogate=Clip()),
-    MaskedWeights(surrogate=CISPO()),
+    KLPen(coef=0.5),
+    KLPen(coef=7.0, target=None),
+    TruncatedIS(surrogate=Clip()),
+    MaskedIS(surrogate=CISPO()),
 ]
 LEVELS = [(TokenLevel(), BanditAdvantage()), (TokenLevel(), RewardToGo()), (TokenLevel(), GAE(lam=1.0))]
 LEVELS += [(SequenceLevel(), BanditAdvantage())]
@@ -110,11 +110,11 @@ def problem(seed, beta=0.4):
 
 
 def token_logps(theta, rows):
-    return torch.where(rows.response, theta.log_softmax(-1)[rows.prefix, rows.tokens], NAN)
+    return torch.where(rows.response_mask, theta.log_softmax(-1)[rows.prefix, rows.tokens], NAN)
 
 
 def logps(theta, rows=RAGGED):
-    return theta.log_softmax(-1)[rows.prefix, rows.tokens].where(rows.response, torch.tensor(0.0).double()).sum(1)
+    return theta.log_softmax(-1)[rows.prefix, rows.tokens].where(rows.response_mask, torch.tensor(0.0).double()).sum(1)
 
 
 def mean_score(theta, p, rows=RAGGED):
@@ -149,26 +149,26 @@ def step_loss(
     rows=RAGGED,
     *,
     old=None,
-    surrogate=Unclipped(),
+    surrogate=ImportanceSampling(),
     level=SequenceLevel(),
     estimator=BanditAdvantage(),
-    reduction=SequenceMean(),
+    reduction=SeqMeanTokenSum(),
     kl=KLInReward(),
     beta=None,
     ref=None,
     sampler=None,
     batch=None,
 ):
-    """What an optimizer step minimises: of the responses in `batch`, else expected over π_old, or over `sampler`."""
+    """What an optimizer step minimizes: of the responses in `batch`, else expected over π_old, or over `sampler`."""
     beta, ref, old = p.beta if beta is None else beta, p.ref if ref is None else ref, p.old if old is None else old
     scores, drawn = p.scores[: len(rows.lengths)], logps(old if sampler is None else sampler, rows).exp()
     if batch is not None:
         rows, scores = Rows(*(column[batch] for column in rows)), scores[batch]
-    response, logprobs = rows.response, token_logps(theta, rows)
+    response, logprobs = rows.response_mask, token_logps(theta, rows)
     old_logprobs, ref_logprobs = token_logps(old, rows), token_logps(ref, rows)
     mask = level.mask(response)
     rewards = kl.in_reward(level.total(old_logprobs - ref_logprobs, response))
-    rewards = penalised_rewards(scores, rewards, mask, coef=beta)
+    rewards = penalized_rewards(scores, rewards, mask, coef=beta)
     credit = estimator(rewards, torch.zeros_like(rewards), mask, groups=torch.zeros_like(rows.lengths), all_sum=local)
     losses = surrogate(level.log_ratio(logprobs, old_logprobs, response), credit.advantages).loss
     losses = losses + beta * kl.in_loss(logprobs, ref_logprobs, response, level)
@@ -215,7 +215,7 @@ def test_wrong_settings_do_not_have_the_gradient_of_the_objective(surrogate, lev
     settings = {"surrogate": surrogate, "level": level, "estimator": estimator}
     for wrong in ({"beta": -p.beta}, {"ref": p.old}, {"beta": 0.0}):
         assert apart(step_gradient(p.old, p, **settings, **wrong), expected) > 0.03
-    mean = step_gradient(p.old, p, **settings, reduction=MeanOfMeans())
+    mean = step_gradient(p.old, p, **settings, reduction=SeqMeanTokenMean())
     assert apart(mean, expected) > 0.03 if isinstance(level, TokenLevel) else apart(mean, expected) <= 1e-9
 
 
@@ -227,7 +227,7 @@ def test_wrong_estimators_and_weights_do_not_have_the_gradient_of_the_objective(
     # CISPO with a floor above 1 doubles it, and a surrogate away from π_old bounds it
     assert_close(step_gradient(p.old, p, surrogate=CISPO(smallest=2.0)), 2 * expected, **TIGHT)
     plain = step_gradient(p.new, p)
-    for surrogate in (Clip(epsilon=0.2), CISPO(largest=1.2, smallest=0.8), KLPenalty(coef=7.0)):
+    for surrogate in (Clip(epsilon=0.2), CISPO(largest=1.2, smallest=0.8), KLPen(coef=7.0)):
         assert apart(step_gradient(p.new, p, surrogate=surrogate), plain) > 0.03
     # the geometric ratio divides every response by its length, on top of the clip
     assert apart(step_gradient(p.old, p, level=GeometricLevel()), expected) > 0.03
@@ -274,9 +274,9 @@ def test_surrogate_overstates_the_objective_by_beta_kl_to_old(seed, beta):
     # E_old[ρA] = J(φ) + β·KL(φ‖old); KLPEN takes b·KL(old‖φ) off it
     p = problem(seed, beta)
     expected = objective(p.new, p) + beta * kl(p.new, p.old)
-    for surrogate in (Unclipped(), Clip(epsilon=1e9), KLPenalty(coef=0.0, target=None)):
+    for surrogate in (ImportanceSampling(), Clip(epsilon=1e9), KLPen(coef=0.0, target=None)):
         assert_close(-step_loss(p.new, p, surrogate=surrogate), expected, **TIGHT)
-    got = -step_loss(p.new, p, surrogate=KLPenalty(coef=3.0))
+    got = -step_loss(p.new, p, surrogate=KLPen(coef=3.0))
     assert_close(got, expected - 3 * kl(p.old, p.new), **TIGHT)
 
 
@@ -286,7 +286,7 @@ def test_surrogate_identity_has_a_direction_and_belongs_to_whole_responses():
     got = -step_loss(p.new, p)
     for wrong in (objective(p.new, p), objective(p.new, p) + p.beta * kl(p.old, p.new)):
         assert abs(float(got - wrong)) > 0.01
-    assert abs(float(-step_loss(p.new, p, surrogate=KLPenalty(coef=3.0)) - got + 3 * kl(p.new, p.old))) > 0.01
+    assert abs(float(-step_loss(p.new, p, surrogate=KLPen(coef=3.0)) - got + 3 * kl(p.new, p.old))) > 0.01
     # per token ρ_t leaves out how likely the prefix has become
     assert abs(float(-step_loss(p.new, p, level=TokenLevel(), estimator=RewardToGo()) - got)) > 0.01
 
@@ -335,7 +335,7 @@ def test_the_geometric_ratio_at_the_old_policy_is_the_mean_of_means_of_tokens(se
     # ∇ (1/|y|) Σ_t log π, so GSPO weighs long responses down exactly as GRPO's reduction does
     p = problem(seed, beta)
     geometric = step_gradient(p.old, p, level=GeometricLevel(), surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4))
-    assert_close(geometric, step_gradient(p.old, p, level=TokenLevel(), reduction=MeanOfMeans()), **TIGHT)
+    assert_close(geometric, step_gradient(p.old, p, level=TokenLevel(), reduction=SeqMeanTokenMean()), **TIGHT)
 
 
 # Reductions.
@@ -347,12 +347,12 @@ def test_only_sums_of_responses_are_the_gradient_of_the_objective(seed, beta, le
     p = problem(seed, beta)
     expected = -gradient(lambda t: objective(t, p), p.old)
     settings = {"level": TokenLevel(), "estimator": RewardToGo()}
-    got = step_gradient(p.old, p, **settings, reduction=ConstantLength(length=length))
+    got = step_gradient(p.old, p, **settings, reduction=SeqMeanTokenSumNorm(length=length))
     assert_close(got, expected / length, **TIGHT)
     # the mean of means is the gradient of a sum in which a response of |y| tokens counts 1/|y|
     drawn, advantages = logps(p.old).exp(), p.scores - beta * (logps(p.old) - logps(p.ref))
     shorter = -gradient(lambda t: (drawn * advantages * logps(t) / RAGGED.lengths).sum(), p.old)
-    assert_close(step_gradient(p.old, p, level=TokenLevel(), reduction=MeanOfMeans()), shorter, **TIGHT)
+    assert_close(step_gradient(p.old, p, level=TokenLevel(), reduction=SeqMeanTokenMean()), shorter, **TIGHT)
 
 
 def test_the_mean_of_means_is_not_even_parallel_to_the_gradient():
@@ -360,9 +360,9 @@ def test_the_mean_of_means_is_not_even_parallel_to_the_gradient():
     p = problem(4)
     expected = -gradient(lambda t: objective(t, p), p.old).flatten()
     for estimator in (BanditAdvantage(), RewardToGo()):
-        got = step_gradient(p.old, p, level=TokenLevel(), estimator=estimator, reduction=MeanOfMeans()).flatten()
+        got = step_gradient(p.old, p, level=TokenLevel(), estimator=estimator, reduction=SeqMeanTokenMean()).flatten()
         assert torch.cosine_similarity(got, expected, 0) < 0.98
-    single = step_gradient(p.old, p, SINGLE, level=TokenLevel(), reduction=MeanOfMeans())
+    single = step_gradient(p.old, p, SINGLE, level=TokenLevel(), reduction=SeqMeanTokenMean())
     assert_close(single, -gradient(lambda t: objective(t, p, SINGLE), p.old), **TIGHT)
 
 
@@ -382,12 +382,12 @@ def test_the_token_mean_is_biased_over_batches():
     expected = -gradient(lambda t: objective(t, p), p.old).flatten()
     drawn = logps(p.old).exp().tolist()
     means = {}
-    for reduction in (SequenceMean(), TokenMean()):
+    for reduction in (SeqMeanTokenSum(), TokenMean()):
         means[reduction] = sum(
             drawn[i] * drawn[j] * step_gradient(p.old, p, level=TokenLevel(), batch=[i, j], reduction=reduction)
             for i, j in product(range(15), repeat=2)
         ).flatten()
-    assert_close(means[SequenceMean()], expected, **TIGHT)
+    assert_close(means[SeqMeanTokenSum()], expected, **TIGHT)
     assert torch.cosine_similarity(means[TokenMean()], expected, 0) < 0.99
 
 
@@ -401,7 +401,7 @@ def test_weighted_samples_of_another_policy_have_the_expectation_of_the_old_one(
     # E_sampler[w·∇loss] = E_old[∇loss] as long as no weight is cut, on whole responses, anywhere
     p = problem(seed)
     expected = step_gradient(p.new, p, surrogate=inner)
-    for kind in (TruncatedWeights(cap=1e9, surrogate=inner), MaskedWeights(smallest=0, largest=1e9, surrogate=inner)):
+    for kind in (TruncatedIS(cap=1e9, surrogate=inner), MaskedIS(smallest=0, largest=1e9, surrogate=inner)):
         assert_close(step_gradient(p.new, p, surrogate=kind, sampler=p.sampler), expected, **TIGHT)
 
 
@@ -413,9 +413,9 @@ def test_cut_weights_lose_exactly_what_is_cut(seed):
     advantages = p.scores - p.beta * (logps(p.old) - logps(p.ref))
     w, drawn = (logps(p.old) - logps(p.sampler)).exp(), logps(p.sampler).exp()
     for surrogate, kept in (
-        (TruncatedWeights(cap=1.1, surrogate=Unclipped()), [min(x, 1.1) for x in w.tolist()]),
+        (TruncatedIS(cap=1.1, surrogate=ImportanceSampling()), [min(x, 1.1) for x in w.tolist()]),
         (
-            MaskedWeights(smallest=0.8, largest=1.2, surrogate=Unclipped()),
+            MaskedIS(smallest=0.8, largest=1.2, surrogate=ImportanceSampling()),
             [x if 0.8 <= x <= 1.2 else 0.0 for x in w.tolist()],
         ),
     ):
@@ -429,23 +429,23 @@ def test_without_weights_or_with_cut_ones_the_sampler_shows():
     p = problem(0)
     expected = step_gradient(p.old, p)
     for surrogate in (
-        Unclipped(),
-        TruncatedWeights(cap=1.0, surrogate=Unclipped()),
-        MaskedWeights(smallest=0.8, largest=1.2, surrogate=Unclipped()),
+        ImportanceSampling(),
+        TruncatedIS(cap=1.0, surrogate=ImportanceSampling()),
+        MaskedIS(smallest=0.8, largest=1.2, surrogate=ImportanceSampling()),
     ):
         assert apart(step_gradient(p.old, p, surrogate=surrogate, sampler=p.sampler), expected) > 0.01
 
 
 def test_nested_weights_count_the_sampler_once():
     p = problem(0)
-    nested = TruncatedWeights(cap=1e9, surrogate=TruncatedWeights(cap=1e9, surrogate=Unclipped()))
+    nested = TruncatedIS(cap=1e9, surrogate=TruncatedIS(cap=1e9, surrogate=ImportanceSampling()))
     assert_close(step_gradient(p.old, p, surrogate=nested, sampler=p.sampler), step_gradient(p.old, p), **TIGHT)
 
 
 def test_token_weights_leave_the_prefix_uncorrected():
     # w_t = old/sampler of the token alone: exact for one token, an approximation of |y| > 1 (as TIS has it)
     p = problem(0)
-    weighted = TruncatedWeights(cap=1e9, surrogate=Unclipped())
+    weighted = TruncatedIS(cap=1e9, surrogate=ImportanceSampling())
     settings = {"level": TokenLevel(), "sampler": p.sampler, "surrogate": weighted}
     single = step_gradient(p.old, p, SINGLE, **settings)
     assert_close(single, -gradient(lambda t: objective(t, p, SINGLE), p.old), **TIGHT)
@@ -583,7 +583,7 @@ def test_kl_in_the_loss_errs_where_it_is_expected_to():
         {"kl": KLInLoss()},
         {"kl": KLInLoss(estimator=K3())},
         {"kl": KLInLoss(estimator=K3(), level=SequenceLevel())},
-        {"kl": KLInLoss(level=SequenceLevel()), "reduction": MeanOfMeans()},
+        {"kl": KLInLoss(level=SequenceLevel()), "reduction": SeqMeanTokenMean()},
         {"kl": KLInLoss(level=SequenceLevel()), "beta": -p.beta},
         {"kl": KLInLoss(level=SequenceLevel()), "ref": p.old},
     ):
@@ -615,7 +615,7 @@ def test_kl_in_both_places_counts_twice():
 PARTS = [
     {"level": level, "estimator": estimator, "reduction": reduction, "kl": kl}
     for level, estimator in [*LEVELS, (GeometricLevel(), BanditAdvantage())]
-    for reduction in (TokenMean(), SequenceMean(), MeanOfMeans(), ConstantLength(length=4))
+    for reduction in (TokenMean(), SeqMeanTokenSum(), SeqMeanTokenMean(), SeqMeanTokenSumNorm(length=4))
     for kl in (KLInReward(), KLInLoss(level=SequenceLevel()), KLInLoss(estimator=K3()))
 ]
 
@@ -648,7 +648,7 @@ def test_microbatches_with_the_steps_count_have_the_gradient_of_the_batch(seed, 
 def test_the_mean_of_microbatch_gradients_is_another():
     # negative control of the test above, responses of 1, 2 and 3 tokens
     p = problem(0)
-    for reduction in (TokenMean(), SequenceMean(), MeanOfMeans(), ConstantLength(length=4)):
+    for reduction in (TokenMean(), SeqMeanTokenSum(), SeqMeanTokenMean(), SeqMeanTokenSumNorm(length=4)):
         settings = {"level": TokenLevel(), "reduction": reduction}
         parts = [step_gradient(p.new, p, batch=piece, **settings) for piece in ([0], [1, 14])]
         assert apart((parts[0] + parts[1]) / 2, step_gradient(p.new, p, batch=[0, 1, 14], **settings)) > 0.01

@@ -24,9 +24,9 @@ from lightning_rlhf.core import (
     LearnedValue,
     LeaveOneOut,
     NoBaseline,
+    NoScale,
     RewardToGo,
     RunningMean,
-    Unscaled,
     Whitened,
     local,
 )
@@ -153,7 +153,7 @@ def test_unbiased_baselines_give_the_gradient_and_not_another():
     assert expected.abs().max() > 0.05
     free = Bandit(bandit.logps, bandit.logps, bandit.scores)
     assert apart(expected_gradient(free, BanditAdvantage(), 2), expected) > 0.05
-    assert apart(expected_gradient(bandit, GroupAdvantage(scale=Unscaled()), 2), expected) > 0.02
+    assert apart(expected_gradient(bandit, GroupAdvantage(scale=NoScale()), 2), expected) > 0.02
 
 
 @given(bandits)
@@ -161,7 +161,7 @@ def test_unbiased_baselines_give_the_gradient_and_not_another():
 def test_the_groups_mean_shrinks_the_gradient_by_one_over_k(case):
     # a response takes part in its own baseline: (k − 1)/k
     bandit, k = case
-    got = expected_gradient(bandit, GroupAdvantage(scale=Unscaled()), k)
+    got = expected_gradient(bandit, GroupAdvantage(scale=NoScale()), k)
     assert_close(got, (k - 1) / k * exact_gradient(bandit), **TIGHT)
 
 
@@ -188,7 +188,7 @@ def test_many_groups_in_one_call_are_as_many_calls(k, seed):
     rewards = bandit.totals[0][y].unsqueeze(1)
     mask = torch.ones_like(rewards, dtype=torch.bool)
     directions = torch.stack([direction(bandit, 0, i) for i in y.tolist()])
-    shares = {BanditAdvantage(baseline=LeaveOneOut()): 1.0, GroupAdvantage(scale=Unscaled()): (k - 1) / k}
+    shares = {BanditAdvantage(baseline=LeaveOneOut()): 1.0, GroupAdvantage(scale=NoScale()): (k - 1) / k}
     for estimator, share in shares.items():
         advantages = estimator(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=local).advantages
         got = (weights.view(-1, 1, 1) * advantages.unsqueeze(2) * directions).sum(0) / k
@@ -214,7 +214,7 @@ def test_group_std_is_not_the_gradient_where_spreads_differ():
     assert_close(cosine, torch.tensor(11 / math.sqrt(202), dtype=torch.float64), **TIGHT)
     # with equal spreads it is; and Dr. GRPO is with any
     assert_close(expected_gradient(coin(4.0, 4.0), GroupAdvantage(scale=GroupStd(guard=1e-12)), 2), got, **TIGHT)
-    plain = expected_gradient(bandit, GroupAdvantage(scale=Unscaled()), 2)
+    plain = expected_gradient(bandit, GroupAdvantage(scale=NoScale()), 2)
     assert_close(plain, exact_gradient(bandit) / 2, **TIGHT)
 
 
@@ -233,7 +233,7 @@ def test_a_number_per_prompt_in_the_reward_leaves_the_expected_gradient(case, fi
     bandit, k = case
     shift = torch.tensor([[first], [second]], dtype=torch.float64)
     shifted = bandit._replace(scores=bandit.scores + shift)
-    for estimator in (BanditAdvantage(), BanditAdvantage(baseline=LeaveOneOut()), GroupAdvantage(scale=Unscaled())):
+    for estimator in (BanditAdvantage(), BanditAdvantage(baseline=LeaveOneOut()), GroupAdvantage(scale=NoScale())):
         assert_close(expected_gradient(shifted, estimator, k), expected_gradient(bandit, estimator, k), **TIGHT)
 
 
@@ -420,7 +420,7 @@ def test_group_estimators_on_tokens_are_those_on_responses(case):
     y, groups = pairs.flatten(), torch.arange(49).repeat_interleave(2)
     weights = token_logps(case.logits).sum(1).exp()[pairs].prod(1).repeat_interleave(2)
     rewards, mask, directions = token_rewards(case)[y], TWO[y], token_directions(case)[y]
-    estimators = {BanditAdvantage(baseline=LeaveOneOut()): 1.0, GroupAdvantage(scale=Unscaled()): 0.5}
+    estimators = {BanditAdvantage(baseline=LeaveOneOut()): 1.0, GroupAdvantage(scale=NoScale()): 0.5}
     for estimator, share in estimators.items():
         advantages = estimator(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=local).advantages
         got = torch.einsum("i,it,itab->ab", weights, advantages, directions) / 2
@@ -432,7 +432,7 @@ def test_group_estimators_on_tokens_are_those_on_responses(case):
 
 
 @pytest.mark.parametrize(
-    "estimator", [BanditAdvantage(baseline=LeaveOneOut()), GroupAdvantage(scale=Unscaled())], ids=repr
+    "estimator", [BanditAdvantage(baseline=LeaveOneOut()), GroupAdvantage(scale=NoScale())], ids=repr
 )
 def test_the_gradient_vanishes_at_the_optimum(estimator):
     # π* = π_ref·e^(r/β)/Z: there A is constant, and all of its differences are 0; negative control: π_ref is not it

@@ -15,14 +15,14 @@ from lightning_rlhf.core import (
     GroupScale,
     GroupStd,
     LeaveOneOut,
-    Unscaled,
+    NoScale,
     Whitened,
     local,
 )
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
-SCALES = [GroupStd(), BatchStd(), Unscaled()]
+SCALES = [GroupStd(), BatchStd(), NoScale()]
 
 
 def credit(estimator, totals, groups, *, all_sum=local):
@@ -47,7 +47,7 @@ def test_group_advantage_equals_hand_values(float64):
     totals, groups = float64([1.0, 10.0, 2.0, 30.0, 6.0]), ids(7, -3, 7, -3, 7)
     # group 7: 1, 2, 6, mean 3, std √7; group −3: 10, 30, mean 20, std √200
     distance = [-2.0, -10.0, -1.0, 10.0, 3.0]
-    assert_close(advantages(GroupAdvantage(scale=Unscaled()), totals, groups), float64(distance), **TIGHT)
+    assert_close(advantages(GroupAdvantage(scale=NoScale()), totals, groups), float64(distance), **TIGHT)
     unit = {7: math.sqrt(7) + 1e-4, -3: math.sqrt(200) + 1e-4}
     expected = [d / unit[g] for d, g in zip(distance, groups.tolist(), strict=True)]
     assert_close(advantages(GroupAdvantage(), totals, groups), float64(expected), **TIGHT)
@@ -81,7 +81,7 @@ def test_scales_give_the_unit_itself(float64):
     assert_close(got, float64([root, root, 0.25, 0.25]), **TIGHT)
     # mean 3, squares 9 + 1 + 4 + 4 = 18, over 3
     assert_close(BatchStd(guard=0.25)(totals, groups, local), float64([math.sqrt(6) + 0.25] * 4), **TIGHT)
-    assert torch.equal(Unscaled()(totals, groups, local), float64([1.0] * 4))
+    assert torch.equal(NoScale()(totals, groups, local), float64([1.0] * 4))
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=repr)
@@ -113,7 +113,7 @@ def test_group_advantage_equals_a_naive_loop(rewards, random, guard):
     totals, groups = interleaved(rewards, random)
     got = {
         scale: advantages(GroupAdvantage(scale=scale), totals, groups)
-        for scale in (GroupStd(guard=guard), BatchStd(guard=guard), Unscaled())
+        for scale in (GroupStd(guard=guard), BatchStd(guard=guard), NoScale())
     }
     everything = totals.tolist()
     centre = sum(everything) / len(everything)
@@ -122,7 +122,7 @@ def test_group_advantage_equals_a_naive_loop(rewards, random, guard):
         own = [everything[j] for j in range(len(everything)) if groups[j] == groups[i]]
         mean = sum(own) / len(own)
         std = math.sqrt(sum((x - mean) ** 2 for x in own) / (len(own) - 1))
-        units = {GroupStd(guard=guard): std + guard, BatchStd(guard=guard): whole + guard, Unscaled(): 1.0}
+        units = {GroupStd(guard=guard): std + guard, BatchStd(guard=guard): whole + guard, NoScale(): 1.0}
         for scale, unit in units.items():
             assert abs(float(got[scale][i]) - (r - mean) / unit) <= 1e-9
 
@@ -134,7 +134,7 @@ def test_group_advantage_equals_a_naive_loop(rewards, random, guard):
 @settings(deadline=None, max_examples=20)
 def test_group_advantages_sum_to_zero_per_group(rewards, random):
     totals, groups = interleaved(rewards, random)
-    for scale in (GroupStd(guard=0.1), BatchStd(guard=0.1), Unscaled()):
+    for scale in (GroupStd(guard=0.1), BatchStd(guard=0.1), NoScale()):
         got = advantages(GroupAdvantage(scale=scale), totals, groups)
         for g in set(groups.tolist()):
             assert abs(float(got[groups == g].sum())) <= 1e-9
@@ -145,7 +145,7 @@ def test_group_advantages_sum_to_zero_per_group(rewards, random):
 def test_leave_one_out_is_the_unscaled_group_advantage_stretched(rewards, random):
     # RLOO = k/(k − 1)·Dr. GRPO
     totals, groups = interleaved(rewards, random)
-    plain = advantages(GroupAdvantage(scale=Unscaled()), totals, groups)
+    plain = advantages(GroupAdvantage(scale=NoScale()), totals, groups)
     left_out = advantages(BanditAdvantage(baseline=LeaveOneOut()), totals, groups)
     k = torch.tensor([float((groups == g).sum()) for g in groups], dtype=torch.float64)
     assert_close(left_out, plain * k / (k - 1), **TIGHT)
@@ -165,7 +165,7 @@ def test_group_std_advantage_forgets_scale_and_shift_up_to_its_guard(float64):
     assert_close(advantages(bare, 0.01 * totals + 7, groups), advantages(bare, totals, groups), **TIGHT)
     # negative controls: a < 0 turns the sign; without a unit the scale shows
     assert_close(advantages(bare, -totals, groups), -advantages(bare, totals, groups), **TIGHT)
-    plain = advantages(GroupAdvantage(scale=Unscaled()), 0.01 * totals + 7, groups)
+    plain = advantages(GroupAdvantage(scale=NoScale()), 0.01 * totals + 7, groups)
     assert_close(plain, 0.01 * totals, **TIGHT)
 
 
@@ -217,7 +217,7 @@ def test_group_std_weighs_prompts_alike_and_batch_std_does_not(float64):
     own = advantages(GroupAdvantage(scale=GroupStd(guard=1e-12)), totals, groups)
     root = 1 / math.sqrt(2)
     assert_close(own, float64([-root, root, -root, root]), **TIGHT)
-    for scale in (BatchStd(), Unscaled()):
+    for scale in (BatchStd(), NoScale()):
         shared = advantages(GroupAdvantage(scale=scale), totals, groups)
         assert_close(shared[2:], 10 * shared[:2], **TIGHT)
 
@@ -236,7 +236,7 @@ def test_batch_std_of_two_ranks_equals_one(as_ranks, float64):
     assert abs(float(advantages(estimator, *ranks[0])[0]) - float(got[0][0])) > 0.1
 
 
-@pytest.mark.parametrize("scale", [GroupStd(), Unscaled()], ids=repr)
+@pytest.mark.parametrize("scale", [GroupStd(), NoScale()], ids=repr)
 def test_units_of_a_group_do_not_depend_on_other_ranks(as_ranks, float64, scale):
     # the same id on two ranks names two prompts: groups live on one rank
     ranks = [float64([10.0, 30.0]), float64([1.0, 2.0])]
@@ -260,7 +260,7 @@ def test_group_ids_and_not_positions_define_groups(float64, estimator):
     # any names will do
     for a, b in ((0, 1), (1, 0), (-(2**62), 2**62), (5, 4)):
         assert_close(advantages(estimator, totals, torch.where(groups == 7, a, b)), base, **TIGHT)
-    # negative control: neighbours are another grouping
+    # negative control: neighbors are another grouping
     assert (advantages(estimator, totals, ids(0, 0, 0, 1, 1, 1)) - base).abs().max() > 0.1
 
 
@@ -341,7 +341,7 @@ def test_a_reward_that_is_not_a_number_shows_in_its_group(float64, scale):
     assert advantages(GroupAdvantage(scale=scale), totals, groups)[:2].isnan().all()
 
 
-@pytest.mark.parametrize("scale", [GroupStd(), Unscaled()], ids=repr)
+@pytest.mark.parametrize("scale", [GroupStd(), NoScale()], ids=repr)
 def test_a_reward_that_is_not_a_number_stays_in_its_group(float64, scale):
     totals, groups = float64([1.0, NAN, 2.0, 5.0]), ids(0, 0, 1, 1)
     clean = advantages(GroupAdvantage(scale=scale), float64([1.0, 9.0, 2.0, 5.0]), groups)

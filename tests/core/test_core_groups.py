@@ -68,7 +68,7 @@ def test_group_statistics_equal_hand_values(float64):
     assert torch.equal(group_size(GROUPS), torch.tensor([3, 2, 3, 1, 2, 3]))
     seven, two = math.sqrt(7), math.sqrt(200)
     assert_close(group_std(x, GROUPS), float64([seven, two, seven, 0.0, two, seven]), **TIGHT)
-    # negative controls: neighbours taken for a group, and the biased deviation √(14/3)
+    # negative controls: neighbors taken for a group, and the biased deviation √(14/3)
     pairs = torch.tensor([0, 0, 0, 1, 1, 1])
     assert abs(float(group_sum(x, pairs)[0]) - 9) == 4
     assert abs(math.sqrt(14 / 3) - seven) > 0.4

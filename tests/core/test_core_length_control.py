@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.core.length_control import fitted, length_controlled, standardised
+from lightning_rlhf.core.length_control import fitted, length_controlled, standardized
 
 
 def sigmoid(z):
@@ -88,9 +88,9 @@ def test_one_pair_has_its_own_preference():
     assert length_controlled(torch.tensor([0.3]), torch.tensor([12.0])) == pytest.approx(0.3, abs=1e-6)
 
 
-def test_standardised_by_hand():
+def test_standardized_by_hand():
     # std of (0, 2, 4) with Bessel's correction is 2
-    found = standardised(torch.tensor([0.0, 2.0, 4.0], dtype=torch.float64))
+    found = standardized(torch.tensor([0.0, 2.0, 4.0], dtype=torch.float64))
     assert found.tolist() == pytest.approx([0.0, math.tanh(1), math.tanh(2)], abs=1e-12)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_rlhf.core import Centred, PlackettLuce, RankingLoss, preferred_pairs, score_margins
+from lightning_rlhf.core import Centered, PlackettLuce, RankingLoss, preferred_pairs, score_margins
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
@@ -17,8 +17,8 @@ LOSSES = {
     "ranking": RankingLoss(),
     "margin": RankingLoss(margin=0.7),
     "plackett_luce": PlackettLuce(),
-    "centred": Centred(),
-    "centred_plackett_luce": Centred(loss=PlackettLuce(), coef=0.3),
+    "centered": Centered(),
+    "centered_plackett_luce": Centered(loss=PlackettLuce(), coef=0.3),
 }
 RELATIVE = ["ranking", "margin", "plackett_luce"]  # of the score differences alone
 
@@ -207,7 +207,7 @@ def test_ratings_move_nothing_without_a_margin(float64):
     assert not torch.equal(RankingLoss(margin=0.1)(scores, rank, float64([[9.0, 5.0, 1.0]])), plain)
 
 
-@pytest.mark.parametrize("loss", [RankingLoss(margin=0.5), Centred(loss=RankingLoss(margin=0.5))])
+@pytest.mark.parametrize("loss", [RankingLoss(margin=0.5), Centered(loss=RankingLoss(margin=0.5))])
 @pytest.mark.parametrize(
     ("strength", "count"), [(None, 3), ([[1.0, NAN, 0.0]], 2), ([[NAN] * 3], 3), ([[math.inf, 1.0, 0.0]], 2)]
 )
@@ -319,8 +319,8 @@ def test_loss_of_differences_ignores_a_shift_and_its_gradient_sums_to_zero(name,
     assert float(x.grad.sum(1).abs().max()) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["centred", "centred_plackett_luce"])
-def test_centred_loss_sees_a_shift(float64, name):
+@pytest.mark.parametrize("name", ["centered", "centered_plackett_luce"])
+def test_centered_loss_sees_a_shift(float64, name):
     scores, rank = float64([[1.0, -1.0]], requires_grad=True), torch.tensor([[0, 1]])
     loss, moved = LOSSES[name](scores, rank), LOSSES[name](scores + 1.0, rank)
     # (1 − 1)² and (2 + 0)²
@@ -333,7 +333,7 @@ def test_centred_loss_sees_a_shift(float64, name):
 @settings(deadline=None, max_examples=25)
 def test_centring_term_equals_a_naive_pair_loop(case, coef):
     x, ranks, s = tensors(*case)
-    found = Centred(coef=coef)(x, ranks, s).detach()
+    found = Centered(coef=coef)(x, ranks, s).detach()
     for b, (row, order, _) in enumerate(zip(*case, strict=True)):
         pairs = naive_pairs(order)
         term = coef * sum((row[i] + row[j]) ** 2 for i, j in pairs) / max(len(pairs), 1)
@@ -366,7 +366,7 @@ def test_prompt_of_ties_is_zero_with_zero_gradient(float64, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_is_finite_at_extreme_margins(float64, name):
-    # −log of a probability of e^−1000; η (1000 + 0)² where centred
+    # −log of a probability of e^−1000; η (1000 + 0)² where centered
     scores = float64([[1000.0, 0.0], [0.0, 1000.0]], requires_grad=True)
     loss = LOSSES[name](scores, torch.tensor([[0, 1], [0, 1]]), float64([[0.0, 0.0], [0.0, 0.0]]))
     loss.sum().backward()
@@ -391,8 +391,8 @@ def test_loss_keeps_the_dtype_of_its_scores_and_leaves_its_arguments(name):
     ("one", "other"),
     [
         (RankingLoss(), RankingLoss(margin=0.1)),
-        (Centred(), Centred(coef=0.02)),
-        (Centred(), Centred(loss=PlackettLuce())),
+        (Centered(), Centered(coef=0.02)),
+        (Centered(), Centered(loss=PlackettLuce())),
     ],
 )
 def test_every_argument_moves_the_loss(float64, one, other):
@@ -405,7 +405,7 @@ def test_bad_argument_is_explained(bad):
     with pytest.raises(ValueError, match="`margin` must be a number of at least 0"):
         RankingLoss(margin=bad)
     with pytest.raises(ValueError, match="`coef` must be a number of at least 0"):
-        Centred(coef=bad)
+        Centered(coef=bad)
 
 
 @pytest.mark.parametrize("name", LOSSES)

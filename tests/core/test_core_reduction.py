@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_rlhf.core import ConstantLength, MeanOfMeans, Reduction, SequenceMean, TokenMean
+from lightning_rlhf.core import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
-REDUCTIONS = [TokenMean(), SequenceMean(), MeanOfMeans(), ConstantLength(length=7)]
+REDUCTIONS = [TokenMean(), SeqMeanTokenSum(), SeqMeanTokenMean(), SeqMeanTokenSumNorm(length=7)]
 LENGTHS = st.lists(st.integers(0, 6), min_size=2, max_size=8).filter(any)
 
 
@@ -21,9 +21,9 @@ def naive(reduction, rows):
     tokens = sum(len(row) for row in rows)
     return {
         TokenMean: lambda: math.fsum(map(math.fsum, rows)) / tokens,
-        SequenceMean: lambda: math.fsum(map(math.fsum, rows)) / len(rows),
-        MeanOfMeans: lambda: math.fsum(math.fsum(row) / len(row) for row in rows) / len(rows),
-        ConstantLength: lambda: math.fsum(map(math.fsum, rows)) / len(rows) / 7,
+        SeqMeanTokenSum: lambda: math.fsum(map(math.fsum, rows)) / len(rows),
+        SeqMeanTokenMean: lambda: math.fsum(math.fsum(row) / len(row) for row in rows) / len(rows),
+        SeqMeanTokenSumNorm: lambda: math.fsum(map(math.fsum, rows)) / len(rows) / 7,
     }[type(reduction)]()
 
 
@@ -39,9 +39,9 @@ def random_step(lengths, seed):
     [
         # Σ = 1 + 2 + 3 + 4 = 10 over 4 tokens, of 2 responses that have any; means 2 and 4; 10/8 with length 8
         (TokenMean(), 10.0, 4),
-        (SequenceMean(), 10.0, 2),
-        (MeanOfMeans(), 6.0, 2),
-        (ConstantLength(length=8), 1.25, 2),
+        (SeqMeanTokenSum(), 10.0, 2),
+        (SeqMeanTokenMean(), 6.0, 2),
+        (SeqMeanTokenSumNorm(length=8), 1.25, 2),
     ],
     ids=repr,
 )
@@ -58,9 +58,9 @@ def test_reductions_equal_hand_values(float64, reduction, total, count):
     [
         # two responses, of 3 tokens and of 1: what a token weighs in each
         (TokenMean(), 1 / 4, 1 / 4),
-        (SequenceMean(), 1 / 2, 1 / 2),
-        (MeanOfMeans(), 1 / 6, 1 / 2),
-        (ConstantLength(length=8), 1 / 16, 1 / 16),
+        (SeqMeanTokenSum(), 1 / 2, 1 / 2),
+        (SeqMeanTokenMean(), 1 / 6, 1 / 2),
+        (SeqMeanTokenSumNorm(length=8), 1 / 16, 1 / 16),
     ],
     ids=repr,
 )
@@ -101,10 +101,10 @@ def test_two_ranks_with_the_steps_count_equal_one(as_ranks, reduction):
         # by token: (1 + 1 + 1 + 5 + 9)/5 = 3.4, by micro ((1 + 1 + 1 + 5)/4 + 9)/2 = 5.5
         (TokenMean(), 3.4, 5.5),
         # by response: (3 + 5 + 9)/3, by micro ((3 + 5)/2 + 9)/2
-        (SequenceMean(), 17 / 3, 6.5),
+        (SeqMeanTokenSum(), 17 / 3, 6.5),
         # (1 + 5 + 9)/3, ((1 + 5)/2 + 9)/2
-        (MeanOfMeans(), 5.0, 6.0),
-        (ConstantLength(length=2), 17 / 6, 3.25),
+        (SeqMeanTokenMean(), 5.0, 6.0),
+        (SeqMeanTokenSumNorm(length=2), 17 / 6, 3.25),
     ],
     ids=repr,
 )
@@ -132,15 +132,15 @@ def test_padding_and_the_order_of_rows_change_nothing(lengths, seed):
 @given(LENGTHS, st.integers(1, 50), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=15)
 def test_constant_length_is_the_sequence_mean_over_the_length(lengths, length, seed):
-    # Dr. GRPO's is SequenceMean / L, whatever the responses' own lengths; so is TokenMean where all are L long
+    # Dr. GRPO's is SeqMeanTokenSum / L, whatever the responses' own lengths; so is TokenMean where all are L long
     losses, mask, rows = random_step(lengths, seed)
-    constant = ConstantLength(length=length)
+    constant = SeqMeanTokenSumNorm(length=length)
     got = float(constant.total(losses, mask) / constant.count(mask))
-    assert abs(got - naive(SequenceMean(), rows) / length) <= 1e-9
+    assert abs(got - naive(SeqMeanTokenSum(), rows) / length) <= 1e-9
     full, everything, rows = random_step([6, 6], seed)
-    got = ConstantLength(length=6).total(full, everything) / ConstantLength(length=6).count(everything)
+    got = SeqMeanTokenSumNorm(length=6).total(full, everything) / SeqMeanTokenSumNorm(length=6).count(everything)
     assert abs(float(got) - naive(TokenMean(), rows)) <= 1e-9
-    assert abs(float(got) - naive(MeanOfMeans(), rows)) <= 1e-9
+    assert abs(float(got) - naive(SeqMeanTokenMean(), rows)) <= 1e-9
 
 
 def test_at_sequence_level_all_means_agree(float64):
@@ -151,16 +151,16 @@ def test_at_sequence_level_all_means_agree(float64):
 
 def test_length_moves_the_loss(float64):
     for length in (1, 4, 128):
-        constant = ConstantLength(length=length)
+        constant = SeqMeanTokenSumNorm(length=length)
         assert_close(constant.total(float64([[1.0, 2.0, 5.0]] * 3), MASK), float64(9.0 / length), **TIGHT)
-    assert ConstantLength().for_length(128) == ConstantLength(length=128)
-    assert ConstantLength(length=7).for_length(128).length == 7
+    assert SeqMeanTokenSumNorm().for_length(128) == SeqMeanTokenSumNorm(length=128)
+    assert SeqMeanTokenSumNorm(length=7).for_length(128).length == 7
 
 
 def test_reductions_refuse_bad_numbers_and_shapes(float64):
     for bad in (0, -3, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="`length` must be a number above 0: got"):
-            ConstantLength(length=bad)
+            SeqMeanTokenSumNorm(length=bad)
     for reduction in REDUCTIONS:
         with pytest.raises(ValueError, match=r"`mask` must have the shape of `x`: got \(3, 3\) for \(3, 1\)"):
             reduction.total(float64([[1.0], [2.0], [3.0]]), MASK)

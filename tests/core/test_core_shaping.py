@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from lightning_rlhf.core import (
     ClipScore,
-    LengthNormalised,
+    LengthNormalized,
     LengthPenalty,
-    ReplaceScore,
+    MissingEOSPenalty,
     Shaping,
     SoftOverlong,
-    SubtractFromScore,
+    TruncatedScore,
 )
 
 NAN = float("nan")
@@ -23,11 +23,11 @@ TIGHT = {"rtol": 0, "atol": 1e-9}
 ENDED = torch.tensor([True, False, True, False])
 LENGTHS = torch.tensor([1, 5, 12, 20])
 RULES = [
-    ReplaceScore(),
-    SubtractFromScore(),
+    TruncatedScore(),
+    MissingEOSPenalty(),
     SoftOverlong(limit=16, buffer=8),
     LengthPenalty(coef=0.1),
-    LengthNormalised(),
+    LengthNormalized(),
     ClipScore(),
 ]
 
@@ -41,25 +41,25 @@ def shaped(rule, scores, *, lengths=LENGTHS, ended=ENDED):
 
 def test_replace_score_sets_the_value_and_leaves_ended_responses(float64):
     scores = float64([1.0, 2.0, -3.0, -4.0])
-    assert torch.equal(shaped(ReplaceScore(), scores), float64([1.0, -1.0, -3.0, -1.0]))
-    assert torch.equal(shaped(ReplaceScore(value=0.5), scores), float64([1.0, 0.5, -3.0, 0.5]))
+    assert torch.equal(shaped(TruncatedScore(), scores), float64([1.0, -1.0, -3.0, -1.0]))
+    assert torch.equal(shaped(TruncatedScore(value=0.5), scores), float64([1.0, 0.5, -3.0, 0.5]))
 
 
 def test_subtract_from_score_lowers_by_the_penalty(float64):
     scores = float64([1.0, 2.0, -3.0, -4.0])
-    assert torch.equal(shaped(SubtractFromScore(), scores), float64([1.0, 1.0, -3.0, -5.0]))
-    assert torch.equal(shaped(SubtractFromScore(penalty=0.5), scores), float64([1.0, 1.5, -3.0, -4.5]))
-    assert torch.equal(shaped(SubtractFromScore(penalty=0.0), scores), scores)
+    assert torch.equal(shaped(MissingEOSPenalty(), scores), float64([1.0, 1.0, -3.0, -5.0]))
+    assert torch.equal(shaped(MissingEOSPenalty(penalty=0.5), scores), float64([1.0, 1.5, -3.0, -4.5]))
+    assert torch.equal(shaped(MissingEOSPenalty(penalty=0.0), scores), scores)
 
 
 def test_replace_score_hides_what_the_reward_said_of_a_cut_response(float64):
     # the reward of a cut response may be anything; of an ended one it shows
-    got = shaped(ReplaceScore(), float64([1.0, NAN, 2.0, 9.0]))
+    got = shaped(TruncatedScore(), float64([1.0, NAN, 2.0, 9.0]))
     assert torch.equal(got, float64([1.0, -1.0, 2.0, -1.0]))
-    assert shaped(ReplaceScore(), float64([NAN, 0.0, 0.0, 0.0]))[0].isnan()
+    assert shaped(TruncatedScore(), float64([NAN, 0.0, 0.0, 0.0]))[0].isnan()
 
 
-@pytest.mark.parametrize("rule", [ReplaceScore(), SubtractFromScore()], ids=repr)
+@pytest.mark.parametrize("rule", [TruncatedScore(), MissingEOSPenalty()], ids=repr)
 def test_rules_on_the_end_look_at_the_end_and_not_at_the_length(float64, rule):
     scores = float64([1.0, 2.0, -3.0, -4.0])
     assert torch.equal(shaped(rule, scores, lengths=LENGTHS.flip(0)), shaped(rule, scores))
@@ -120,12 +120,12 @@ def test_length_penalty_is_a_price_per_token(float64):
     assert_close(shaped(LengthPenalty(coef=1.0), scores), float64([0.0, -3.0, -15.0, -24.0]), **TIGHT)
 
 
-def test_length_normalised_is_the_score_per_token_times_a_length(float64):
+def test_length_normalized_is_the_score_per_token_times_a_length(float64):
     scores = float64([1.0, 2.0, -3.0, -4.0])
-    assert_close(shaped(LengthNormalised(), scores), float64([1.0, 0.4, -0.25, -0.2]), **TIGHT)
-    assert_close(shaped(LengthNormalised(length=10.0), scores), float64([10.0, 4.0, -2.5, -2.0]), **TIGHT)
+    assert_close(shaped(LengthNormalized(), scores), float64([1.0, 0.4, -0.25, -0.2]), **TIGHT)
+    assert_close(shaped(LengthNormalized(length=10.0), scores), float64([10.0, 4.0, -2.5, -2.0]), **TIGHT)
     # a response of `length` tokens keeps its score
-    assert_close(shaped(LengthNormalised(length=5.0), scores)[1], float64(2.0), **TIGHT)
+    assert_close(shaped(LengthNormalized(length=5.0), scores)[1], float64(2.0), **TIGHT)
 
 
 def test_clip_score_holds_the_score_in_its_bounds(float64):
@@ -160,14 +160,14 @@ def test_order_of_rules_matters(float64):
     assert composed(clip, price) == -7
     assert composed(price, clip) == 5
     # rules that add commute
-    penalty = SubtractFromScore(penalty=2.0)
+    penalty = MissingEOSPenalty(penalty=2.0)
     assert composed(penalty, price) == composed(price, penalty)
 
 
 def test_replacing_last_makes_every_cut_response_equal(float64):
     # a fixed value is fixed only where nothing follows it: a length rule after it tells 5 tokens from 20
     scores = float64([1.0, 2.0, -3.0, -4.0])
-    fixed, price = ReplaceScore(), LengthPenalty(coef=0.1)
+    fixed, price = TruncatedScore(), LengthPenalty(coef=0.1)
     last, first = shaped(fixed, shaped(price, scores)), shaped(price, shaped(fixed, scores))
     assert torch.equal(last[~ENDED], float64([-1.0, -1.0]))
     assert_close(first[~ENDED], float64([-1.5, -3.0]), **TIGHT)
@@ -211,11 +211,11 @@ def test_a_score_that_is_not_a_number_shows_where_it_counts(float64, rule):
 
 def test_shaping_defaults_are_the_published_ones():
     # Ziegler et al. 2019, code: −1; TRL: 1; DAPO: 1
-    assert ReplaceScore() == ReplaceScore(value=-1.0)
-    assert SubtractFromScore() == SubtractFromScore(penalty=1.0)
+    assert TruncatedScore() == TruncatedScore(value=-1.0)
+    assert MissingEOSPenalty() == MissingEOSPenalty(penalty=1.0)
     assert SoftOverlong(limit=20480, buffer=4096) == SoftOverlong(limit=20480, buffer=4096, penalty=1.0)
     assert ClipScore() == ClipScore(low=-5.0, high=5.0)
-    assert LengthNormalised() == LengthNormalised(length=1.0)
+    assert LengthNormalized() == LengthNormalized(length=1.0)
 
 
 # What is refused.
@@ -224,7 +224,7 @@ def test_shaping_defaults_are_the_published_ones():
 @pytest.mark.parametrize("bad", [-1.0, NAN, math.inf])
 def test_subtract_from_score_refuses_a_bonus(bad):
     with pytest.raises(ValueError, match="`penalty` must be a number of at least 0: got"):
-        SubtractFromScore(penalty=bad)
+        MissingEOSPenalty(penalty=bad)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +245,13 @@ def test_length_rules_refuse_numbers_that_are_not_above_zero(bad):
     with pytest.raises(ValueError, match="`coef` must be a number above 0: got"):
         LengthPenalty(coef=bad)
     with pytest.raises(ValueError, match="`length` must be a number above 0: got"):
-        LengthNormalised(length=bad)
+        LengthNormalized(length=bad)
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_replace_score_refuses_a_value_that_is_not_finite(bad):
     with pytest.raises(ValueError, match="`value`"):
-        ReplaceScore(value=bad)
+        TruncatedScore(value=bad)
 
 
 @pytest.mark.parametrize(("low", "high"), [(5.0, 5.0), (6.0, 5.0), (NAN, 5.0), (-5.0, NAN)])

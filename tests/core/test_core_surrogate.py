@@ -10,24 +10,24 @@ from torch.testing import assert_close
 from lightning_rlhf.core import (
     CISPO,
     Clip,
-    KLPenalty,
-    MaskedWeights,
+    ImportanceSampling,
+    KLPen,
+    MaskedIS,
     Surrogate,
-    TruncatedWeights,
-    Unclipped,
+    TruncatedIS,
     importance_ratio,
 )
 
 TIGHT = {"rtol": 0, "atol": 1e-9}
 SURROGATES = [
-    Unclipped(),
+    ImportanceSampling(),
     Clip(),
     Clip(epsilon=0.2, epsilon_high=0.28, dual=3.0),
     CISPO(),
     CISPO(largest=1.5, smallest=0.5),
-    KLPenalty(),
-    TruncatedWeights(),
-    MaskedWeights(),
+    KLPen(),
+    TruncatedIS(),
+    MaskedIS(),
 ]
 
 
@@ -52,7 +52,7 @@ def test_importance_ratio_is_the_exponential_and_is_held_at_forty_nats(float64):
 @settings(deadline=None, max_examples=30)
 def test_unclipped_is_minus_ratio_times_advantage_and_so_is_its_gradient(log_ratio, advantage):
     ratio = math.exp(log_ratio)
-    loss, gradient, stats = loss_and_gradient(Unclipped(), ratio, advantage)
+    loss, gradient, stats = loss_and_gradient(ImportanceSampling(), ratio, advantage)
     # 1e-12 relative: |ρA| reaches 1500 and log(exp(x)) is x only up to its rounding
     assert math.isclose(loss, -ratio * advantage, rel_tol=1e-12, abs_tol=1e-9)
     assert math.isclose(gradient, -ratio * advantage, rel_tol=1e-12, abs_tol=1e-9)
@@ -60,8 +60,8 @@ def test_unclipped_is_minus_ratio_times_advantage_and_so_is_its_gradient(log_rat
 
 
 def test_unclipped_is_bounded_by_nothing_where_clip_is():
-    assert abs(loss_and_gradient(Unclipped(), 50.0, 2.0)[0] + 100.0) <= 1e-9
-    assert abs(loss_and_gradient(Unclipped(), 50.0, 2.0)[1] + 100.0) <= 1e-9
+    assert abs(loss_and_gradient(ImportanceSampling(), 50.0, 2.0)[0] + 100.0) <= 1e-9
+    assert abs(loss_and_gradient(ImportanceSampling(), 50.0, 2.0)[1] + 100.0) <= 1e-9
     # negative control: Clip stops at 1.2·2
     assert abs(loss_and_gradient(Clip(), 50.0, 2.0)[0] + 2.4) <= 1e-9
 
@@ -113,7 +113,7 @@ def test_ordinary_surrogates_weigh_every_action_with_one(float64, surrogate):
     assert torch.equal(surrogate.weights(mismatch), torch.ones(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("surrogate", [Unclipped(), Clip(epsilon=0.1), CISPO()], ids=repr)
+@pytest.mark.parametrize("surrogate", [ImportanceSampling(), Clip(epsilon=0.1), CISPO()], ids=repr)
 def test_surrogates_without_a_target_do_not_adapt(surrogate):
     assert surrogate.adapted(100.0) is surrogate
     assert surrogate.adapted(0.0) is surrogate
@@ -124,29 +124,29 @@ def test_surrogates_without_a_target_do_not_adapt(surrogate):
 
 def test_surrogates_refuse_the_state_of_another_class():
     with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for Clip, which needs \[\]"):
-        Clip().restored(KLPenalty().state())
-    with pytest.raises(ValueError, match=r"the checkpoint holds \[\] for KLPenalty, which needs \['coef'\]"):
-        KLPenalty().restored(Clip().state())
-    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for TruncatedWeights, which needs \[\]"):
-        TruncatedWeights().restored(KLPenalty().state())
+        Clip().restored(KLPen().state())
+    with pytest.raises(ValueError, match=r"the checkpoint holds \[\] for KLPen, which needs \['coef'\]"):
+        KLPen().restored(Clip().state())
+    with pytest.raises(ValueError, match=r"the checkpoint holds \['coef'\] for TruncatedIS, which needs \[\]"):
+        TruncatedIS().restored(KLPen().state())
 
 
 def test_surrogate_defaults_are_the_published_ones():
     # ε = 0.2 (PPO, Ouyang et al. 2022 C.4), no DAPO and no dual bound; b starts at 1 with a target of 0.01 nats per
     # action; CISPO's cap is TRL's and it has no floor; TIS caps at 2
     assert Clip() == Clip(epsilon=0.2, epsilon_high=None, dual=None)
-    assert KLPenalty() == KLPenalty(coef=1.0, target=0.01)
+    assert KLPen() == KLPen(coef=1.0, target=0.01)
     assert CISPO() == CISPO(largest=5.0, smallest=0.0)
-    assert TruncatedWeights() == TruncatedWeights(cap=2.0, surrogate=Clip())
-    assert MaskedWeights() == MaskedWeights(smallest=0.5, largest=2.0, surrogate=Clip())
+    assert TruncatedIS() == TruncatedIS(cap=2.0, surrogate=Clip())
+    assert MaskedIS() == MaskedIS(smallest=0.5, largest=2.0, surrogate=Clip())
 
 
 def test_surrogates_are_frozen():
     for surrogate, name in (
         (Clip(), "epsilon"),
-        (KLPenalty(), "coef"),
+        (KLPen(), "coef"),
         (CISPO(), "largest"),
-        (TruncatedWeights(), "cap"),
+        (TruncatedIS(), "cap"),
     ):
         with pytest.raises(FrozenInstanceError):
             setattr(surrogate, name, 2.0)

@@ -9,7 +9,7 @@ import yaml
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
+from lightning_rlhf.data import ColumnNames, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
 
 SHARED: dict[str, Any] = {
     "batch_size": 5,
@@ -70,7 +70,7 @@ def test_yaml_sets_every_argument(tmp_path: Path, kind: type, own: dict[str, Any
     data = parse("--config", str(config)).datamodule
     assert type(data) is kind
     for name, value in (SHARED | own).items():
-        expected = Columns(prompt="question", text="body") if name == "columns" else value
+        expected = ColumnNames(prompt="question", text="body") if name == "columns" else value
         assert getattr(data, name) == expected, name
 
 
@@ -93,7 +93,7 @@ def test_print_config_round_trips(
 
 def test_flags_set_nested_columns_and_unknown_ones_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     data = parse("--data=PromptDataModule", "--data.train=t.jsonl", "--data.columns.prompt=q").datamodule
-    assert (data.train, data.columns) == ("t.jsonl", Columns(prompt="q"))
+    assert (data.train, data.columns) == ("t.jsonl", ColumnNames(prompt="q"))
     with pytest.raises(SystemExit) as stopped:
         parse("--data=PromptDataModule", "--data.columns.promt=q")
     assert stopped.value.code == 2

@@ -21,9 +21,9 @@ def test_prompts_are_padded_on_the_left(pad: int) -> None:
     batch = collate_prompts(examples, [True, False], pad=pad)
     assert batch.tokens.tolist() == [[5, 0, 6], [pad, pad, 7]]
     assert batch.mask.tolist() == [[True, True, True], [False, False, True]]  # a real 0 counts though 0 may be the pad
-    assert batch.counts.tolist() == [True, False]
+    assert batch.is_real.tolist() == [True, False]
     assert batch.rows == [{"prompt": "x", "id": 1}, {"prompt": "y"}]
-    assert (batch.tokens.dtype, batch.mask.dtype, batch.counts.dtype) == (torch.int64, torch.bool, torch.bool)
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.is_real.dtype) == (torch.int64, torch.bool, torch.bool)
 
 
 @pytest.mark.parametrize("pad", [0, 9])

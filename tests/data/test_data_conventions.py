@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import shared_messages, shared_text
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of
@@ -15,7 +15,7 @@ from lightning_rlhf.data.records import Record
 from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
-DEFAULT = Columns()
+DEFAULT = ColumnNames()
 
 
 def system(text: str) -> dict[str, str]:
@@ -187,10 +187,10 @@ def test_ambiguous_row_is_refused(read: Any, row: dict[str, Any], message: str) 
 
 def test_key_named_on_purpose_is_the_only_one() -> None:
     row = {"instruction": "a", "input": "b", "output": "c", "completion": "d"}
-    assert prompt_of(row, Columns(prompt="instruction")) == "a"
-    assert demonstration_of(row, Columns(prompt="instruction", response="output")) == Demonstration("a", "c")
+    assert prompt_of(row, ColumnNames(prompt="instruction")) == "a"
+    assert demonstration_of(row, ColumnNames(prompt="instruction", response="output")) == Demonstration("a", "c")
     with pytest.raises(ValueError, match="no key `answer`"):
-        demonstration_of(row, Columns(prompt="input", response="answer"))
+        demonstration_of(row, ColumnNames(prompt="input", response="answer"))
 
 
 def test_shared_messages_end_where_the_assistant_goes_on() -> None:

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 
-DEFAULT = Columns()
+DEFAULT = ColumnNames()
 
 
 def user(text: str) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_ranking_formats(row: dict[str, Any], expected: Ranking) -> None:
 
 
 def test_every_key_can_be_renamed() -> None:
-    columns = Columns(
+    columns = ColumnNames(
         prompt="q",
         response="r",
         chosen="good",
@@ -187,7 +187,7 @@ def test_prompt_named_on_purpose_is_not_guessed_from_the_pair() -> None:
     row = {"chosen": "q yes", "rejected": "q no"}
     assert ranking_of(row, DEFAULT).prompt == "q"
     with pytest.raises(ValueError, match="no key `question`"):
-        ranking_of(row, Columns(prompt="question"))
+        ranking_of(row, ColumnNames(prompt="question"))
 
 
 def test_bad_text_is_explained() -> None:

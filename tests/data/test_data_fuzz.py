@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_prompts, collate_texts
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.examples import (
     ComparisonExample,
     PromptExample,
@@ -86,7 +86,7 @@ def test_any_bytes_give_rows_or_name_the_place(content: bytes, name: str, packed
 def test_any_rows_give_examples_or_name_the_place(rows: list[dict[str, Any]], reader: Any, toy_tokenizer: Any) -> None:
     records = [Record(row=row, file="x.jsonl", line=line) for line, row in enumerate(rows, 1)]
     try:
-        examples = reader(records, Encoder(toy_tokenizer), Columns(), tally())
+        examples = reader(records, Encoder(toy_tokenizer), ColumnNames(), tally())
     except ValueError as error:
         assert re.match(r"x\.jsonl, line [1-3]: |no row is left", str(error)), error  # noqa: PT017
         return
@@ -99,7 +99,7 @@ def test_any_rows_give_examples_or_name_the_place(rows: list[dict[str, Any]], re
 @given(rows=st.lists(st.fixed_dictionaries(GOOD), min_size=1, max_size=4), block=st.integers(2, 9))
 def test_good_rows_lose_no_token(rows: list[dict[str, Any]], block: int, toy_tokenizer: Any) -> None:
     records = [Record(row={"text": row["prompt"]}, file="x", line=1) for row in rows]
-    blocks = pretraining_blocks(records, Encoder(toy_tokenizer), Columns(), block=block)
+    blocks = pretraining_blocks(records, Encoder(toy_tokenizer), ColumnNames(), block=block)
     tokens = sum(len(row["prompt"].split()) + 1 for row in rows)  # a token a word, and the end
     lost = 1 if tokens % block == 1 else 0  # a last block of one token has nothing to predict
     assert sum(len(example.tokens) for example in blocks) == tokens - lost

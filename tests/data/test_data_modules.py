@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
+from lightning_rlhf.data import ColumnNames, ComparisonDataModule, DemonstrationDataModule, PromptDataModule
 from lightning_rlhf.types import ComparisonBatch, PromptBatch, TextBatch
 
 Write = Callable[..., str]
@@ -98,7 +98,7 @@ def test_evaluation_over_ranks_counts_each_row_once(plain: Any, prompts: str, pa
         data = attach(PromptDataModule(val=prompts, tokenizer=plain, batch_size=7), rank=rank, world=3)
         data.setup("validate")
         for batch in data.val_dataloader()[0]:
-            ids += [row["id"] for row, counted in zip(batch.rows, batch.counts, strict=True) if counted]
+            ids += [row["id"] for row, counted in zip(batch.rows, batch.is_real, strict=True) if counted]
         other = ComparisonDataModule(pairs, val=pairs, demonstrations=demonstrations, tokenizer=plain, batch_size=7)
         attach(other, rank=rank, world=3).setup("validate")
         comparisons, texts = other.val_dataloader()
@@ -118,7 +118,7 @@ def test_filler_of_each_kind_counts_nowhere(plain: Any, write: Write) -> None:
         attach(data, rank=1, world=2).setup("validate")
     (prompt,) = prompts.val_dataloader()[0]
     (comparison,), (text,) = comparisons.val_dataloader()
-    assert prompt.counts.tolist() == [False]
+    assert prompt.is_real.tolist() == [False]
     assert prompt.rows == [row]
     assert comparison.rank.tolist() == [[0, 0]]
     assert not text.target.any()
@@ -169,7 +169,7 @@ def test_dropped_rows_by_argument(plain: Any, write: Write) -> None:
 
 def test_columns_prompt_role_and_seed_reach_the_batches(chat: Any, plain: Any, write: Write) -> None:
     path = write("q.jsonl", [{"question": letter} for letter in LETTERS])
-    columns = Columns(prompt="question")
+    columns = ColumnNames(prompt="question")
     data = PromptDataModule(path, val=path, columns=columns, prompt_role="user", tokenizer=chat, batch_size=8)
     data.setup("fit")
     assert next(iter(data.val_dataloader()[0])).tokens[0].tolist() == [1, 3, 5, 10, 4, 3, 6]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data import ComparisonDataModule
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.formats import demonstration_of
 from lightning_rlhf.data.sources import read_records, stream_records
 
@@ -87,4 +87,4 @@ def test_numbers_and_labels_of_cells_count(plain: Any, tmp_path: Path) -> None:
     data.setup("fit")
     assert [example.strength for example in data._examples["train"]] == [[1.5, 0.0], None]
     with pytest.raises(ValueError, match="`label` is false"):
-        demonstration_of({"prompt": "a", "completion": "b", "label": "False"}, Columns())
+        demonstration_of({"prompt": "a", "completion": "b", "label": "False"}, ColumnNames())

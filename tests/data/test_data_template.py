@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data import DemonstrationDataModule, PromptDataModule
-from lightning_rlhf.data.columns import Columns
+from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.records import Record
 from lightning_rlhf.data.tally import Tally
@@ -27,7 +27,7 @@ def said(content: str | None = "b", **keys: Any) -> dict[str, Any]:
 
 def read(reader: Any, row: dict[str, Any], tokenizer: Any, **arguments: Any) -> Any:
     tally = Tally(name="train", limit_name="max_tokens", limit=99)
-    (example,) = reader([Record(row, "f.jsonl", 7)], Encoder(tokenizer, **arguments), Columns(), tally)
+    (example,) = reader([Record(row, "f.jsonl", 7)], Encoder(tokenizer, **arguments), ColumnNames(), tally)
     return example
 
 
@@ -144,7 +144,7 @@ def test_answer_that_ends_otherwise_is_refused(thinking: Any) -> None:
 
 
 def test_column_of_another_meaning_is_left_alone(chat: Any) -> None:
-    data = PromptDataModule([{"prompt": "a", "tools": "hammer"}], tokenizer=chat, columns=Columns(tools="schemas"))
+    data = PromptDataModule([{"prompt": "a", "tools": "hammer"}], tokenizer=chat, columns=ColumnNames(tools="schemas"))
     data.setup("fit")
     assert data._examples["train"][0].row == {"prompt": "a", "tools": "hammer"}
 

@@ -37,7 +37,7 @@ def network(request, make_lm):
 
 @pytest.fixture
 def batch():
-    """Tokens, mask, groups and the responses' width; rows of one prompt are not neighbours."""
+    """Tokens, mask, groups and the responses' width; rows of one prompt are not neighbors."""
     rows = [(g, p, r) for g, (p, rs) in enumerate(zip(PROMPTS, RESPONSES, strict=True)) for r in rs]
     rows = [rows[i] for i in (0, 5, 2, 3, 1, 4)]
     before, width = max(map(len, PROMPTS)), max(len(r) for _, _, r in rows)

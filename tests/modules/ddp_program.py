@@ -26,36 +26,36 @@ from lightning_rlhf import (
     BatchStd,
     BestOfN,
     ComparisonDataModule,
-    Constant,
-    ConstantLength,
+    ConstantSchedule,
     DemonstrationDataModule,
     EnsembleReward,
     FixedKL,
-    Generation,
     GoldReward,
     GroupAdvantage,
     KLInLoss,
-    KLPenalty,
+    KLPen,
     LearnedReward,
     LeaveOneOut,
-    Linear,
-    MeanOfMeans,
+    LinearSchedule,
     ModelSource,
+    NoScale,
     PPOModule,
     PromptDataModule,
     Reward,
     RewardModule,
     RewardToGo,
     RunningMean,
+    SamplingParams,
+    SeqMeanTokenMean,
+    SeqMeanTokenSumNorm,
     SequenceLevel,
     SFTModule,
     TokenLevel,
-    Unscaled,
-    Updates,
+    UpdateSchedule,
     WeightedReward,
     Whitened,
     WinRate,
-    WorstOf,
+    WorstReward,
 )
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import Algorithm
@@ -87,7 +87,7 @@ class Table(Reward):
     def __call__(self, rollout, rows):
         tokens = rollout.tokens[:, rollout.prompt_width :]
         numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll).to(tokens.device)
-        return torch.where(rollout.response, numbers[tokens], 0.0).sum(1)
+        return torch.where(rollout.response_mask, numbers[tokens], 0.0).sum(1)
 
 
 class FailsOnOne(Table):
@@ -193,15 +193,15 @@ def ppo(folder: Path, devices: int) -> dict:
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
-        generation=Generation(max_new_tokens=6),
-        updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
+        generation=SamplingParams(max_new_tokens=6),
+        updates=UpdateSchedule(minibatch=4 // devices, microbatch=3 // devices),
         algorithm=Algorithm(
             beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
-            surrogate=KLPenalty(coef=1.0, target=1e-3),
+            surrogate=KLPen(coef=1.0, target=1e-3),
             ptx_coef=0.3,
         ),
         optimizer=ADAM,
-        schedule=Linear(),
+        schedule=LinearSchedule(),
         evaluations=[*evaluations, GoldReward(reward=gold)],
     )
     data = PromptDataModule(
@@ -226,22 +226,22 @@ def gae(folder: Path, devices: int) -> dict:
         policy=source(folder, "lm"),
         reward=Table(),
         value=source(folder, "scorer"),
-        generation=Generation(max_new_tokens=6),
-        updates=Updates(epochs=2, microbatch=3 // devices),
+        generation=SamplingParams(max_new_tokens=6),
+        updates=UpdateSchedule(epochs=2, microbatch=3 // devices),
         algorithm=Algorithm(level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1)),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
     return run(module, data, devices)
 
 
 KL_IN_LOSS = KLInLoss(level=SequenceLevel())
-TOKENS, MEANS = {"level": TokenLevel()}, {"level": TokenLevel(), "reduction": MeanOfMeans()}
+TOKENS, MEANS = {"level": TokenLevel()}, {"level": TokenLevel(), "reduction": SeqMeanTokenMean()}
 GROUPED = {
     "grpo": MEANS | {"advantage": GroupAdvantage()},
-    "batch_std": TOKENS | {"advantage": GroupAdvantage(scale=BatchStd()), "reduction": ConstantLength(length=8)},
-    "dr_grpo": MEANS | {"advantage": GroupAdvantage(scale=Unscaled()), "kl_term": KL_IN_LOSS},
+    "batch_std": TOKENS | {"advantage": GroupAdvantage(scale=BatchStd()), "reduction": SeqMeanTokenSumNorm(length=8)},
+    "dr_grpo": MEANS | {"advantage": GroupAdvantage(scale=NoScale()), "kl_term": KL_IN_LOSS},
     "rloo": {"advantage": BanditAdvantage(baseline=LeaveOneOut())},
     "reinforce_pp": TOKENS | {"advantage": Whitened(estimator=RewardToGo())},
     "running_mean": {"advantage": BanditAdvantage(baseline=RunningMean(decay=0.5))},
@@ -252,15 +252,15 @@ def grouped(folder: Path, devices: int) -> dict:
     """Two responses to each prompt, by name of the method; a minibatch holds whole groups on every process."""
     found = {}
     for name, options in GROUPED.items():
-        parts = {"long": Table(), "both": EnsembleReward([Table(3), Table(11)], combine=WorstOf())}
+        parts = {"long": Table(), "both": EnsembleReward([Table(3), Table(11)], combine=WorstReward())}
         module = PPOModule(
             policy=source(folder, "lm"),
             reward=WeightedReward(parts, weights={"long": 1.0, "both": 0.5}),
             algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0), shaping=(), **options),
-            generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-            updates=Updates(minibatch=4 // devices, microbatch=3 // devices),
+            generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+            updates=UpdateSchedule(minibatch=4 // devices, microbatch=3 // devices),
             optimizer=ADAM,
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
         data = PromptDataModule(
             train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
@@ -281,11 +281,11 @@ def lora(folder: Path, devices: int) -> dict:
     module = PPOModule(
         policy=source(folder, "lm", peft=adapter),
         reward=LearnedReward(str(folder / "scorer"), dtype=precision()),
-        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(microbatch_tokens=12),
+        generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+        updates=UpdateSchedule(microbatch_tokens=12),
         algorithm=Algorithm(beta=FixedKL(coef=0.1), ptx_coef=0.3),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
         evaluations=[BestOfN(n=(2,)), AlignmentTax()],
     )
     data = PromptDataModule(
@@ -319,9 +319,9 @@ def resumed(folder: Path, devices: int) -> dict:
                 level=TokenLevel(),
                 beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0),
             ),
-            generation=Generation(max_new_tokens=6),
+            generation=SamplingParams(max_new_tokens=6),
             optimizer=ADAM,
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
         ema = EMA(decay=0.5)
@@ -383,7 +383,7 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
     module = PPOModule(
         policy=source(folder, "lm"),
         reward=Table(),
-        generation=Generation(max_new_tokens=4),
+        generation=SamplingParams(max_new_tokens=4),
         optimizer=ADAM,
         evaluations=[WinRate(judge=longer, samples=2), BestOfN(n=(2,)), AlignmentTax()],
     )
@@ -400,13 +400,13 @@ def scarce_ppo(folder: Path, devices: int) -> dict:
 def failing(folder: Path, devices: int) -> dict:
     """PPO whose reward fails on one process; the folder of failed rewards is its own."""
     os.chdir(folder)
-    module = PPOModule(source(folder, "lm"), FailsOnOne(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    module = PPOModule(source(folder, "lm"), FailsOnOne(), generation=SamplingParams(max_new_tokens=2), optimizer=ADAM)
     return run(module, PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices), devices)
 
 
 def leaving(folder: Path, devices: int) -> dict:
     """PPO of which one process is told to leave."""
-    module = PPOModule(source(folder, "lm"), Table(), generation=Generation(max_new_tokens=2), optimizer=ADAM)
+    module = PPOModule(source(folder, "lm"), Table(), generation=SamplingParams(max_new_tokens=2), optimizer=ADAM)
     data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
     saver = RunCheckpoint(str(folder / "leaving"), every_n_batches=99)
     return run(module, data, devices, callbacks=[TerminatedOnOne(), saver], enable_checkpointing=True)

@@ -21,20 +21,20 @@ from lightning_rlhf import (
     GAE,
     AdaptiveKL,
     ComparisonDataModule,
-    Constant,
+    ConstantSchedule,
     DemonstrationDataModule,
     FixedKL,
-    Generation,
     GradientNorms,
+    ImportanceSampling,
     LearnedReward,
     ModelSource,
     PPOModule,
     PromptDataModule,
     RewardModule,
+    SamplingParams,
     SFTModule,
     TokenLevel,
-    Unclipped,
-    Updates,
+    UpdateSchedule,
     Whitened,
 )
 from lightning_rlhf.core import Algorithm
@@ -62,13 +62,13 @@ def wide(folder: Path, devices: int) -> dict:
         policy=source(folder, "lm"),
         reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
         value=source(folder, "scorer"),
-        generation=Generation(max_new_tokens=4, samples_per_prompt=2),
-        updates=Updates(minibatch=8 // devices, microbatch_tokens=18),
+        generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2),
+        updates=UpdateSchedule(minibatch=8 // devices, microbatch_tokens=18),
         algorithm=Algorithm(
             level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1), ptx_coef=0.3
         ),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     data = prompts(folder, 8 // devices)
     found = run(module, data, devices, max_epochs=1, callbacks=[GradientNorms()])
@@ -89,11 +89,11 @@ def stages(folder: Path, devices: int, **precision) -> dict:
     ppo = PPOModule(
         policy=low(folder, "lm"),
         reward=Table(),
-        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2),
-        algorithm=Algorithm(surrogate=Unclipped(), ptx_coef=0.3),
+        generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+        updates=UpdateSchedule(epochs=2),
+        algorithm=Algorithm(surrogate=ImportanceSampling(), ptx_coef=0.3),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     found["ppo"] = run(
         ppo, prompts(folder, 4 // devices), devices, limit_train_batches=1, limit_val_batches=0, **options
@@ -129,10 +129,10 @@ def stopped(folder: Path, devices: int) -> dict:
         module = PPOModule(
             policy=source(folder, "lm"),
             reward=Table(),
-            generation=Generation(max_new_tokens=4),
+            generation=SamplingParams(max_new_tokens=4),
             algorithm=Algorithm(beta=AdaptiveKL(coef=0.2, target=0.01, horizon=60.0)),
             optimizer=ADAM,
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
         )
         data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
         found[name] = run(module, data, devices, limit_train_batches=1, **options) | {"kl": module.algorithm.kl.coef}
@@ -145,7 +145,7 @@ def alone(folder: Path, devices: int) -> dict:
     ppo = PPOModule(
         policy=source(folder, "lm"),
         reward=LearnedReward(str(folder / "scorer"), dtype="float64"),
-        generation=Generation(max_new_tokens=6),
+        generation=SamplingParams(max_new_tokens=6),
     )
     jobs = {
         "sft": (SFTModule(source(folder, "lm")), DemonstrationDataModule(told, val=told, batch_size=4 // devices)),

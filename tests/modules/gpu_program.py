@@ -17,7 +17,14 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from standins import zero_config
 
-from lightning_rlhf import Constant, DemonstrationDataModule, Generation, PPOModule, SFTModule, Updates
+from lightning_rlhf import (
+    ConstantSchedule,
+    DemonstrationDataModule,
+    PPOModule,
+    SamplingParams,
+    SFTModule,
+    UpdateSchedule,
+)
 
 STRATEGIES = {
     "gpu": lambda devices: "auto",
@@ -60,10 +67,10 @@ def compiled(folder: Path, devices: int) -> dict:
         module = PPOModule(
             policy=source(folder, "lm"),
             reward=Table(),
-            generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-            updates=Updates(epochs=2),
+            generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+            updates=UpdateSchedule(epochs=2),
             optimizer=ADAM,
-            schedule=Constant(),
+            schedule=ConstantSchedule(),
             compile=name == "compiled",
         )
         torch.manual_seed(0)

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lightning_rlhf import (
-    Constant,
+    ConstantSchedule,
     DemonstrationDataModule,
-    Generation,
     ModelSource,
     PPOModule,
     PromptDataModule,
+    SamplingParams,
     SFTModule,
 )
 
@@ -41,12 +41,12 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     source = ModelSource(path=str(folder / "lm"))
-    adam = {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": Constant()}
+    adam = {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": ConstantSchedule()}
     rows = {"train": str(folder / "rows.jsonl"), "batch_size": 2}
     runs = {
         "sft": (SFTModule(source, **adam), DemonstrationDataModule(**rows)),
         "ppo": (
-            PPOModule(source, letters, generation=Generation(max_new_tokens=2), **adam),
+            PPOModule(source, letters, generation=SamplingParams(max_new_tokens=2), **adam),
             PromptDataModule(**rows),
         ),
     }

@@ -16,16 +16,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf import (
     GAE,
     ComparisonDataModule,
-    Constant,
+    ConstantSchedule,
     DemonstrationDataModule,
     FixedKL,
-    Generation,
     PPOModule,
     PromptDataModule,
     RewardModule,
+    SamplingParams,
     SFTModule,
     TokenLevel,
-    Updates,
+    UpdateSchedule,
     Whitened,
 )
 from lightning_rlhf.callbacks import NonFiniteGuard
@@ -91,13 +91,13 @@ def everything(folder: Path, devices: int) -> tuple[PPOModule, PromptDataModule]
         policy=source(folder, "lm"),
         reward=Table(),
         value=source(folder, "scorer"),
-        generation=Generation(max_new_tokens=6, samples_per_prompt=2),
-        updates=Updates(epochs=2),
+        generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+        updates=UpdateSchedule(epochs=2),
         algorithm=Algorithm(
             level=TokenLevel(), advantage=Whitened(estimator=GAE()), beta=FixedKL(coef=0.1), ptx_coef=0.3
         ),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     path, texts = str(folder / "prompts.jsonl"), str(folder / "texts.jsonl")
     data = PromptDataModule(

@@ -12,16 +12,16 @@ from gathered import gathered
 from lightning_rlhf.core import (
     BanditAdvantage,
     Clip,
-    Constant,
+    ConstantSchedule,
     FixedKL,
-    KLPenalty,
-    Linear,
+    KLPen,
+    LinearSchedule,
+    SeqMeanTokenSum,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
 )
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Reward, Scores, Updates
+from lightning_rlhf.rollout import Reward, SamplingParams, Scores, UpdateSchedule
 from lightning_rlhf.types import Experience, Rollout
 
 VOCAB, LENGTH, BETA = 5, 2, 0.6
@@ -70,13 +70,13 @@ def make_module(network, table, *, surrogate, lr=0.02, epochs=2, minibatch=64, b
         **gathered(
             policy=network,
             reward=TableReward(table),
-            generation=Generation(max_new_tokens=LENGTH),
-            updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
+            generation=SamplingParams(max_new_tokens=LENGTH),
+            updates=UpdateSchedule(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
             beta=FixedKL(coef=beta),
             surrogate=surrogate,
             shaping=(),
             optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
-            **({"schedule": Constant()} | options),
+            **({"schedule": ConstantSchedule()} | options),
         )
     )
 
@@ -89,7 +89,7 @@ def gap_closed(make_lm, make_trainer, left_padded, as_loader):
         network = make_lm(kind, vocab=VOCAB, width=16, initializer_range=spread)
         scores = score_table()
         reference = copy.deepcopy(network).double().eval()
-        module = make_module(network, score_table(flip), schedule=Linear(), **options)
+        module = make_module(network, score_table(flip), schedule=LinearSchedule(), **options)
         prompts = left_padded([PROMPTS[i % 2] for i in range(rows)], rows=[{"prompt": i % 2} for i in range(rows)])
         make_trainer(max_epochs=1).fit(module, as_loader([{"prompts": prompts}] * rollouts))
         with torch.no_grad():
@@ -105,7 +105,7 @@ def gap_closed(make_lm, make_trainer, left_padded, as_loader):
     return run
 
 
-KLPEN = KLPenalty(coef=1.0, target=None)
+KLPEN = KLPen(coef=1.0, target=None)
 
 
 @pytest.mark.slow
@@ -151,10 +151,10 @@ def every_response(module: PPOModule, network, reference) -> Rollout:
     ended = torch.tensor([text[-1] == 0 for _ in PROMPTS for text in RESPONSES])
     return Rollout(
         tokens=tokens,
-        attention=attention,
-        response=response,
+        attention_mask=attention,
+        response_mask=response,
         ended=ended,
-        groups=torch.arange(len(tokens)),
+        prompt_index=torch.arange(len(tokens)),
         logprobs=logprobs,
         sampler_logprobs=logprobs,
         ref_logprobs=ref_logprobs,
@@ -193,7 +193,7 @@ def weighted(experience: Experience, weights: torch.Tensor) -> Experience:
     factor = (weights / len(PROMPTS)).unsqueeze(1)
     return Experience(
         rollout=experience.rollout,
-        mask=experience.mask,
+        action_mask=experience.action_mask,
         rewards=experience.advantages * factor,
         penalties=experience.advantages * factor,
         advantages=experience.advantages * factor,
@@ -205,7 +205,9 @@ def weighted(experience: Experience, weights: torch.Tensor) -> Experience:
 @pytest.mark.parametrize("surrogate", [Clip(), KLPEN], ids=["clip", "klpen"])
 @pytest.mark.parametrize("level", [SequenceLevel(), TokenLevel()], ids=["sequence", "token"])
 def test_gradient_at_the_old_policy_is_that_of_the_objective(exact_setting, kind, surrogate, level):
-    module, rollout, old, parameters, expected = exact_setting(kind, surrogate, level=level, reduction=SequenceMean())
+    module, rollout, old, parameters, expected = exact_setting(
+        kind, surrogate, level=level, reduction=SeqMeanTokenSum()
+    )
     rows = [{"prompt": i} for i in range(2) for _ in RESPONSES]
     scores = TableReward(score_table())(rollout, rows)
     experience = module.credit(rollout, Scores(scores, {}))
@@ -228,7 +230,7 @@ def test_credit_is_the_score_less_beta_times_the_log_ratio(exact_setting):
     scores = torch.arange(float(len(rollout)), dtype=torch.float64)
     found = module.credit(rollout, Scores(scores, {})).advantages
     for i in range(len(rollout)):
-        length = int(rollout.response[i].sum())
+        length = int(rollout.response_mask[i].sum())
         log_ratio = sum(float(rollout.logprobs[i, t] - rollout.ref_logprobs[i, t]) for t in range(length))
         assert float(found[i, 0]) == pytest.approx(i - BETA * log_ratio, abs=1e-12)
 
@@ -236,13 +238,18 @@ def test_credit_is_the_score_less_beta_times_the_log_ratio(exact_setting):
 def test_penalty_gradient_in_expectation_is_that_of_the_exact_kl_to_the_old_policy(exact_setting, make_lm):
     """Away from π_old: E_old[∇(−ρÂ + b·k3)] = ∇(−E_θ[Â] + b·KL(π_old‖π_θ)), both enumerated."""
     b = 0.7
-    module, rollout, old, parameters, _ = exact_setting("gpt2", KLPenalty(coef=b, target=None))
+    module, rollout, old, parameters, _ = exact_setting("gpt2", KLPen(coef=b, target=None))
     other = make_lm("gpt2", vocab=VOCAB, seed=5, initializer_range=0.15)
     module.policy.network.load_state_dict(other.state_dict())
     advantages = score_table().double().flatten().unsqueeze(1)
     mask = torch.ones_like(advantages, dtype=torch.bool)
     experience = Experience(
-        rollout=rollout, mask=mask, rewards=advantages, penalties=advantages, advantages=advantages, returns=advantages
+        rollout=rollout,
+        action_mask=mask,
+        rewards=advantages,
+        penalties=advantages,
+        advantages=advantages,
+        returns=advantages,
     )
     total = [torch.zeros_like(p) for p in parameters]
     for i in range(len(rollout)):

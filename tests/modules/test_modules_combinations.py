@@ -1,4 +1,4 @@
-"""Choices that are right alone and wrong together: each sentence, and the neighbouring pair that passes in silence."""
+"""Choices that are right alone and wrong together: each sentence, and the neighboring pair that passes in silence."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from lightning_rlhf.core import (
     ClippedValueLoss,
     GeometricLevel,
     GroupAdvantage,
+    ImportanceSampling,
     KLInLoss,
-    KLPenalty,
+    KLPen,
     LearnedValue,
     LeaveOneOut,
     LengthPenalty,
-    MaskedWeights,
-    ReplaceScore,
+    MaskedIS,
+    NoScale,
     RewardToGo,
     RunningMean,
     SequenceLevel,
     SoftOverlong,
     TokenLevel,
-    TruncatedWeights,
-    Unclipped,
-    Unscaled,
+    TruncatedIS,
+    TruncatedScore,
     Whitened,
     local,
 )
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation
+from lightning_rlhf.rollout import SamplingParams
 
-ONE, K2 = Generation(samples_per_prompt=1), Generation(samples_per_prompt=2)
+ONE, K2 = SamplingParams(samples_per_prompt=1), SamplingParams(samples_per_prompt=2)
 GSPO = Clip(epsilon=3e-4, epsilon_high=4e-4)
 ONE_EACH = (
     " compares the responses to one prompt, but each prompt gets one: set `generation.samples_per_prompt` to at least 2"
 )
 NO_NETWORK = ": leave them out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
 NO_KL = (
-    "KLPenalty needs the ratio π_θ/π_old, but GeometricLevel normalises it by the length, so that its k3 is no KL: "
+    "KLPen needs the ratio π_θ/π_old, but GeometricLevel normalizes it by the length, so that its k3 is no KL: "
     "take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
 )
 
@@ -121,7 +121,7 @@ def test_value_settings_with_a_value_network_pass(advantage):
     ("advantage", "named"),
     [
         (GroupAdvantage(), "GroupAdvantage"),
-        (GroupAdvantage(scale=Unscaled()), "GroupAdvantage"),
+        (GroupAdvantage(scale=NoScale()), "GroupAdvantage"),
         (BanditAdvantage(baseline=LeaveOneOut()), "LeaveOneOut"),
     ],
     ids=["grpo", "dr-grpo", "rloo"],
@@ -162,12 +162,12 @@ def test_what_compares_nothing_takes_one_or_many(advantage):
     silent(advantage=advantage, generation=K2)
 
 
-# The length-normalised ratio
+# The length-normalized ratio
 
 
-@pytest.mark.parametrize("penalty", [KLPenalty(), KLPenalty(coef=2.0, target=None)], ids=["adaptive", "fixed"])
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: TruncatedWeights(surrogate=s)], ids=["bare", "weighted"])
-def test_penalty_on_a_length_normalised_ratio_is_refused(penalty, wrap):
+@pytest.mark.parametrize("penalty", [KLPen(), KLPen(coef=2.0, target=None)], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: TruncatedIS(surrogate=s)], ids=["bare", "weighted"])
+def test_penalty_on_a_length_normalized_ratio_is_refused(penalty, wrap):
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         make(level=GeometricLevel(), surrogate=wrap(penalty))
     assert str(refused.value) == NO_KL
@@ -185,9 +185,9 @@ def test_penalty_on_a_length_normalised_ratio_is_refused(penalty, wrap):
         ({"epsilon": 0.2, "epsilon_high": 4e-4}, "Clip(epsilon=0.2, epsilon_high=0.0004)"),
     ],
 )
-def test_wide_bounds_on_a_length_normalised_ratio_are_warned_of(bounds, said):
-    sentence = f"{said} never acts on GeometricLevel's length-normalised ratio: GSPO's bounds are epsilon=3e-4, "
-    for wrap in (lambda s: s, lambda s: MaskedWeights(surrogate=TruncatedWeights(surrogate=s))):
+def test_wide_bounds_on_a_length_normalized_ratio_are_warned_of(bounds, said):
+    sentence = f"{said} never acts on GeometricLevel's length-normalized ratio: GSPO's bounds are epsilon=3e-4, "
+    for wrap in (lambda s: s, lambda s: MaskedIS(surrogate=TruncatedIS(surrogate=s))):
         with pytest.warns(UserWarning, match="never acts") as found:
             make(level=GeometricLevel(), surrogate=wrap(Clip(**bounds)))
         assert [str(w.message) for w in found] == [sentence + "epsilon_high=4e-4"]
@@ -196,8 +196,8 @@ def test_wide_bounds_on_a_length_normalised_ratio_are_warned_of(bounds, said):
         silent(level=TokenLevel(), surrogate=wrap(Clip(**bounds)))
 
 
-@pytest.mark.parametrize("surrogate", [GSPO, Clip(epsilon=0.05), Clip(epsilon=1e-3), Unclipped()])
-def test_fitting_bounds_on_a_length_normalised_ratio_pass(surrogate):
+@pytest.mark.parametrize("surrogate", [GSPO, Clip(epsilon=0.05), Clip(epsilon=1e-3), ImportanceSampling()])
+def test_fitting_bounds_on_a_length_normalized_ratio_pass(surrogate):
     silent(level=GeometricLevel(), surrogate=surrogate)
 
 
@@ -233,40 +233,40 @@ def test_other_bounds_that_never_act_are_warned_of(surrogate, said, near):
 def test_overlong_penalty_beyond_the_longest_response_is_warned_of(limit, buffer):
     rule = SoftOverlong(limit=limit, buffer=buffer)
     with pytest.warns(UserWarning, match="never acts") as found:
-        make(shaping=[ReplaceScore(), rule], generation=Generation(max_new_tokens=128))
+        make(shaping=[TruncatedScore(), rule], generation=SamplingParams(max_new_tokens=128))
     assert [str(w.message) for w in found] == [
         f"SoftOverlong(limit={limit}, buffer={buffer}) never acts: responses end at `generation.max_new_tokens`=128; "
         "set `limit` to that"
     ]
     assert found[0].filename == __file__
-    silent(shaping=[rule], generation=Generation(max_new_tokens=limit))
+    silent(shaping=[rule], generation=SamplingParams(max_new_tokens=limit))
 
 
 @pytest.mark.parametrize(("limit", "buffer"), [(128, 32), (128, 128), (200, 73), (64, 16)])
 def test_overlong_penalty_that_is_reached_passes(limit, buffer):
     """Of 200 and 73 the 128th token is the first that costs."""
-    silent(shaping=[SoftOverlong(limit=limit, buffer=buffer)], generation=Generation(max_new_tokens=128))
+    silent(shaping=[SoftOverlong(limit=limit, buffer=buffer)], generation=SamplingParams(max_new_tokens=128))
 
 
 def test_overlong_boundary_is_where_the_penalty_begins():
-    """What is warned of is 0 for the longest response, its neighbour is not."""
+    """What is warned of is 0 for the longest response, its neighbor is not."""
     longest = {"lengths": torch.tensor([128]), "ended": torch.tensor([True])}
     scores = torch.zeros(1, dtype=torch.float64)
     assert float(SoftOverlong(limit=200, buffer=72)(scores, **longest)) == 0.0
     assert float(SoftOverlong(limit=200, buffer=73)(scores, **longest)) == pytest.approx(-1 / 73, abs=1e-12)
     with pytest.warns(UserWarning, match="never acts"):
-        make(shaping=[SoftOverlong(limit=200, buffer=72)], generation=Generation(max_new_tokens=128))
+        make(shaping=[SoftOverlong(limit=200, buffer=72)], generation=SamplingParams(max_new_tokens=128))
 
 
 def test_other_rules_pass():
-    silent(shaping=[ReplaceScore(), LengthPenalty(coef=0.1)])
+    silent(shaping=[TruncatedScore(), LengthPenalty(coef=0.1)])
     silent(shaping=[])
 
 
 @pytest.mark.parametrize("order", [["overlong", "replace"], ["replace", "overlong"]], ids="-".join)
 def test_later_rules_may_undo_earlier_ones(order):
     """Rules are applied in turn: a score that is replaced has lost its penalty."""
-    rules = {"overlong": SoftOverlong(limit=128, buffer=32), "replace": ReplaceScore(value=-1.0)}
+    rules = {"overlong": SoftOverlong(limit=128, buffer=32), "replace": TruncatedScore(value=-1.0)}
     score = torch.tensor([0.5], dtype=torch.float64)
     for name in order:
         score = rules[name](score, lengths=torch.tensor([128]), ended=torch.tensor([False]))
@@ -284,8 +284,8 @@ def test_k1_in_the_loss_is_refused():
 
 def test_penalty_of_zero_cannot_adapt():
     with pytest.raises(ValueError, match="doubling 0 gives 0"):
-        KLPenalty(coef=0.0)
-    silent(surrogate=KLPenalty(coef=0.0, target=None))
+        KLPen(coef=0.0)
+    silent(surrogate=KLPen(coef=0.0, target=None))
 
 
 # Pairs of which one does nothing
@@ -356,7 +356,7 @@ REFUSED = {
         f"GroupAdvantage{ONE_EACH}",
     ),
     "no-value": ({"value_lr": 1.0e-5}, "`value_lr` belong to a value network, but BanditAdvantage trains none"),
-    "no-kl": ({"level": "GeometricLevel", "surrogate": "KLPenalty"}, NO_KL),
+    "no-kl": ({"level": "GeometricLevel", "surrogate": "KLPen"}, NO_KL),
     "k1": (
         {"kl_term": {"class_path": "KLInLoss", "init_args": {"estimator": "K1"}}},
         "`estimator`=K1 does nothing in the loss",
@@ -400,7 +400,7 @@ def test_warning_reaches_the_command_line(run, arguments, sentence):
     ],
     ids=["grpo", "gspo"],
 )
-def test_neighbouring_pairs_train_in_silence(run, arguments, recwarn):
+def test_neighboring_pairs_train_in_silence(run, arguments, recwarn):
     cli = run(**arguments)
     assert cli.model.iteration == 1
     assert not [w for w in recwarn if "never acts" in str(w.message)]

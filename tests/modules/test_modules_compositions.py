@@ -18,30 +18,30 @@ from lightning_rlhf.core import (
     BanditAdvantage,
     BatchMean,
     Clip,
-    Constant,
-    ConstantLength,
+    ConstantSchedule,
     FixedKL,
     GeometricLevel,
     GroupAdvantage,
+    ImportanceSampling,
     KLInLoss,
     KLInReward,
-    KLPenalty,
+    KLPen,
     LeaveOneOut,
-    MaskedWeights,
-    MeanOfMeans,
+    MaskedIS,
+    NoScale,
     RewardToGo,
     RunningMean,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
+    SeqMeanTokenSumNorm,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     TokenMean,
-    TruncatedWeights,
-    Unclipped,
-    Unscaled,
+    TruncatedIS,
     Whitened,
 )
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 ENDS = list(range(10))  # any of these ends a response, so that lengths are ragged
@@ -50,12 +50,12 @@ TERMS = [KLInReward()] + [KLInLoss(estimator=k, level=at) for k in (K2(), K3()) 
 CONTROLLERS = [FixedKL(coef=0.3), AdaptiveKL(coef=0.3, target=1e-3, horizon=50.0)]
 SURROGATES = [
     Clip(epsilon=3e-4, epsilon_high=4e-4),
-    KLPenalty(coef=1.0, target=None),
-    KLPenalty(coef=1.0, target=1e-3),
-    Unclipped(),
+    KLPen(coef=1.0, target=None),
+    KLPen(coef=1.0, target=1e-3),
+    ImportanceSampling(),
     CISPO(largest=1.01),
-    TruncatedWeights(surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4, dual=1.01)),
-    MaskedWeights(surrogate=Unclipped()),
+    TruncatedIS(surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4, dual=1.01)),
+    MaskedIS(surrogate=ImportanceSampling()),
 ]
 ADVANTAGES = [
     BanditAdvantage(),
@@ -63,11 +63,11 @@ ADVANTAGES = [
     BanditAdvantage(baseline=RunningMean()),
     BanditAdvantage(baseline=LeaveOneOut()),
     GroupAdvantage(),
-    GroupAdvantage(scale=Unscaled()),
+    GroupAdvantage(scale=NoScale()),
     RewardToGo(),
     Whitened(estimator=RewardToGo()),
 ]
-REDUCTIONS = [TokenMean(), SequenceMean(), MeanOfMeans(), ConstantLength(length=3)]
+REDUCTIONS = [TokenMean(), SeqMeanTokenSum(), SeqMeanTokenMean(), SeqMeanTokenSumNorm(length=3)]
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ def trained(make_lm, token_reward, make_trainer, as_loader, left_padded, recorde
             **gathered(
                 policy=network,
                 reward=token_reward(),
-                generation=Generation(max_new_tokens=4, samples_per_prompt=2),
-                updates=Updates(epochs=2, minibatch=4, max_grad_norm=None),
+                generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2),
+                updates=UpdateSchedule(epochs=2, minibatch=4, max_grad_norm=None),
                 shaping=(),
                 optimizer=partial(torch.optim.SGD, lr=0.01),
-                schedule=Constant(),
+                schedule=ConstantSchedule(),
                 **options,
             )
         )
@@ -111,9 +111,7 @@ def test_kl_fixed_or_adaptive_in_reward_or_loss_runs_at_every_level(trained, lev
         assert (steps[-1]["objective/non_score_reward"] != 0) == (not in_loss)
 
 
-PAIRS = [
-    (s, level) for s, level in product(SURROGATES, LEVELS) if not (isinstance(s, KLPenalty) and level == LEVELS[2])
-]
+PAIRS = [(s, level) for s, level in product(SURROGATES, LEVELS) if not (isinstance(s, KLPen) and level == LEVELS[2])]
 
 
 @pytest.mark.parametrize(("surrogate", "level"), PAIRS, ids=repr)
@@ -132,7 +130,9 @@ def test_surrogate_runs_at_every_level_under_every_advantage_and_reduction(train
 def test_levels_and_reductions_leave_other_weights_behind(trained):
     """Negative control: the runs above are not all one run."""
     found = {
-        (repr(level), repr(reduction)): round(trained(level=level, reduction=reduction, surrogate=Unclipped())[2], 12)
-        for level, reduction in product(LEVELS, (MeanOfMeans(), ConstantLength(length=3)))
+        (repr(level), repr(reduction)): round(
+            trained(level=level, reduction=reduction, surrogate=ImportanceSampling())[2], 12
+        )
+        for level, reduction in product(LEVELS, (SeqMeanTokenMean(), SeqMeanTokenSumNorm(length=3)))
     }
     assert len(set(found.values())) == len(found)

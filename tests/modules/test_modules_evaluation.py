@@ -11,9 +11,9 @@ import torch
 from gathered import gathered
 from lightning.pytorch import Callback
 
-from lightning_rlhf.core import Constant, ReplaceScore
+from lightning_rlhf.core import ConstantSchedule, TruncatedScore
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Reward
+from lightning_rlhf.rollout import Reward, SamplingParams
 from lightning_rlhf.types import Rollout
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -36,8 +36,12 @@ class Kept(Reward):
 @pytest.fixture
 def make_ppo(make_lm):
     def make(kind: str = "gpt2", **options) -> PPOModule:
-        usual = {"policy": make_lm(kind), "reward": Kept(), "generation": Generation(max_new_tokens=6, temperature=0.8)}
-        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
+        usual = {
+            "policy": make_lm(kind),
+            "reward": Kept(),
+            "generation": SamplingParams(max_new_tokens=6, temperature=0.8),
+        }
+        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": ConstantSchedule(), "shaping": ()}
         network = (usual | options)["policy"]
         network.generation_config.eos_token_id = ENDS  # some responses end, some do not
         return PPOModule(**gathered(**(usual | options)))
@@ -60,8 +64,8 @@ def by_hand(network, rollout: Rollout, temperature: float, ends: Sequence[int] =
     """Per response: log π, length and whether it ended, from one unpadded pass a row."""
     found = []
     for i in range(len(rollout)):
-        tokens = rollout.tokens[i][rollout.attention[i]].tolist()
-        n = int(rollout.response[i].sum())
+        tokens = rollout.tokens[i][rollout.attention_mask[i]].tolist()
+        n = int(rollout.response_mask[i].sum())
         with torch.no_grad():
             logits = network(input_ids=torch.tensor([tokens])).logits[0].double() / temperature
         logprobs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).flatten()
@@ -113,7 +117,7 @@ def test_kl_is_zero_at_the_reference_and_positive_away_from_it(make_ppo, make_tr
 
 def test_missing_end_token_counts_in_the_reward(make_ppo, make_trainer, as_loader, left_padded):
     batch = left_padded(PROMPTS, rows=rows(8))
-    module = make_ppo(shaping=(ReplaceScore(value=-10.0),))
+    module = make_ppo(shaping=(TruncatedScore(value=-10.0),))
     (found,) = make_trainer().validate(module, as_loader([batch]), verbose=False)
     ended = module.reward.rollouts[0].ended.tolist()
     assert 0 < sum(ended) < 8
@@ -155,18 +159,18 @@ def test_filler_rows_count_nowhere(make_ppo, make_trainer, as_loader, left_padde
         perturb(module)
     (full,) = make_trainer().validate(modules[0], as_loader([whole]), verbose=False)
     (filled,) = make_trainer().validate(
-        modules[1], as_loader([whole._replace(counts=torch.tensor(counts))]), verbose=False
+        modules[1], as_loader([whole._replace(is_real=torch.tensor(counts))]), verbose=False
     )
     assert full["eval/reward"] == pytest.approx((15 + 1800) / 8)
     assert filled["eval/reward"] == pytest.approx(15 / 6)
     rollout = modules[1].reward.rollouts[0]
-    lengths = rollout.response.sum(1)[:6].tolist()
+    lengths = rollout.response_mask.sum(1)[:6].tolist()
     assert filled["eval/response_length"] == pytest.approx(mean(lengths))
     assert filled["eval/eos_rate"] == pytest.approx(mean(rollout.ended[:6].tolist()))
     log_ratio = (rollout.logprobs - rollout.ref_logprobs)[:6].sum(1)
     assert filled["eval/kl"] == pytest.approx(mean(log_ratio.tolist()), abs=1e-6)
     assert filled["eval/kl"] != pytest.approx(full["eval/kl"], abs=1e-6)
-    batch = whole._replace(counts=torch.tensor([False, True, True, False, True, True, True, True]))
+    batch = whole._replace(is_real=torch.tensor([False, True, True, False, True, True, True, True]))
     (records,) = make_trainer().predict(modules[2], as_loader([batch]))
     assert [len(record["prompt"]) for record in records] == [1, 2, 4, 5, 900, 900]
 
@@ -198,7 +202,7 @@ def test_repeated_validation_repeats_itself(make_ppo, make_trainer, as_loader, l
     assert make_trainer().validate(make_ppo(), loaders, verbose=False) == first
     module.iteration = 5
     assert make_trainer().validate(module, loaders, verbose=False) == first
-    other = make_ppo(generation=Generation(max_new_tokens=6, temperature=0.8, seed=1))
+    other = make_ppo(generation=SamplingParams(max_new_tokens=6, temperature=0.8, seed=1))
     assert make_trainer().validate(other, loaders, verbose=False) != first
 
 
@@ -222,7 +226,7 @@ def test_validation_and_training_draw_different_numbers(make_ppo, make_trainer, 
 
 def test_validation_does_not_disturb_training(make_ppo, make_trainer, as_loader, left_padded, right_padded):
     def run(validate: bool, seed: int = 0):
-        module = make_ppo(generation=Generation(max_new_tokens=6, temperature=0.8, seed=seed))
+        module = make_ppo(generation=SamplingParams(max_new_tokens=6, temperature=0.8, seed=seed))
         batches = as_loader([{"prompts": left_padded(PROMPTS, rows=rows(8))}] * 3)
         held_out = [as_loader([left_padded(PROMPTS[::-1], rows=rows(8))] * 2), as_loader([right_padded(TEXTS)])]
         make_trainer(val_check_interval=1).fit(module, batches, held_out if validate else None)

@@ -13,12 +13,12 @@ from gathered import gathered
 from lightning_rlhf import (
     AlignmentTax,
     BestOfN,
-    Constant,
+    ConstantSchedule,
     Evaluator,
-    Generation,
     GoldReward,
     PPOModule,
     Reward,
+    SamplingParams,
     WinRate,
 )
 from lightning_rlhf.core import length_controlled
@@ -36,7 +36,7 @@ class Kept(Reward):
         self.factor, self.modulus, self.seen = factor, modulus, []
 
     def __call__(self, rollout, rows):
-        tokens = torch.where(rollout.response, rollout.tokens[:, rollout.prompt_width :], 0).sum(1)
+        tokens = torch.where(rollout.response_mask, rollout.tokens[:, rollout.prompt_width :], 0).sum(1)
         scores = (self.factor * tokens % self.modulus).double()
         texts = [
             tuple(rollout.tokens[i, rollout.prompt_width :][: int(n)].tolist()) for i, n in enumerate(rollout.lengths)
@@ -48,8 +48,8 @@ class Kept(Reward):
 @pytest.fixture
 def make_ppo(make_lm):
     def make(**options) -> PPOModule:
-        usual = {"policy": make_lm(end=ENDS), "reward": Kept(), "generation": Generation(max_new_tokens=6)}
-        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant(), "shaping": ()}
+        usual = {"policy": make_lm(end=ENDS), "reward": Kept(), "generation": SamplingParams(max_new_tokens=6)}
+        usual |= {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": ConstantSchedule(), "shaping": ()}
         return PPOModule(**gathered(**(usual | options)))
 
     return make
@@ -69,7 +69,7 @@ def validate(make_trainer, as_loader, left_padded, right_padded):
     def run(module: PPOModule, *, texts: bool = False, rows=None, counts=None, stage: str = "validate") -> dict:
         batches = [left_padded(PROMPTS[:5], rows=rows and rows[:5]), left_padded(PROMPTS[5:], rows=rows and rows[5:])]
         if counts is not None:
-            batches = [b._replace(counts=c) for b, c in zip(batches, torch.tensor(counts).split(5), strict=True)]
+            batches = [b._replace(is_real=c) for b, c in zip(batches, torch.tensor(counts).split(5), strict=True)]
         loaders = [as_loader(batches)] + (
             [as_loader([right_padded(TEXTS[:2]), right_padded(TEXTS[2:])])] if texts else []
         )
@@ -230,32 +230,32 @@ def test_gold_reward_scores_the_same_responses(make_ppo, validate):
     assert found["gold/gain"] == found["gold/since_best"] == pytest.approx(mean(gains))  # the reference is the best yet
     assert found["gold/gain_se"] == pytest.approx(error(gains))
     assert found["gold/proxy_gain"] == pytest.approx(mean(p - g[3][0] for p, g in zip(proxy, games, strict=True)))
-    centred = [(a - mean(ours), b - mean(proxy)) for a, b in zip(ours, proxy, strict=True)]
-    scale = math.sqrt(sum(a * a for a, _ in centred) * sum(b * b for _, b in centred))
-    assert found["gold/correlation"] == pytest.approx(sum(a * b for a, b in centred) / scale)
+    centered = [(a - mean(ours), b - mean(proxy)) for a, b in zip(ours, proxy, strict=True)]
+    scale = math.sqrt(sum(a * a for a, _ in centered) * sum(b * b for _, b in centered))
+    assert found["gold/correlation"] == pytest.approx(sum(a * b for a, b in centered) / scale)
 
 
-def test_over_optimisation_is_a_rising_proxy_with_a_falling_gold():
+def test_over_optimization_is_a_rising_proxy_with_a_falling_gold():
     reference = {"reference_gold": [0.0] * 4, "reference_proxy": [0.0] * 4}
     good = notes(gold=[1.0, 2.0, 1.5, 1.5], proxy=[1.0, 1.0, 1.0, 1.0], **reference)
     gold = GoldReward(reward=Kept())
     assert gold.conclude(good)["gold/since_best"] == 1.5  # less the reference
-    assert gold.conclude(good)["gold/overoptimised"] == 0.0
+    assert gold.conclude(good)["gold/overoptimized"] == 0.0
     after = gold.adapted(good)
     fallen = notes(gold=[0.1, 1.0, 0.5, 0.5], proxy=[2.0, 2.0, 3.0, 2.0], **reference)
     found = after.conclude(fallen)
     assert found["gold/since_best"] == pytest.approx(mean([-0.9, -1, -1, -1]))
     assert found["gold/since_best_se"] == pytest.approx(error([-0.9, -1, -1, -1]))
     assert found["gold/proxy_since_best"] == pytest.approx(1.25)
-    assert found["gold/overoptimised"] == 1.0
+    assert found["gold/overoptimized"] == 1.0
     # controls: nothing remembered; the proxy falls, too; the fall is within two standard errors; a better gold
-    assert gold.conclude(fallen)["gold/overoptimised"] == 0.0
-    assert after.conclude(fallen | notes(proxy=[0.0, 1.0, 1.0, 0.0]))["gold/overoptimised"] == 0.0
-    assert after.conclude(fallen | notes(gold=[-3.0, 5.0, 1.5, 1.5]))["gold/overoptimised"] == 0.0
-    assert after.conclude(fallen | notes(gold=[3.0, 3.0, 1.5, 1.5]))["gold/overoptimised"] == 0.0
+    assert gold.conclude(fallen)["gold/overoptimized"] == 0.0
+    assert after.conclude(fallen | notes(proxy=[0.0, 1.0, 1.0, 0.0]))["gold/overoptimized"] == 0.0
+    assert after.conclude(fallen | notes(gold=[-3.0, 5.0, 1.5, 1.5]))["gold/overoptimized"] == 0.0
+    assert after.conclude(fallen | notes(gold=[3.0, 3.0, 1.5, 1.5]))["gold/overoptimized"] == 0.0
     assert after.adapted(fallen).conclude(fallen) == found  # the best stays the best
     below = notes(gold=[-1.0, -1.1, -1.0, -1.2], proxy=[1.0, 1.0, 1.0, 1.0], **reference)
-    assert gold.conclude(below)["gold/overoptimised"] == 1.0  # than the reference
+    assert gold.conclude(below)["gold/overoptimized"] == 1.0  # than the reference
     assert (
         after.conclude(notes(gold=[1.0], proxy=[2.0], reference_gold=[0.5], reference_proxy=[0.0]))["gold/gain"] == 0.5
     )
@@ -330,9 +330,9 @@ def test_responses_do_not_depend_on_who_else_asks(make_ppo, validate):
     found = [validate(make_ppo(evaluations=[WinRate(), *others])) for others in ((), (BestOfN(n=(5,)),))]
     assert found[0]["win_rate"] == found[1]["win_rate"]
     assert found[0]["win_rate_length_difference"] == found[1]["win_rate_length_difference"]
-    slotted = make_ppo(evaluations=[WinRate()], generation=Generation(max_new_tokens=6, slots=2))
+    slotted = make_ppo(evaluations=[WinRate()], generation=SamplingParams(max_new_tokens=6, slots=2))
     assert validate(slotted)["win_rate"] == found[0]["win_rate"]
-    other = make_ppo(evaluations=[WinRate()], generation=Generation(max_new_tokens=6, seed=1))
+    other = make_ppo(evaluations=[WinRate()], generation=SamplingParams(max_new_tokens=6, seed=1))
     assert validate(other)["win_rate_length_difference"] != found[0]["win_rate_length_difference"]
 
 
@@ -364,7 +364,7 @@ def test_reference_of_an_adapter_is_the_policy_without_it(make_folder, validate,
         (ModelSource(path=folder), {"reference": ModelSource(path=folder)}),
     ):
         module = PPOModule(
-            policy, Kept(), **gathered(generation=Generation(max_new_tokens=6), evaluations=ALL, **options)
+            policy, Kept(), **gathered(generation=SamplingParams(max_new_tokens=6), evaluations=ALL, **options)
         )
         module.configure_model()
         modules.append(leave(module))
@@ -382,7 +382,7 @@ def test_reference_of_an_adapter_is_the_policy_without_it(make_folder, validate,
 
 def test_evaluations_do_not_disturb_training(make_ppo, make_trainer, as_loader, left_padded, right_padded):
     def run(evaluations, seed: int = 0):
-        module = make_ppo(generation=Generation(max_new_tokens=6, seed=seed), evaluations=evaluations)
+        module = make_ppo(generation=SamplingParams(max_new_tokens=6, seed=seed), evaluations=evaluations)
         held_out = [as_loader([left_padded(PROMPTS[:3])]), as_loader([right_padded(TEXTS)])]
         trainer = make_trainer(val_check_interval=1, num_sanity_val_steps=1)
         trainer.fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 3), held_out)

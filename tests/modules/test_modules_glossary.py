@@ -12,17 +12,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf.callbacks import GradientNorms
-from lightning_rlhf.core import GAE, BanditAdvantage, Constant, GroupAdvantage, KLPenalty
+from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import AlignmentTax, BestOfN, GoldReward, PPOModule, RewardModule, SFTModule, WinRate
 from lightning_rlhf.modules.glossary import GLOSSARY, find, table
-from lightning_rlhf.rollout import Generation, WeightedReward
+from lightning_rlhf.rollout import SamplingParams, WeightedReward
 from lightning_rlhf.types import ComparisonBatch
 
 ENDS = list(range(10))
 PROMPTS, TEXTS = [[12, 13], [10], [14, 15, 16, 11], [17]], [[12, 13, 14, 0], [10, 11, 0]]
 SGD = partial(torch.optim.SGD, lr=0.01)
-USUAL = {"optimizer": SGD, "schedule": Constant()}
+USUAL = {"optimizer": SGD, "schedule": ConstantSchedule()}
 
 
 class Keys(Logger):
@@ -60,7 +60,9 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
 
     def ppo(**options) -> PPOModule:
         usual = {"policy": make_lm(end=ENDS), "reward": vowels, "tokenizer": make_tokenizer()}
-        return PPOModule(**gathered(**(usual | USUAL | {"generation": Generation(max_new_tokens=4, seed=1)} | options)))
+        return PPOModule(
+            **gathered(**(usual | USUAL | {"generation": SamplingParams(max_new_tokens=4, seed=1)} | options))
+        )
 
     evaluations = [WinRate(judge=judge), BestOfN(n=(1, 2)), GoldReward(reward=length), AlignmentTax()]
     parts = WeightedReward({"vowels": vowels, "length": length})
@@ -69,8 +71,8 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "reward": RewardModule(make_scorer(), **USUAL),
         "ppo": ppo(reward=parts, evaluations=evaluations, ptx_coef=1.0),
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
-        "klpen": ppo(surrogate=KLPenalty(), advantage=BanditAdvantage()),
-        "grpo": ppo(advantage=GroupAdvantage(), generation=Generation(max_new_tokens=4, samples_per_prompt=2)),
+        "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage()),
+        "grpo": ppo(advantage=GroupAdvantage(), generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2)),
     }
 
 

@@ -15,27 +15,27 @@ from lightning_rlhf.core import (
     BanditAdvantage,
     BatchStd,
     Clip,
-    Constant,
-    ConstantLength,
+    ConstantSchedule,
     FixedKL,
     GroupAdvantage,
     GroupStd,
     KLInLoss,
-    KLPenalty,
+    KLPen,
     LeaveOneOut,
-    Linear,
-    MeanOfMeans,
+    LinearSchedule,
+    NoScale,
     RewardToGo,
     RunningMean,
-    SequenceMean,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
+    SeqMeanTokenSumNorm,
     TokenLevel,
-    TruncatedWeights,
-    Unscaled,
+    TruncatedIS,
     Whitened,
 )
 from lightning_rlhf.data import PromptDataModule
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Reward, Updates
+from lightning_rlhf.rollout import Reward, SamplingParams, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
 ENDS = list(range(10))  # any of these ends a response, so that lengths are ragged; prompts have none
@@ -49,10 +49,10 @@ def make_ppo(make_lm, token_reward):
         usual = {
             "policy": make_lm(kind, end=ENDS).double(),
             "reward": token_reward(),
-            "generation": Generation(max_new_tokens=5, samples_per_prompt=k),
+            "generation": SamplingParams(max_new_tokens=5, samples_per_prompt=k),
             "shaping": (),
             "optimizer": SGD,
-            "schedule": Constant(),
+            "schedule": ConstantSchedule(),
         }
         return PPOModule(**gathered(**(usual | options)))
 
@@ -98,7 +98,7 @@ def test_reward_sees_each_row_k_times_in_order(make_ppo, make_trainer, as_loader
     for rollout, seen in module.reward.seen:
         assert [row["answer"] for row in seen] == [i for i in range(8) for _ in range(K)]
         for i, row in enumerate(seen):
-            kept = rollout.attention[i, : rollout.prompt_width]
+            kept = rollout.attention_mask[i, : rollout.prompt_width]
             assert rollout.tokens[i, : rollout.prompt_width][kept].tolist() == RAGGED[row["answer"]]
     assert [step["episode"] for step in recorder.steps] == [24.0, 48.0]
     assert module.episodes == 48
@@ -133,7 +133,7 @@ def test_evaluation_draws_one(make_ppo, make_trainer, as_loader, left_padded, st
         module = make_ppo(k=k, reward=Spy())
         found = getattr(make_trainer(), stage)(module, as_loader([left_padded(RAGGED)]))
         ((rollout, rows),) = module.reward.seen
-        assert rollout.groups.tolist() == list(range(8))
+        assert rollout.prompt_index.tolist() == list(range(8))
         assert [row["prompt"] for row in rows] == [f"p{i}" for i in range(8)]
         if stage == "predict":
             assert [record["prompt"] for record in found[0]] == [f"p{i}" for i in range(8)]
@@ -152,16 +152,16 @@ def test_evaluation_beside_training_draws_one(make_ppo, make_trainer, as_loader,
 @pytest.mark.parametrize(("minibatch", "steps"), [(24, 1), (12, 2), (3, 8), (1, 24)])
 def test_minibatch_counts_responses(make_ppo, make_trainer, as_loader, left_padded, minibatch, steps):
     trainer = make_trainer()
-    trainer.fit(make_ppo(updates=Updates(minibatch=minibatch)), as_loader([{"prompts": left_padded(RAGGED)}]))
+    trainer.fit(make_ppo(updates=UpdateSchedule(minibatch=minibatch)), as_loader([{"prompts": left_padded(RAGGED)}]))
     assert trainer.global_step == steps
 
 
 def test_minibatch_must_divide_the_responses(make_ppo, make_trainer, as_loader, left_padded):
     batch = [{"prompts": left_padded(RAGGED)}]
     with pytest.raises(ValueError, match="minibatch=16 for 24 sequences; use 12"):
-        make_trainer().fit(make_ppo(updates=Updates(minibatch=16)), as_loader(batch))
+        make_trainer().fit(make_ppo(updates=UpdateSchedule(minibatch=16)), as_loader(batch))
     with pytest.raises(ValueError, match="minibatch=3 for 8 sequences"):  # 3 divides 24, not 8
-        make_trainer().fit(make_ppo(k=1, updates=Updates(minibatch=3)), as_loader(batch))
+        make_trainer().fit(make_ppo(k=1, updates=UpdateSchedule(minibatch=3)), as_loader(batch))
 
 
 # Advantages
@@ -191,7 +191,7 @@ ESTIMATORS = {
     "loo": BanditAdvantage(baseline=LeaveOneOut()),
     "group": GroupAdvantage(scale=GroupStd()),
     "batch": GroupAdvantage(scale=BatchStd()),
-    "plain": GroupAdvantage(scale=Unscaled()),
+    "plain": GroupAdvantage(scale=NoScale()),
 }
 
 
@@ -214,8 +214,8 @@ def test_advantages_are_counted_by_hand(make_ppo, make_trainer, as_loader, left_
     assert max(map(abs, kl)) > 1e-2
     rewards = [math.sin(i) - (0.0 if in_loss else 0.3 * kl[i]) for i in range(24)]
     for i, wanted in enumerate(by_hand(rewards, [i // K for i in range(24)], rule)):
-        for t in range(rollout.response.shape[1]):
-            expected = wanted if rollout.response[i, t] else 0.0
+        for t in range(rollout.response_mask.shape[1]):
+            expected = wanted if rollout.response_mask[i, t] else 0.0
             assert float(experience.advantages[i, t]) == pytest.approx(expected, abs=1e-9)
 
 
@@ -240,10 +240,10 @@ def test_flat_groups_teach_nothing(make_ppo, make_trainer, as_loader, left_padde
     def step(prompts, rows):
         module = make_ppo(
             reward=Halves(),
-            advantage=GroupAdvantage(scale=Unscaled()),
+            advantage=GroupAdvantage(scale=NoScale()),
             beta=FixedKL(coef=0.0),
-            reduction=SequenceMean(),
-            updates=Updates(max_grad_norm=None),
+            reduction=SeqMeanTokenSum(),
+            updates=UpdateSchedule(max_grad_norm=None),
         )
         module.configure_model()
         before = flat(module.policy)
@@ -262,8 +262,13 @@ def test_flat_groups_teach_nothing(make_ppo, make_trainer, as_loader, left_padde
 @pytest.mark.parametrize(
     "options",
     [
-        {"advantage": ESTIMATORS["group"], "level": TokenLevel(), "reduction": MeanOfMeans(), "kl_term": KLInLoss()},
-        {"advantage": ESTIMATORS["batch"], "level": TokenLevel(), "reduction": ConstantLength(length=5)},
+        {
+            "advantage": ESTIMATORS["group"],
+            "level": TokenLevel(),
+            "reduction": SeqMeanTokenMean(),
+            "kl_term": KLInLoss(),
+        },
+        {"advantage": ESTIMATORS["batch"], "level": TokenLevel(), "reduction": SeqMeanTokenSumNorm(length=5)},
         {"advantage": ESTIMATORS["loo"]},
         {"advantage": Whitened(estimator=RewardToGo()), "level": TokenLevel()},
     ],
@@ -273,7 +278,7 @@ def test_microbatches_change_no_weight(make_ppo, make_trainer, as_loader, left_p
     """Pieces of 5 of a minibatch of 12 cut prompts with 3 responses apart."""
 
     def run(microbatch):
-        module = make_ppo(updates=Updates(epochs=2, minibatch=12, microbatch=microbatch), **options)
+        module = make_ppo(updates=UpdateSchedule(epochs=2, minibatch=12, microbatch=microbatch), **options)
         make_trainer().fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 2))
         return flat(module.policy)
 
@@ -346,9 +351,9 @@ def running_mean(make_ppo, tokenizer):
         tokenizer=tokenizer,
         beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
         advantage=BanditAdvantage(baseline=RunningMean(decay=0.8)),
-        updates=Updates(epochs=2, minibatch=4),
+        updates=UpdateSchedule(epochs=2, minibatch=4),
         optimizer=partial(torch.optim.Adam, lr=0.01),
-        schedule=Linear(warmup=1, floor=0.5),
+        schedule=LinearSchedule(warmup=1, floor=0.5),
     )
 
 
@@ -356,14 +361,14 @@ def truncated_weights(make_ppo, tokenizer):
     return make_ppo(
         k=2,
         tokenizer=tokenizer,
-        generation=Generation(max_new_tokens=5, samples_per_prompt=2, dtype="bfloat16"),
+        generation=SamplingParams(max_new_tokens=5, samples_per_prompt=2, dtype="bfloat16"),
         beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
         kl_term=KLInLoss(),
         advantage=GroupAdvantage(),
-        surrogate=TruncatedWeights(surrogate=KLPenalty(coef=1.0, target=1e-3), cap=1.5),
-        updates=Updates(minibatch=4),
+        surrogate=TruncatedIS(surrogate=KLPen(coef=1.0, target=1e-3), cap=1.5),
+        updates=UpdateSchedule(minibatch=4),
         level=TokenLevel(),
-        reduction=MeanOfMeans(),
+        reduction=SeqMeanTokenMean(),
         optimizer=partial(torch.optim.Adam, lr=0.01),
         ptx_coef=0.3,
     )
@@ -374,7 +379,7 @@ def whitened_running_mean(make_ppo, tokenizer):
         k=2,
         tokenizer=tokenizer,
         advantage=Whitened(estimator=BanditAdvantage(baseline=RunningMean(decay=0.8))),
-        surrogate=TruncatedWeights(surrogate=Clip(), cap=1.5),
+        surrogate=TruncatedIS(surrogate=Clip(), cap=1.5),
         optimizer=partial(torch.optim.Adam, lr=0.01),
     )
 

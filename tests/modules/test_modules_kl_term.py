@@ -18,27 +18,27 @@ from lightning_rlhf.core import (
     BanditAdvantage,
     BatchMean,
     Clip,
-    Constant,
-    ConstantLength,
+    ConstantSchedule,
     FixedKL,
     GeometricLevel,
     KLInLoss,
     KLInReward,
-    MeanOfMeans,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
+    SeqMeanTokenSumNorm,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     TokenMean,
-    TruncatedWeights,
+    TruncatedIS,
 )
 from lightning_rlhf.modules import PPOModule, observation
 from lightning_rlhf.modules.mean_metrics import MeanMetrics
-from lightning_rlhf.rollout import Generation, Scores, Updates
+from lightning_rlhf.rollout import SamplingParams, Scores, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
 ENDS = list(range(10))  # any of these ends a response, so that lengths are ragged; prompts have none
 BETA = 0.3
-LOW = Generation(max_new_tokens=5, dtype="bfloat16")
+LOW = SamplingParams(max_new_tokens=5, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def make_ppo(make_lm, token_reward):
         usual = {
             "policy": make_lm(kind, end=ENDS).double(),
             "reward": token_reward(),
-            "generation": Generation(max_new_tokens=5),
+            "generation": SamplingParams(max_new_tokens=5),
             "beta": FixedKL(coef=BETA),
             "shaping": (),
-            "updates": Updates(max_grad_norm=None),
+            "updates": UpdateSchedule(max_grad_norm=None),
             "optimizer": partial(torch.optim.SGD, lr=0.05),
-            "schedule": Constant(),
+            "schedule": ConstantSchedule(),
         }
         module = PPOModule(**gathered(**(usual | options)))
         module.configure_model()
@@ -93,7 +93,7 @@ def learned(module, experience):
     """The gradient of the reduced loss, and what was logged of it."""
     module.zero_grad()
     loss, metrics = module.objective.actions(module.algorithm, experience)
-    (loss / module.algorithm.reduction.count(experience.mask)).backward()
+    (loss / module.algorithm.reduction.count(experience.action_mask)).backward()
     return torch.cat([p.grad.flatten() for p in module.policy.parameters()]), numbers(metrics)
 
 
@@ -170,7 +170,7 @@ def naive_kl(module, rollout, reduction) -> torch.Tensor:
     """The reduced estimate with its gradient, from one unpadded pass a row."""
     rows = []
     for i in range(len(rollout)):
-        ids, n = rollout.tokens[i][rollout.attention[i]], int(rollout.lengths[i])
+        ids, n = rollout.tokens[i][rollout.attention_mask[i]], int(rollout.lengths[i])
         logits = module.policy.network(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1)
         new = torch.stack([logits[len(ids) - n + t - 1, ids[len(ids) - n + t]] for t in range(n)])
         rows.append(new - rollout.ref_logprobs[i, :n])
@@ -193,22 +193,22 @@ CASES = {
         lambda k, rows: sum(k(row).sum() for row in rows) / sum(map(len, rows)),
     ),
     "grpo": (
-        {"level": TokenLevel(), "reduction": MeanOfMeans()},
+        {"level": TokenLevel(), "reduction": SeqMeanTokenMean()},
         None,
         lambda k, rows: mean(k(row).mean() for row in rows),
     ),
     "dr-grpo": (
-        {"level": TokenLevel(), "reduction": ConstantLength(length=7)},
+        {"level": TokenLevel(), "reduction": SeqMeanTokenSumNorm(length=7)},
         None,
         lambda k, rows: mean(k(row).sum() for row in rows) / 7,
     ),
     "other-sampler": (  # whose weights are for the surrogate
-        {"level": SequenceLevel(), "surrogate": TruncatedWeights(cap=1.001), "generation": LOW},
+        {"level": SequenceLevel(), "surrogate": TruncatedIS(cap=1.001), "generation": LOW},
         None,
         lambda k, rows: mean(k(row.sum()) for row in rows),
     ),
     "response-of-tokens": (
-        {"level": TokenLevel(), "reduction": SequenceMean()},
+        {"level": TokenLevel(), "reduction": SeqMeanTokenSum()},
         SequenceLevel(),
         lambda k, rows: mean(k(row.sum()) for row in rows),
     ),
@@ -255,9 +255,9 @@ def test_k2_in_the_loss_is_k1_in_the_reward_at_the_old_policy(make_ppo, credited
     bandit = gradient(KLInReward())
     assert distance(bandit, gradient(KLInLoss())) < 1e-10
     assert distance(bandit, gradient(KLInLoss(estimator=K3()))) > 1e-4
-    centred = {"advantage": BanditAdvantage(baseline=BatchMean())}
-    assert distance(gradient(KLInReward(), **centred), gradient(KLInLoss(), **centred)) > 1e-4
-    tokens = {"level": TokenLevel(), "reduction": SequenceMean()}
+    centered = {"advantage": BanditAdvantage(baseline=BatchMean())}
+    assert distance(gradient(KLInReward(), **centered), gradient(KLInLoss(), **centered)) > 1e-4
+    tokens = {"level": TokenLevel(), "reduction": SeqMeanTokenSum()}
     assert distance(gradient(KLInReward(), **tokens), gradient(KLInLoss(), **tokens)) > 1e-4
     whole = gradient(KLInLoss(level=SequenceLevel()), **tokens)
     assert distance(gradient(KLInReward(), **tokens), whole) < 1e-10
@@ -325,13 +325,13 @@ def test_k1_in_the_loss_is_refused():
 
 INVARIANT = {
     "response": {"level": SequenceLevel(), "kl_term": KLInLoss()},
-    "grpo": {"level": TokenLevel(), "kl_term": KLInLoss(estimator=K3()), "reduction": MeanOfMeans()},
+    "grpo": {"level": TokenLevel(), "kl_term": KLInLoss(estimator=K3()), "reduction": SeqMeanTokenMean()},
     "dr-grpo": {
         "level": TokenLevel(),
         "kl_term": KLInLoss(level=SequenceLevel()),
-        "reduction": ConstantLength(length=5),
+        "reduction": SeqMeanTokenSumNorm(length=5),
     },
-    "mismatch": {"level": TokenLevel(), "kl_term": KLInLoss(), "surrogate": TruncatedWeights(), "generation": LOW},
+    "mismatch": {"level": TokenLevel(), "kl_term": KLInLoss(), "surrogate": TruncatedIS(), "generation": LOW},
 }
 
 
@@ -364,7 +364,7 @@ def test_permuting_the_rows_changes_no_gradient(make_ppo, credited, case):
 @pytest.mark.parametrize("case", ["grpo", "mismatch"])
 def test_microbatches_change_no_weight(make_ppo, make_trainer, as_loader, left_padded, case):
     def run(microbatch):
-        module = make_ppo(updates=Updates(epochs=2, minibatch=4, microbatch=microbatch), **INVARIANT[case])
+        module = make_ppo(updates=UpdateSchedule(epochs=2, minibatch=4, microbatch=microbatch), **INVARIANT[case])
         make_trainer().fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
         return flat(module.policy)
 
@@ -377,7 +377,7 @@ def test_microbatches_change_no_weight(make_ppo, make_trainer, as_loader, left_p
 @pytest.mark.parametrize(("kind", "tolerance"), [("gpt2", 1e-12), ("llama", 1e-5)])  # Llama's norm is in float32
 def test_same_weights_have_no_mismatch(make_ppo, credited, kind, tolerance):
     gradients = []
-    for surrogate in (Clip(), TruncatedWeights(cap=3.0)):
+    for surrogate in (Clip(), TruncatedIS(cap=3.0)):
         module = make_ppo(kind, surrogate=surrogate)
         experience, logged = credited(module)
         assert abs(logged["policy/kl_sampler"]) <= min(tolerance, 1e-10)
@@ -390,7 +390,7 @@ def test_same_weights_have_no_mismatch(make_ppo, credited, kind, tolerance):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_low_precision_sampler_is_seen_and_weighed(make_ppo, credited, kind, level):
     gradients = []
-    for surrogate in (Clip(), TruncatedWeights(cap=3.0)):
+    for surrogate in (Clip(), TruncatedIS(cap=3.0)):
         module = make_ppo(kind, generation=LOW, level=level, surrogate=surrogate)
         experience, logged = credited(module)
         rollout = experience.rollout
@@ -409,7 +409,7 @@ def test_low_precision_sampler_is_seen_and_weighed(make_ppo, credited, kind, lev
 def test_weights_are_those_of_each_action(make_ppo, credited, level):
     """In what is logged: −w·Â with w = min(π_old/π_sampler, C), the whole ratio under GSPO, too; the KL without w."""
     cap, by_token = 1.001, isinstance(level, TokenLevel)
-    surrogate = TruncatedWeights(surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4), cap=cap)
+    surrogate = TruncatedIS(surrogate=Clip(epsilon=3e-4, epsilon_high=4e-4), cap=cap)
     module = make_ppo(generation=LOW, level=level, kl_term=KLInLoss(), surrogate=surrogate)
     experience, _ = credited(module)
     _, logged = learned(module, experience)

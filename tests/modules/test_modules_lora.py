@@ -9,10 +9,10 @@ import torch
 from gathered import gathered
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf.core import Algorithm, Constant
+from lightning_rlhf.core import Algorithm, ConstantSchedule
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, Updates
+from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
 from lightning_rlhf.types import ComparisonBatch
 
 peft = pytest.importorskip("peft")
@@ -36,11 +36,11 @@ def trained(make_folder, make_trainer, as_loader, left_padded, token_reward, rec
             ModelSource(path=folder, peft=lora(kind)),
             token_reward(),
             **gathered(
-                generation=Generation(max_new_tokens=4),
-                updates=Updates(epochs=2, minibatch=2),
+                generation=SamplingParams(max_new_tokens=4),
+                updates=UpdateSchedule(epochs=2, minibatch=2),
                 shaping=(),
                 optimizer=ADAM,
-                schedule=Constant(),
+                schedule=ConstantSchedule(),
                 **options,
             ),
         )
@@ -61,7 +61,7 @@ def test_reference_is_the_adapter_off(trained, recorder, kind, left_padded):
     rollout = module.collector.respond(left_padded(RAGGED), samples=1, stream="t", iteration=0)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     for i, prompt in enumerate(RAGGED):
-        text = rollout.tokens[i, rollout.prompt_width :][rollout.response[i]].tolist()
+        text = rollout.tokens[i, rollout.prompt_width :][rollout.response_mask[i]].tolist()
         logits = plain(input_ids=torch.tensor([prompt + text])).logits[0].log_softmax(-1)
         for t, token in enumerate(text):
             expected = float(logits[len(prompt) + t - 1, token])
@@ -81,8 +81,8 @@ def test_the_adapter_alone_trains(trained, kind):
             assert not p.requires_grad
             assert torch.equal(p, plain[name.replace(".base_layer", "")])
     assert moved == 2 * len(TARGETS[kind])
-    optimised = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
-    assert len(optimised) == 4 * len(TARGETS[kind])
+    optimized = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
+    assert len(optimized) == 4 * len(TARGETS[kind])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -109,7 +109,7 @@ def test_merging_without_an_adapter_is_refused(make_lm, make_scorer, tmp_path):
 
 def test_adapter_folder_continues_as_a_policy(make_folder, make_trainer, as_loader, right_padded, tmp_path):
     """SFT with an adapter, exported unmerged: policy and reference start at the tuned model, and all is saved."""
-    sft = SFTModule(ModelSource(path=make_folder(), peft=lora("gpt2")), optimizer=ADAM, schedule=Constant())
+    sft = SFTModule(ModelSource(path=make_folder(), peft=lora("gpt2")), optimizer=ADAM, schedule=ConstantSchedule())
     make_trainer(precision="32-true").fit(sft, as_loader([right_padded(TEXTS)] * 3))
     sft.save_pretrained(tmp_path / "sft")
     tokens = torch.tensor([[12, 13, 14, 15]])
@@ -144,7 +144,7 @@ def ranked() -> ComparisonBatch:
 def test_reward_model_trains_adapter_and_head(make_folder, make_trainer, as_loader, ranked, tmp_path, kind):
     folder = make_folder(kind)
     torch.manual_seed(0)
-    module = RewardModule(ModelSource(path=folder, peft=lora(kind)), optimizer=ADAM, schedule=Constant())
+    module = RewardModule(ModelSource(path=folder, peft=lora(kind)), optimizer=ADAM, schedule=ConstantSchedule())
     module.configure_model()
     before = module.eval().rank(ranked).detach()
     make_trainer(precision="32-true").fit(module, as_loader([ranked] * 5))
@@ -191,11 +191,11 @@ def test_adapter_checkpoint_resumes(trained, make_trainer, as_loader, left_padde
     other = PPOModule(
         ModelSource(path=folder, peft=lora("gpt2")),
         token_reward(),
-        generation=Generation(max_new_tokens=4),
-        updates=Updates(epochs=2, minibatch=2),
+        generation=SamplingParams(max_new_tokens=4),
+        updates=UpdateSchedule(epochs=2, minibatch=2),
         algorithm=Algorithm(shaping=()),
         optimizer=ADAM,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     make_trainer(max_epochs=1, precision="32-true").fit(
         other, as_loader([{"prompts": left_padded(RAGGED)}] * 3), ckpt_path=tmp_path / "x.ckpt"

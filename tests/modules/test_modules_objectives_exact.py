@@ -28,33 +28,33 @@ from lightning_rlhf.core import (
     K3,
     BanditAdvantage,
     Clip,
-    Constant,
+    ConstantSchedule,
     FixedKL,
     GeometricLevel,
     GroupAdvantage,
+    ImportanceSampling,
     KLInLoss,
     KLInReward,
-    KLPenalty,
+    KLPen,
     LearnedValue,
     LeaveOneOut,
-    Linear,
-    MaskedWeights,
-    MeanOfMeans,
+    LinearSchedule,
+    MaskedIS,
+    NoScale,
     Reduction,
     RewardToGo,
     RunningMean,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     TokenMean,
-    TruncatedWeights,
-    Unclipped,
-    Unscaled,
+    TruncatedIS,
     Whitened,
 )
 from lightning_rlhf.models import ScalarModel
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, Scores, Updates
+from lightning_rlhf.rollout import SamplingParams, Scores, UpdateSchedule
 from lightning_rlhf.types import Experience
 
 ROWS = [{"prompt": i} for i in range(len(PROMPTS)) for _ in RESPONSES]
@@ -62,13 +62,13 @@ SURROGATES = {
     "clip": Clip(),
     "clip-higher": Clip(epsilon=0.2, epsilon_high=0.28),
     "dual-clip": Clip(dual=3.0),
-    "unclipped": Unclipped(),
+    "unclipped": ImportanceSampling(),
     "cispo": CISPO(),
     "cispo-bounded": CISPO(largest=1.28, smallest=0.8),
-    "klpen": KLPenalty(coef=1.0, target=None),
-    "klpen-adaptive": KLPenalty(coef=2.0, target=0.01),
-    "truncated": TruncatedWeights(surrogate=Clip()),
-    "masked": MaskedWeights(surrogate=CISPO()),
+    "klpen": KLPen(coef=1.0, target=None),
+    "klpen-adaptive": KLPen(coef=2.0, target=0.01),
+    "truncated": TruncatedIS(surrogate=Clip()),
+    "masked": MaskedIS(surrogate=CISPO()),
 }
 LEVELS = {"sequence": SequenceLevel(), "token": TokenLevel()}
 
@@ -78,11 +78,11 @@ def make_module(network, table, *, samples: int = 1, lr: float = 0.02, epochs: i
         **gathered(
             policy=network,
             reward=TableReward(table),
-            generation=Generation(max_new_tokens=LENGTH, samples_per_prompt=samples),
-            updates=Updates(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
+            generation=SamplingParams(max_new_tokens=LENGTH, samples_per_prompt=samples),
+            updates=UpdateSchedule(epochs=epochs, minibatch=minibatch, max_grad_norm=None),
             shaping=(),
             optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
-            **({"schedule": Constant(), "beta": FixedKL(coef=BETA)} | options),
+            **({"schedule": ConstantSchedule(), "beta": FixedKL(coef=BETA)} | options),
         )
     )
 
@@ -168,25 +168,25 @@ def apart(a, b) -> float:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_surrogate_at_the_old_policy_is_the_gradient_of_the_objective(setting, surrogate, level):
-    exact = setting("gpt2", surrogate=SURROGATES[surrogate], level=LEVELS[level], reduction=SequenceMean())
+    exact = setting("gpt2", surrogate=SURROGATES[surrogate], level=LEVELS[level], reduction=SeqMeanTokenSum())
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-9
     assert float(exact.expected.abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("surrogate", ["cispo", "truncated"])
 def test_surrogate_on_llama_is_the_gradient_of_the_objective(setting, surrogate):
-    exact = setting("llama", surrogate=SURROGATES[surrogate], level=TokenLevel(), reduction=SequenceMean())
+    exact = setting("llama", surrogate=SURROGATES[surrogate], level=TokenLevel(), reduction=SeqMeanTokenSum())
     # Llama's norm computes in float32 whatever its weights are
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-5
 
 
 def test_reward_to_go_is_the_gradient_of_the_objective(setting):
     """REINFORCE++'s credit, before it is whitened."""
-    exact = setting("gpt2", surrogate=CISPO(), level=TokenLevel(), reduction=SequenceMean(), advantage=RewardToGo())
+    exact = setting("gpt2", surrogate=CISPO(), level=TokenLevel(), reduction=SeqMeanTokenSum(), advantage=RewardToGo())
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-9
 
 
-@pytest.mark.parametrize("reduction", [MeanOfMeans(), TokenMean()], ids=["mean-of-means", "token-mean"])
+@pytest.mark.parametrize("reduction", [SeqMeanTokenMean(), TokenMean()], ids=["mean-of-means", "token-mean"])
 def test_means_over_tokens_are_not_the_gradient_of_the_objective(setting, reduction):
     """Negative control: GRPO's 1/|y|. Over a whole batch `TokenMean` only changes the size, so that it still agrees."""
     exact = setting("gpt2", surrogate=Clip(), level=TokenLevel(), reduction=reduction)
@@ -217,14 +217,14 @@ def test_geometric_level_is_not_the_gradient_of_the_objective(setting):
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "klpen"])
 def test_k2_of_responses_is_the_gradient_of_the_objective(setting, level, at, surrogate):
     term = KLInLoss(estimator=K2(), level=at)
-    options = {"surrogate": SURROGATES[surrogate], "level": level, "reduction": SequenceMean()}
+    options = {"surrogate": SURROGATES[surrogate], "level": level, "reduction": SeqMeanTokenSum()}
     exact = setting("gpt2", kl_term=term, **options)
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-9
 
 
 def test_k2_of_tokens_is_not_the_gradient_of_the_objective(setting):
     """It forgets what early tokens do to later states."""
-    exact = setting("gpt2", kl_term=KLInLoss(), surrogate=Clip(), level=TokenLevel(), reduction=SequenceMean())
+    exact = setting("gpt2", kl_term=KLInLoss(), surrogate=Clip(), level=TokenLevel(), reduction=SeqMeanTokenSum())
     found = exact.accumulated(exact.credited())
     assert apart(found, exact.expected) > 1e-4
     reward = exact.bandit.gradient((exact.bandit.logp.exp() * score_table()).sum(1).mean())
@@ -237,7 +237,7 @@ def test_k2_of_tokens_is_not_the_gradient_of_the_objective(setting):
 def test_k3_is_the_gradient_of_the_forward_kl(setting, at):
     """E[r] − β·KL(π_ref‖π): of responses, and of tokens the KL at the states that π_old reaches."""
     term = KLInLoss(estimator=K3(), level=at)
-    exact = setting("gpt2", kl_term=term, surrogate=Clip(), level=TokenLevel(), reduction=SequenceMean())
+    exact = setting("gpt2", kl_term=term, surrogate=Clip(), level=TokenLevel(), reduction=SeqMeanTokenSum())
     found = exact.accumulated(exact.credited())
     assert apart(found, exact.expected) > 1e-3
     logp, logp_ref = exact.bandit.logp, exact.bandit.logp_ref
@@ -271,7 +271,7 @@ def test_a_baseline_cancels_wherever_the_kl_is(setting):
     """In expectation, so both are ∇J."""
     found = []
     for term in (KLInReward(), KLInLoss()):
-        exact = setting("gpt2", kl_term=term, surrogate=Unclipped())
+        exact = setting("gpt2", kl_term=term, surrogate=ImportanceSampling())
         experience = exact.credited()
         found.append(exact.accumulated(replace(experience, advantages=experience.advantages - 5.0)))
         assert apart(found[-1], exact.expected) < 1e-9
@@ -287,10 +287,10 @@ def test_weights_give_the_gradient_of_the_objective_under_another_sampler(settin
     drawn = every_response(None, sampler, sampler).logprobs
     for name, wrapper in {
         "none": lambda inner: inner,
-        "truncated": lambda inner: TruncatedWeights(surrogate=inner, cap=1e9),
-        "masked": lambda inner: MaskedWeights(surrogate=inner, smallest=0.0, largest=1e9),
-        "capped": lambda inner: TruncatedWeights(surrogate=inner, cap=1.0),
-        "rejecting": lambda inner: MaskedWeights(surrogate=inner, smallest=0.9, largest=1.1),
+        "truncated": lambda inner: TruncatedIS(surrogate=inner, cap=1e9),
+        "masked": lambda inner: MaskedIS(surrogate=inner, smallest=0.0, largest=1e9),
+        "capped": lambda inner: TruncatedIS(surrogate=inner, cap=1.0),
+        "rejecting": lambda inner: MaskedIS(surrogate=inner, smallest=0.9, largest=1.1),
     }.items():
         exact = setting("gpt2", surrogate=wrapper(SURROGATES[surrogate]))
         experience = exact.credited(sampler_logprobs=drawn)
@@ -355,7 +355,7 @@ def gap_closed(make_lm, make_scorer, make_trainer, left_padded, as_loader):
         network = make_lm(kind, vocab=VOCAB, width=16, initializer_range=0.15)
         reference = copy.deepcopy(network).double().eval()
         scores = score_table()
-        module = make_module(network, score_table(flip), samples=samples, schedule=Linear(), **options)
+        module = make_module(network, score_table(flip), samples=samples, schedule=LinearSchedule(), **options)
         if module.algorithm.advantage.needs_value:
             torch.manual_seed(3)
             module.configure_model = partial(with_value, module, module.configure_model, make_scorer)
@@ -391,7 +391,7 @@ ON_POLICY = {"epochs": 1, "minibatch": 128, "rollouts": 40}  # one step a rollou
 RLOO = {"samples": 4, "advantage": BanditAdvantage(baseline=LeaveOneOut())}
 DR_GRPO = {
     "samples": 4,
-    "advantage": GroupAdvantage(scale=Unscaled()),
+    "advantage": GroupAdvantage(scale=NoScale()),
     "kl_term": KLInLoss(estimator=K2(), level=SequenceLevel()),
     "surrogate": Clip(),
     "epochs": 1,
@@ -399,13 +399,13 @@ DR_GRPO = {
     "lr": 0.01,
 }
 METHODS = {
-    "rloo": RLOO | ON_POLICY | {"surrogate": Unclipped()},
-    "cispo": RLOO | ON_POLICY | {"surrogate": CISPO(), "level": TokenLevel(), "reduction": SequenceMean()},
+    "rloo": RLOO | ON_POLICY | {"surrogate": ImportanceSampling()},
+    "cispo": RLOO | ON_POLICY | {"surrogate": CISPO(), "level": TokenLevel(), "reduction": SeqMeanTokenSum()},
     "dr-grpo": DR_GRPO,
-    "dr-grpo-tokens": DR_GRPO | {"level": TokenLevel(), "reduction": SequenceMean()},
+    "dr-grpo-tokens": DR_GRPO | {"level": TokenLevel(), "reduction": SeqMeanTokenSum()},
     "reinforce-pp-baseline": {
         "samples": 4,
-        "advantage": Whitened(estimator=GroupAdvantage(scale=Unscaled())),
+        "advantage": Whitened(estimator=GroupAdvantage(scale=NoScale())),
         "surrogate": Clip(),
         "level": TokenLevel(),
     },

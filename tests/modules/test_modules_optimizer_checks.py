@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 
 PROGRAM = Path(__file__).with_name("notebook_program.py")
@@ -52,7 +52,7 @@ def test_learning_rate_finder_is_refused_in_a_sentence(make_lm, make_trainer, as
 def test_steps_that_round_away_are_warned_of(
     make_lm, make_trainer, as_loader, right_padded, caplog, precision, lr, warned
 ):
-    module = SFTModule(make_lm(), optimizer=partial(torch.optim.AdamW, lr=lr), schedule=Constant())
+    module = SFTModule(make_lm(), optimizer=partial(torch.optim.AdamW, lr=lr), schedule=ConstantSchedule())
     with caplog.at_level(logging.WARNING, logger="lightning_rlhf"):
         make_trainer(precision=precision).fit(module, as_loader([right_padded(TEXTS)]))
     assert ("bfloat16 weights are too coarse for steps of about 1e-06" in caplog.text) == warned

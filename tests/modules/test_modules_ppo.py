@@ -15,18 +15,26 @@ from lightning_rlhf.core import (
     AdaptiveKL,
     Algorithm,
     Clip,
-    Constant,
+    ConstantSchedule,
     FixedKL,
-    KLPenalty,
-    Linear,
+    KLPen,
+    LinearSchedule,
+    SeqMeanTokenSum,
     SequenceLevel,
-    SequenceMean,
     TokenLevel,
     Whitened,
 )
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Captured, FromUpdate, Generation, Recomputed, Reward, Scores, Updates
+from lightning_rlhf.rollout import (
+    RecomputedLogprobs,
+    Reward,
+    SamplerLogprobs,
+    SamplingParams,
+    Scores,
+    UpdateLogprobs,
+    UpdateSchedule,
+)
 from lightning_rlhf.types import Experience, Rollout
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -52,10 +60,10 @@ def make_ppo(make_lm, token_reward):
         usual = {
             "policy": make_lm(kind, end=ENDS).double() if policy is None else policy,
             "reward": token_reward(),
-            "generation": Generation(max_new_tokens=5),
+            "generation": SamplingParams(max_new_tokens=5),
             "shaping": (),
             "optimizer": SGD,
-            "schedule": Constant(),
+            "schedule": ConstantSchedule(),
         }
         return PPOModule(**gathered(**(usual | options)))
 
@@ -87,11 +95,13 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("level", [SequenceLevel(), TokenLevel()], ids=["sequence", "token"])
-@pytest.mark.parametrize("old", [None, Captured(), FromUpdate(), Recomputed()], ids=lambda old: type(old).__name__)
+@pytest.mark.parametrize(
+    "old", [None, SamplerLogprobs(), UpdateLogprobs(), RecomputedLogprobs()], ids=lambda old: type(old).__name__
+)
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
 def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, recorder, kind, level, precision, old):
     """Exactly where log π_old comes from the update's kernels, else within their rounding from the cached passes'."""
-    largest, exact = [], isinstance(old, FromUpdate | Recomputed)
+    largest, exact = [], isinstance(old, UpdateLogprobs | RecomputedLogprobs)
     apart = 0.0 if exact else {"64-true": 1e-13, "32-true": 1e-4}[precision]
 
     class Watched(Clip):
@@ -99,7 +109,7 @@ def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, reco
             largest.append(float(log_ratio.abs().max()))
             return super().__call__(log_ratio, advantages)
 
-    generation = Generation(max_new_tokens=5, temperature=0.7)
+    generation = SamplingParams(max_new_tokens=5, temperature=0.7)
     module = make_ppo(kind, level=level, surrogate=Watched(), generation=generation, old_logprobs=old)
     batches = [{"prompts": left_padded(RAGGED)}] * 2
     make_trainer(callbacks=[recorder], precision=precision).fit(module, as_loader(batches))
@@ -113,7 +123,7 @@ def test_first_ratio_is_one(make_ppo, make_trainer, as_loader, left_padded, reco
 
 
 def test_later_ratios_are_not_one(make_ppo, make_trainer, as_loader, left_padded, recorder):
-    module = make_ppo(updates=Updates(epochs=2, minibatch=4))
+    module = make_ppo(updates=UpdateSchedule(epochs=2, minibatch=4))
     make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     assert recorder.steps[0]["policy/approxkl_avg"] > 1e-8
     assert recorder.steps[0]["policy/ratio_var"] > 1e-8
@@ -164,7 +174,7 @@ def an_experience(make_ppo, left_padded, make_lm):
 def loss_and_gradient(module, experience):
     module.zero_grad()
     total = module.objective.actions(module.algorithm, experience)[0] / module.algorithm.reduction.count(
-        experience.mask
+        experience.action_mask
     )
     total.backward()
     return float(total), torch.cat([p.grad.flatten() for p in module.policy.parameters()])
@@ -172,8 +182,8 @@ def loss_and_gradient(module, experience):
 
 SETTINGS = [
     {"level": SequenceLevel(), "surrogate": Clip()},
-    {"level": SequenceLevel(), "surrogate": KLPenalty(coef=0.7)},
-    {"level": TokenLevel(), "surrogate": KLPenalty(coef=0.7), "reduction": SequenceMean()},
+    {"level": SequenceLevel(), "surrogate": KLPen(coef=0.7)},
+    {"level": TokenLevel(), "surrogate": KLPen(coef=0.7), "reduction": SeqMeanTokenSum()},
     {"level": TokenLevel(), "surrogate": Clip()},
 ]
 
@@ -194,7 +204,7 @@ def test_permuting_the_rows_changes_no_gradient(an_experience, setting):
 def test_garbage_after_the_end_changes_no_gradient(an_experience, setting, kind):
     module, experience = an_experience(kind, **setting)
     loss, gradient = loss_and_gradient(module, experience)
-    assert not experience.rollout.response.all()
+    assert not experience.rollout.response_mask.all()
     changed = garbage_after_end(experience, columns=3, fill=31)
     again, padded = loss_and_gradient(module, changed)
     tolerance = 1e-11 if kind == "gpt2" else 1e-5  # Llama's norm computes in float32 whatever its weights are
@@ -206,7 +216,7 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
     """More columns on the right, other tokens and NaN log-probs wherever the response is over."""
     old = experience.rollout
     more = (len(old), columns)
-    response = torch.cat([old.response, torch.zeros(more, dtype=torch.bool)], 1)
+    response = torch.cat([old.response_mask, torch.zeros(more, dtype=torch.bool)], 1)
     tokens = torch.cat([old.tokens, torch.full(more, fill)], 1)
     tokens[:, old.prompt_width :][~response] = fill
     wide = {}
@@ -214,16 +224,16 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
         wide[name] = torch.cat([getattr(old, name), torch.zeros(more)], 1).masked_fill(~response, float("nan"))
     rollout = Rollout(
         tokens=tokens,
-        attention=torch.cat([old.attention, torch.zeros(more, dtype=torch.bool)], 1),
-        response=response,
+        attention_mask=torch.cat([old.attention_mask, torch.zeros(more, dtype=torch.bool)], 1),
+        response_mask=response,
         ended=old.ended,
-        groups=old.groups,
+        prompt_index=old.prompt_index,
         **wide,
     )
-    if experience.mask.shape[1] == 1:
+    if experience.action_mask.shape[1] == 1:
         return Experience(
             rollout=rollout,
-            mask=experience.mask,
+            action_mask=experience.action_mask,
             rewards=experience.advantages,
             penalties=experience.advantages,
             advantages=experience.advantages,
@@ -232,7 +242,7 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
     zeros = torch.zeros(more, dtype=torch.float64)
     return Experience(
         rollout=rollout,
-        mask=response,
+        action_mask=response,
         rewards=torch.cat([experience.rewards, zeros], 1),
         penalties=torch.cat([experience.penalties, zeros], 1),
         advantages=torch.cat([experience.advantages, zeros], 1),
@@ -245,8 +255,8 @@ def garbage_after_end(experience: Experience, *, columns: int, fill: int) -> Exp
 def test_microbatches_change_no_weight(weights_after, left_padded, right_padded, setting, microbatch):
     batches = [{"prompts": left_padded(RAGGED), "pretrain": right_padded(TEXTS)}] * 2
     setting = setting | {"ptx_coef": 0.5}
-    whole = weights_after(batches, **setting, updates=Updates(epochs=2, minibatch=4))
-    pieces = weights_after(batches, **setting, updates=Updates(epochs=2, minibatch=4, microbatch=microbatch))
+    whole = weights_after(batches, **setting, updates=UpdateSchedule(epochs=2, minibatch=4))
+    pieces = weights_after(batches, **setting, updates=UpdateSchedule(epochs=2, minibatch=4, microbatch=microbatch))
     assert distance(whole, pieces) < 1e-10
 
 
@@ -270,7 +280,7 @@ def test_gae_microbatches_change_no_weight(make_folder, make_ppo, make_trainer, 
             level=TokenLevel(),
             advantage=Whitened(estimator=GAE()),
             value_lr=0.2,
-            updates=Updates(minibatch=4, microbatch=microbatch),
+            updates=UpdateSchedule(minibatch=4, microbatch=microbatch),
         )
         make_trainer().fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 2))
         return flat(module.policy), flat(module.value)
@@ -301,7 +311,7 @@ def test_gae_trains_both_networks_at_their_own_rates(make_folder, make_ppo, make
 
 
 def test_ptx_coef_zero_is_bit_identical_to_no_stream(weights_after, left_padded, right_padded):
-    options = {"optimizer": partial(torch.optim.Adam, lr=0.01), "updates": Updates(epochs=2, minibatch=4)}
+    options = {"optimizer": partial(torch.optim.Adam, lr=0.01), "updates": UpdateSchedule(epochs=2, minibatch=4)}
     prompts = [{"prompts": left_padded(RAGGED)}] * 3
     both = [batch | {"pretrain": right_padded(TEXTS)} for batch in prompts]
     without, zero, some = (
@@ -315,7 +325,7 @@ def test_ptx_coef_zero_is_bit_identical_to_no_stream(weights_after, left_padded,
 
 def test_ptx_gradient_is_linear_in_the_coefficient(weights_after, left_padded, right_padded):
     batch = [{"prompts": left_padded(RAGGED), "pretrain": right_padded(TEXTS)}]
-    unclipped = {"updates": Updates(max_grad_norm=None)}
+    unclipped = {"updates": UpdateSchedule(max_grad_norm=None)}
     none, one, three = (weights_after(batch, ptx_coef=coef, **unclipped) for coef in (0.0, 1.0, 3.0))
     assert distance(three - none, 3 * (one - none)) < 1e-12
     assert distance(one, none) > 1e-4
@@ -327,7 +337,7 @@ def test_ptx_step_descends_the_mean_over_all_text_tokens(make_ppo, make_trainer,
     batch = {"prompts": left_padded(RAGGED), "pretrain": right_padded(TEXTS)}
     after = []
     for gamma in (coef, 0.0):
-        module = make_ppo(ptx_coef=gamma, updates=Updates(max_grad_norm=None))
+        module = make_ppo(ptx_coef=gamma, updates=UpdateSchedule(max_grad_norm=None))
         make_trainer().fit(module, as_loader([batch]))
         after.append(flat(module.policy))
     network = make_ppo().eval()._sources[0].double().eval()
@@ -402,9 +412,9 @@ def test_adaptive_kl_moves_by_its_formula(make_ppo, make_trainer, as_loader, lef
 @pytest.mark.parametrize(("lr", "coef"), [(1e-6, 0.5), (0.5, 2.0)], ids=["halves", "doubles"])
 def test_adaptive_surrogate_moves(make_ppo, make_trainer, as_loader, left_padded, lr, coef):
     module = make_ppo(
-        surrogate=KLPenalty(coef=1.0, target=1e-4),
+        surrogate=KLPen(coef=1.0, target=1e-4),
         optimizer=partial(torch.optim.SGD, lr=lr),
-        updates=Updates(max_grad_norm=None),
+        updates=UpdateSchedule(max_grad_norm=None),
     )
     make_trainer().fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     assert module.algorithm.surrogate.coef == coef
@@ -414,7 +424,7 @@ def test_kl_old_is_measured_after_the_update(make_ppo, make_trainer, as_loader, 
     """One optimizer step: every ratio of the update is 1, yet the KL after it is not 0; k3 by hand."""
     kept = []
 
-    class Spy(KLPenalty):
+    class Spy(KLPen):
         def __call__(self, log_ratio, advantages):
             return super().__call__(log_ratio, advantages)
 
@@ -425,7 +435,7 @@ def test_kl_old_is_measured_after_the_update(make_ppo, make_trainer, as_loader, 
     rollout = kept[0].rollout
     total = 0.0
     for i in range(8):
-        ids = rollout.tokens[i][rollout.attention[i]]
+        ids = rollout.tokens[i][rollout.attention_mask[i]]
         length = int(rollout.lengths[i])
         logits = module.policy.network(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1)
         new = sum(float(logits[len(ids) - length + t - 1, ids[len(ids) - length + t]]) for t in range(length))
@@ -436,7 +446,7 @@ def test_kl_old_is_measured_after_the_update(make_ppo, make_trainer, as_loader, 
 
 
 def test_linear_schedule_reaches_its_steps(make_ppo, make_trainer, as_loader, left_padded, recorder):
-    module = make_ppo(schedule=Linear(), updates=Updates(epochs=2, minibatch=4))
+    module = make_ppo(schedule=LinearSchedule(), updates=UpdateSchedule(epochs=2, minibatch=4))
     trainer = make_trainer(callbacks=[recorder], max_epochs=2)
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 2))
     assert [step["lr"] for step in recorder.steps] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
@@ -444,7 +454,7 @@ def test_linear_schedule_reaches_its_steps(make_ppo, make_trainer, as_loader, le
 
 
 def test_linear_schedule_counts_rollouts_under_max_steps(make_ppo, make_trainer, as_loader, left_padded, recorder):
-    module = make_ppo(schedule=Linear(), updates=Updates(minibatch=4))
+    module = make_ppo(schedule=LinearSchedule(), updates=UpdateSchedule(minibatch=4))
     trainer = make_trainer(callbacks=[recorder], max_epochs=-1, max_steps=8)
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 9))
     assert [step["lr"] for step in recorder.steps] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
@@ -453,9 +463,9 @@ def test_linear_schedule_counts_rollouts_under_max_steps(make_ppo, make_trainer,
 def test_gradients_are_clipped(weights_after, make_ppo, left_padded, make_lm):
     batch = [{"prompts": left_padded(RAGGED)}]
     start = flat(make_lm().double())
-    step = weights_after(batch, updates=Updates(max_grad_norm=0.01)) - start
+    step = weights_after(batch, updates=UpdateSchedule(max_grad_norm=0.01)) - start
     assert float(step.norm()) == pytest.approx(0.05 * 0.01, rel=1e-3)  # torch adds 1e-6 to the norm
-    free = weights_after(batch, updates=Updates(max_grad_norm=None)) - start
+    free = weights_after(batch, updates=UpdateSchedule(max_grad_norm=None)) - start
     assert float(free.norm()) > 2 * float(step.norm())
 
 
@@ -468,7 +478,7 @@ def test_score_with_a_gradient_trains_the_same(make_ppo, weights_after, left_pad
             return token_reward()(rollout, rows) * scale
 
     batch = [{"prompts": left_padded(RAGGED)}]
-    updates = Updates(epochs=2, minibatch=4)
+    updates = UpdateSchedule(epochs=2, minibatch=4)
     assert torch.equal(weights_after(batch, reward=Careless(), updates=updates), weights_after(batch, updates=updates))
     assert scale.grad is None
 
@@ -478,7 +488,7 @@ def test_score_with_a_gradient_trains_the_same(make_ppo, weights_after, left_pad
 
 def test_minibatch_that_does_not_divide_is_refused(make_ppo, make_trainer, as_loader, left_padded):
     with pytest.raises(ValueError, match=r"minibatch=3 for 8 sequences; use [24]"):
-        make_trainer().fit(make_ppo(updates=Updates(minibatch=3)), as_loader([{"prompts": left_padded(RAGGED)}]))
+        make_trainer().fit(make_ppo(updates=UpdateSchedule(minibatch=3)), as_loader([{"prompts": left_padded(RAGGED)}]))
 
 
 def test_value_arguments_without_a_value_network_are_refused(make_ppo):
@@ -593,10 +603,10 @@ def test_resumed_training_equals_uninterrupted(make_ppo, make_trainer, as_loader
     def make():
         return make_ppo(
             beta=AdaptiveKL(coef=0.1, target=0.5, horizon=50.0),
-            surrogate=KLPenalty(coef=1.0, target=1e-3),
-            updates=Updates(epochs=2, minibatch=4),
+            surrogate=KLPen(coef=1.0, target=1e-3),
+            updates=UpdateSchedule(epochs=2, minibatch=4),
             optimizer=partial(torch.optim.Adam, lr=0.01),
-            schedule=Linear(warmup=1, floor=0.5),
+            schedule=LinearSchedule(warmup=1, floor=0.5),
             ptx_coef=0.3,
         )
 
@@ -657,7 +667,7 @@ def mixed(make_ppo, make_lm, make_trainer, as_loader, left_padded, recorder):
     def run(precision: str = "bf16-mixed", **options):
         policy = make_lm("llama", end=ENDS)
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-        module = make_ppo(policy=policy, updates=Updates(epochs=2, minibatch=4), **options)
+        module = make_ppo(policy=policy, updates=UpdateSchedule(epochs=2, minibatch=4), **options)
         trainer = make_trainer(precision=precision, callbacks=[recorder])
         trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
         return before, dict(policy.named_parameters())
@@ -686,7 +696,7 @@ def test_later_steps_see_the_weights_of_earlier_ones(
     """Autocast keeps the casts of weights that the optimizer has changed since, until its context ends."""
     largest = []
 
-    class Watched(KLPenalty):
+    class Watched(KLPen):
         def __call__(self, log_ratio, advantages):
             largest.append(float(log_ratio.detach().abs().max()))
             return super().__call__(log_ratio, advantages)
@@ -694,7 +704,7 @@ def test_later_steps_see_the_weights_of_earlier_ones(
     module = make_ppo(
         policy=linear_weights_only(make_lm("llama", end=ENDS)),
         surrogate=Watched(coef=1.0, target=1e-3),
-        updates=Updates(epochs=2, max_grad_norm=None),
+        updates=UpdateSchedule(epochs=2, max_grad_norm=None),
         optimizer=partial(torch.optim.SGD, lr=1.0),
     )
     make_trainer(precision=precision).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
@@ -707,8 +717,8 @@ def test_later_steps_see_the_weights_of_earlier_ones(
 def test_kl_old_sees_the_updated_weights(make_ppo, make_lm, make_trainer, as_loader, left_padded, recorder, precision):
     module = make_ppo(
         policy=linear_weights_only(make_lm("llama", end=ENDS)),
-        surrogate=KLPenalty(coef=1.0, target=1e-3),
-        updates=Updates(max_grad_norm=None),
+        surrogate=KLPen(coef=1.0, target=1e-3),
+        updates=UpdateSchedule(max_grad_norm=None),
         optimizer=partial(torch.optim.SGD, lr=1.0),
     )
     trainer = make_trainer(precision=precision, callbacks=[recorder])
@@ -731,7 +741,7 @@ def test_first_ratio_is_one_in_low_precision(
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
 def test_training_goes_on_after_a_sanity_check(make_ppo, make_lm, make_trainer, as_loader, left_padded, precision):
     """Validation runs in inference mode: what it creates, training may not change."""
-    module = make_ppo(policy=make_lm("llama", end=ENDS), updates=Updates(epochs=2, minibatch=4))
+    module = make_ppo(policy=make_lm("llama", end=ENDS), updates=UpdateSchedule(epochs=2, minibatch=4))
     trainer = make_trainer(precision=precision, num_sanity_val_steps=2, val_check_interval=1)
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * 2), as_loader([left_padded(RAGGED)]))
     assert module.iteration == 2

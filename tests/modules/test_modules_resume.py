@@ -15,13 +15,13 @@ import torch
 from gathered import gathered
 from lightning.pytorch import LightningModule
 
-from lightning_rlhf.core import AdaptiveKL, Clip, Constant, KLPenalty, Linear
+from lightning_rlhf.core import AdaptiveKL, Clip, ConstantSchedule, KLPen, LinearSchedule
 from lightning_rlhf.core.settings import described, differences
 from lightning_rlhf.data import ComparisonDataModule, PromptDataModule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.resume import of_all_processes
-from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, Updates, WeightedReward
+from lightning_rlhf.rollout import LearnedReward, SamplingParams, TimedReward, UpdateSchedule, WeightedReward
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
 
@@ -47,8 +47,12 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
     """Training from `ckpt_path`, and what a checkpoint of it is."""
 
     def run(ckpt_path=None, *, epochs=1, lm=None, rows=4, data=None, letters_of_rows="abcdefgh", **options):
-        usual = {"reward": letters, "generation": Generation(max_new_tokens=3), "beta": AdaptiveKL(), "shaping": ()}
-        usual |= {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": Constant(), "updates": Updates()}
+        usual = {"reward": letters, "generation": SamplingParams(max_new_tokens=3), "beta": AdaptiveKL(), "shaping": ()}
+        usual |= {
+            "optimizer": partial(torch.optim.Adam, lr=0.01),
+            "schedule": ConstantSchedule(),
+            "updates": UpdateSchedule(),
+        }
         module = PPOModule(make_lm(**lm or {}).double(), **gathered(tokenizer=toy_tokenizer, **usual | options))
         trainer = make_trainer(max_epochs=epochs)
         trainer.fit(
@@ -65,10 +69,10 @@ def fit(make_lm, make_trainer, toy_tokenizer, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"surrogate": KLPenalty()}, "algorithm.surrogate.class: 'Clip' before, 'KLPenalty' now"),
+        ({"surrogate": KLPen()}, "algorithm.surrogate.class: 'Clip' before, 'KLPen' now"),
         ({"optimizer": partial(torch.optim.SGD, lr=0.01)}, "optimizer.class: 'Adam' before, 'SGD' now"),
         ({"reward": words}, "reward.fn: 'letters' before, 'words' now"),
-        ({"schedule": Linear()}, "schedule.class: 'Constant' before, 'Linear' now"),
+        ({"schedule": LinearSchedule()}, "schedule.class: 'ConstantSchedule' before, 'LinearSchedule' now"),
         ({"lm": {"width": 32}}, "policy.network.transformer.wte.weight: '[36, 16]' before, '[36, 32]' now"),
         ({"lm": {"kind": "llama"}}, "policy.class: 'GPT2LMHeadModel' before, 'LlamaForCausalLM' now"),
         ({"lm": {"seed": 1}}, "policy.weights at the start: "),  # of which the reference is a copy
@@ -88,7 +92,7 @@ def test_checkpoint_of_another_run_is_refused_with_what_differs(fit, changes, sa
 def test_all_differences_are_listed(fit):
     path = fit()
     with pytest.raises(ValueError, match="of another run, written by version") as refused:
-        fit(path, epochs=2, ptx_coef=0.5, surrogate=KLPenalty())
+        fit(path, epochs=2, ptx_coef=0.5, surrogate=KLPen())
     assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]] == [
         "algorithm.surrogate.class",
         "algorithm.surrogate.epsilon",
@@ -106,7 +110,7 @@ def test_all_differences_are_listed(fit):
         ({"surrogate": Clip(epsilon=0.3)}, "algorithm.surrogate.epsilon: 0.2 before, 0.3 now"),
         ({"beta": AdaptiveKL(target=9.0)}, "algorithm.beta.target: 6.0 before, 9.0 now"),
         ({"beta": AdaptiveKL(coef=0.5)}, "algorithm.beta.coef: 0.15 before, 0.5 now"),
-        ({"generation": Generation(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
+        ({"generation": SamplingParams(max_new_tokens=4)}, "generation.max_new_tokens: 3 before, 4 now"),
         ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "optimizer.lr: 0.01 before, 0.02 now"),
         ({"data": {"max_prompt_tokens": 1}}, None),  # of which every prompt is one
     ],
@@ -123,7 +127,7 @@ def test_other_learning_rate_is_the_one_that_trains(make_lm, make_trainer, as_lo
     """Of the optimizer, its schedule and both of their checkpoints."""
 
     def run(lr, epochs, ckpt_path=None):
-        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=lr), schedule=Constant())
+        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=lr), schedule=ConstantSchedule())
         trainer = make_trainer(max_epochs=epochs)
         before = torch.load(ckpt_path)["state_dict"] if ckpt_path else None
         trainer.fit(module, as_loader([right_padded(TEXTS)]), ckpt_path=ckpt_path)
@@ -183,12 +187,12 @@ def test_key_that_another_version_lacks_is_no_other_run(fit, tmp_path, caplog):
 
 def test_what_changes_only_memory_may_change(fit):
     path = fit()
-    fit(path, epochs=2, updates=Updates(microbatch=1), generation=Generation(max_new_tokens=3, slots=1))
+    fit(path, epochs=2, updates=UpdateSchedule(microbatch=1), generation=SamplingParams(max_new_tokens=3, slots=1))
 
 
 def test_evaluation_takes_any_settings(fit, make_lm, make_trainer, toy_tokenizer, prompts):
     path = fit()
-    different = {"generation": Generation(max_new_tokens=5), "beta": AdaptiveKL(target=1.0)}
+    different = {"generation": SamplingParams(max_new_tokens=5), "beta": AdaptiveKL(target=1.0)}
     module = PPOModule(make_lm().double(), words, **gathered(tokenizer=toy_tokenizer, **different))
     make_trainer().validate(module, PromptDataModule(val=prompts(3)), ckpt_path=path, verbose=False)
 
@@ -202,7 +206,7 @@ def fit_folders(make_folder, make_trainer, prompts, tmp_path):
         given.update(folders)
         policy, reference = (ModelSource(path=given[name]) for name in ("policy", "reference"))
         reward = WeightedReward({"learned": TimedReward(LearnedReward(given["reward"]))})
-        module = PPOModule(policy, reward, reference=reference, generation=Generation(max_new_tokens=2))
+        module = PPOModule(policy, reward, reference=reference, generation=SamplingParams(max_new_tokens=2))
         trainer = make_trainer(max_epochs=epochs, precision="32-true")
         trainer.fit(module, PromptDataModule(train=prompts(), batch_size=4), ckpt_path=ckpt_path)
         trainer.save_checkpoint(tmp_path / "folders.ckpt")
@@ -258,7 +262,7 @@ class Foreign(LightningModule):
 def stages(make_lm, make_scorer, toy_tokenizer, as_loader, left_padded, right_padded, write_rows):
     """Each module with two rows to train on."""
     pair = write_rows("pair.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-    short = {"tokenizer": toy_tokenizer, "generation": Generation(max_new_tokens=1)}
+    short = {"tokenizer": toy_tokenizer, "generation": SamplingParams(max_new_tokens=1)}
     return {
         "PPOModule": lambda: (
             PPOModule(make_lm().double(), letters, **gathered(**short)),
@@ -348,7 +352,7 @@ def test_description_is_plain_and_says_what_it_is_of():
     ("minibatch", "world", "expected"), [(4, 1, 4), (2, 2, 4), (1, 4, 4), (4, 2, 8), (None, 2, None)]
 )
 def test_minibatch_of_a_checkpoint_is_that_of_all_processes(make_lm, minibatch, world, expected):
-    module = PPOModule(make_lm(), letters, updates=Updates(minibatch=minibatch))
+    module = PPOModule(make_lm(), letters, updates=UpdateSchedule(minibatch=minibatch))
     described_updates = of_all_processes(module._settings, SimpleNamespace(world_size=world))["updates"]
     assert described_updates["minibatch of all processes"] == expected
     assert "minibatch" not in described_updates

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_rlhf.core import Centred, Constant, PlackettLuce, RankingLoss
+from lightning_rlhf.core import Centered, ConstantSchedule, PlackettLuce, RankingLoss
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.modules import RewardModule
 from lightning_rlhf.types import ComparisonBatch
@@ -49,7 +49,7 @@ def comparison_batch():
 @pytest.fixture
 def make_reward(make_scorer):
     def make(kind: str = "gpt2", *, model=None, **options) -> RewardModule:
-        usual = {"optimizer": ADAM, "schedule": Constant()}
+        usual = {"optimizer": ADAM, "schedule": ConstantSchedule()}
         module = RewardModule(make_scorer(kind).double() if model is None else model, **usual | options)
         module.configure_model()
         return module.double()
@@ -110,8 +110,8 @@ def test_loss_and_gradient_equal_a_loop_over_pairs(
     ("loss", "options"),
     [
         (RankingLoss(margin=0.5), {"margin": 0.5, "ratings": (7.0, 3.0, 2.0)}),
-        (Centred(coef=0.5), {"eta": 0.5}),
-        (Centred(loss=RankingLoss(margin=0.5), coef=0.5), {"margin": 0.5, "ratings": (7.0, 3.0, 2.0), "eta": 0.5}),
+        (Centered(coef=0.5), {"eta": 0.5}),
+        (Centered(loss=RankingLoss(margin=0.5), coef=0.5), {"margin": 0.5, "ratings": (7.0, 3.0, 2.0), "eta": 0.5}),
     ],
 )
 def test_margin_and_centring_reach_training_and_validation(
@@ -275,12 +275,12 @@ def test_evaluation_measures_calibration_and_length_by_hand(
         here = [m > 0 for m, n in pairs if chosen(n)]
         expected |= {f"accuracy_{name}": sum(here) / len(here), f"pairs_{name}": len(here)}
     counted = [texts for texts in LONG if len({place for _, place in texts}) > 1]  # a row of ties may be a filler
-    points, centred = [], []
+    points, centered = [], []
     for texts in counted:
         here = [(float(naive_score(network, tokens)), len(tokens)) for tokens, _ in texts]
         points += here
-        centred += [[a - sum(x) / len(x) for a, x in zip(p, zip(*here, strict=True), strict=True)] for p in here]
-    for name, observed in (("", points), ("_within_prompt", centred)):
+        centered += [[a - sum(x) / len(x) for a, x in zip(p, zip(*here, strict=True), strict=True)] for p in here]
+    for name, observed in (("", points), ("_within_prompt", centered)):
         matrix = torch.corrcoef(torch.tensor(observed, dtype=torch.float64).T)
         expected[f"score_length_correlation{name}"] = float(matrix[0, 1])
     expected["calibration_error"] = error
@@ -431,31 +431,31 @@ def test_new_head_has_its_variance(make_folder):
 # On demand
 
 
-def test_normalise_on_demand(make_reward, right_padded):
+def test_normalize_on_demand(make_reward, right_padded):
     module = make_reward()
     module.model.bias = 5.0
     raw = raw_demonstrations(module.model.network.eval())
     batches = [right_padded(DEMONSTRATIONS[:2]), right_padded(DEMONSTRATIONS[2:])]  # of unequal size
-    assert module.normalise(batches) == pytest.approx(-raw, abs=1e-9)
-    assert module.normalise(batches) == pytest.approx(-raw, abs=1e-9)
+    assert module.normalize(batches) == pytest.approx(-raw, abs=1e-9)
+    assert module.normalize(batches) == pytest.approx(-raw, abs=1e-9)
     assert module.model.bias == pytest.approx(-raw, abs=1e-9)
 
 
-def test_normalise_skips_fillers(make_reward, right_padded):
+def test_normalize_skips_fillers(make_reward, right_padded):
     module = make_reward()
     batch = right_padded(DEMONSTRATIONS)
     none = batch._replace(target=torch.zeros_like(batch.target))
     some = batch._replace(target=batch.target & torch.tensor([[True], [False], [False]]))
     raw = raw_demonstrations(module.model.network.eval(), DEMONSTRATIONS[:1])
-    assert module.normalise([none, some]) == pytest.approx(-raw, abs=1e-9)
+    assert module.normalize([none, some]) == pytest.approx(-raw, abs=1e-9)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_normalise_without_a_demonstration_says_so(make_reward, right_padded, count):
+def test_normalize_without_a_demonstration_says_so(make_reward, right_padded, count):
     batch = right_padded(DEMONSTRATIONS)
     none = [batch._replace(target=torch.zeros_like(batch.target))] * count
     with pytest.raises(ValueError, match="`demonstrations` is empty"):
-        make_reward().normalise(none)
+        make_reward().normalize(none)
 
 
 def test_head_of_two_labels_is_refused(make_scorer):

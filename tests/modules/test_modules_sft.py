@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf.callbacks import Export
-from lightning_rlhf.core import GAE, Algorithm, Constant, Cosine, TokenLevel
+from lightning_rlhf.core import GAE, Algorithm, ConstantSchedule, CosineSchedule, TokenLevel
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule, PromptDataModule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import Generation, LearnedReward, Updates
+from lightning_rlhf.rollout import LearnedReward, SamplingParams, UpdateSchedule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0], [14, 15, 16, 17, 18, 19, 0]]
 CONTEXT = 2  # the prompt's tokens
@@ -31,7 +31,7 @@ def naive_losses(network, texts=TEXTS) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_step_descends_the_mean_over_response_tokens(make_lm, make_trainer, as_loader, right_padded, kind):
     lr = 0.01
-    module = SFTModule(make_lm(kind).double(), optimizer=partial(torch.optim.SGD, lr=lr), schedule=Constant())
+    module = SFTModule(make_lm(kind).double(), optimizer=partial(torch.optim.SGD, lr=lr), schedule=ConstantSchedule())
     trainer = make_trainer()
     trainer.fit(module, as_loader([right_padded(TEXTS, context=CONTEXT, fill=9)]))
     network = make_lm(kind).double().eval()
@@ -66,7 +66,7 @@ def test_schedule_decays_per_optimizer_step(make_lm, make_trainer, as_loader, ri
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    module = SFTModule(make_lm(), optimizer=partial(Watch, lr=1.0), schedule=Cosine(floor=0.0))
+    module = SFTModule(make_lm(), optimizer=partial(Watch, lr=1.0), schedule=CosineSchedule(floor=0.0))
     make_trainer(max_epochs=2).fit(module, as_loader([right_padded(TEXTS)] * 2))
     assert rates == pytest.approx([1.0, 0.8535533905932737, 0.5, 0.14644660940672624])  # ½(1 + cos πk/4)
 
@@ -134,11 +134,11 @@ def test_three_stages_hand_over_folders(make_folder, make_trainer, files, tmp_pa
     ppo = PPOModule(
         ModelSource(path=stages[0]),
         LearnedReward(stages[1]),
-        generation=Generation(max_new_tokens=4),
-        updates=Updates(minibatch=3),
+        generation=SamplingParams(max_new_tokens=4),
+        updates=UpdateSchedule(minibatch=3),
         algorithm=Algorithm(level=TokenLevel(), advantage=GAE(), ptx_coef=0.5),
         optimizer=adam,
-        schedule=Constant(),
+        schedule=ConstantSchedule(),
     )
     data = PromptDataModule(
         train=files["prompts"], val=files["prompts"], pretrain=files["texts"], batch_size=6, text_tokens=4
@@ -175,11 +175,11 @@ def test_ppo_resumes_in_the_middle_of_an_epoch(make_folder, make_trainer, files,
         module = PPOModule(
             ModelSource(path=folder, dtype="float64"),
             token_reward(),
-            generation=Generation(max_new_tokens=4),
-            updates=Updates(minibatch=2),
+            generation=SamplingParams(max_new_tokens=4),
+            updates=UpdateSchedule(minibatch=2),
             optimizer=partial(torch.optim.Adam, lr=0.01),
             algorithm=Algorithm(ptx_coef=0.5),
-            schedule=Constant(warmup=5),
+            schedule=ConstantSchedule(warmup=5),
         )
         data = PromptDataModule(train=files["prompts"], pretrain=files["texts"], batch_size=2, text_tokens=4)
         return module, data
@@ -212,14 +212,14 @@ def test_rollouts_end_where_sft_taught_them_to(make_folder, make_trainer, toy_to
     source = ModelSource(path=make_folder(end=named, tokenizer=toy_tokenizer), dtype="float64")
     asked = [{"role": "user", "content": "a b"}]
     data = [{"messages": [*asked, {"role": "assistant", "content": "c d"}]}]
-    sft = SFTModule(source, optimizer=partial(torch.optim.Adam, lr=0.02), schedule=Constant())
+    sft = SFTModule(source, optimizer=partial(torch.optim.Adam, lr=0.02), schedule=ConstantSchedule())
     make_trainer(max_epochs=40).fit(sft, DemonstrationDataModule(train=data, batch_size=1))
     sft.save_pretrained(tmp_path / "sft")
     config = json.loads((tmp_path / "sft" / "generation_config.json").read_text("utf-8"))
     ends = {4, toy_tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     assert config["eos_token_id"] == named if ends == {4} else set(config["eos_token_id"]) == ends
     policy = ModelSource(path=str(tmp_path / "sft"), dtype="float64")
-    ppo = PPOModule(policy, reward=lambda prompts, responses: [1.0], generation=Generation(max_new_tokens=12))
+    ppo = PPOModule(policy, reward=lambda prompts, responses: [1.0], generation=SamplingParams(max_new_tokens=12))
     (found,) = make_trainer().validate(
         ppo, PromptDataModule(train=[{"prompt": asked}], val=[{"prompt": asked}], batch_size=1), verbose=False
     )

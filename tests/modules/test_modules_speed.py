@@ -11,14 +11,14 @@ import torch
 from gathered import gathered
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, Constant, LeaveOneOut, TokenLevel
+from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, ConstantSchedule, LeaveOneOut, TokenLevel
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.modules.sharding import most_passes
-from lightning_rlhf.rollout import Captured, FromUpdate, Generation, Recomputed, Updates
+from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, SamplingParams, UpdateLogprobs, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
-GROUPED = {"generation": Generation(max_new_tokens=6, samples_per_prompt=2)}
+GROUPED = {"generation": SamplingParams(max_new_tokens=6, samples_per_prompt=2)}
 SGD = partial(torch.optim.SGD, lr=0.3)
 ENDS = [0, 5, 9, 14, 21, 30]  # so that responses differ in length
 
@@ -29,10 +29,10 @@ def make_ppo(make_lm, token_reward):
         usual = {
             "policy": make_lm(kind, end=ENDS).double(),
             "reward": token_reward(),
-            "generation": Generation(max_new_tokens=6),
+            "generation": SamplingParams(max_new_tokens=6),
             "shaping": (),
             "optimizer": SGD,
-            "schedule": Constant(),
+            "schedule": ConstantSchedule(),
         }
         return PPOModule(**gathered(**(usual | options)))
 
@@ -58,7 +58,7 @@ def weights(make_trainer, as_loader, left_padded, recorder):
 def test_sources_of_old_logprobs_train_alike_and_cost_differently(make_ppo, weights, kind, options):
     (recomputed, two), (captured, one), (live, also_one) = (
         weights(make_ppo(kind, old_logprobs=old, optimizer=SGD, **options))
-        for old in (Recomputed(), Captured(), FromUpdate())
+        for old in (RecomputedLogprobs(), SamplerLogprobs(), UpdateLogprobs())
     )
     assert torch.allclose(captured, recomputed, rtol=0, atol=1e-6)  # RMSNorm is float32; 1e-13 on GPT-2
     assert torch.allclose(live, recomputed, rtol=0, atol=1e-12)
@@ -69,21 +69,23 @@ def test_sources_of_old_logprobs_train_alike_and_cost_differently(make_ppo, weig
 def test_another_ratio_would_show(make_ppo, weights):
     """Negative control: an old log-prob that is off moves the weights."""
 
-    class Off(Captured):
+    class Off(SamplerLogprobs):
         def __call__(self, rollout, measure, whole):
             found = super().__call__(rollout, measure, whole)
             object.__setattr__(found, "logprobs", found.logprobs - 0.05 * found.response)
             return found
 
-    one, _ = weights(make_ppo(old_logprobs=Captured(), optimizer=SGD))
+    one, _ = weights(make_ppo(old_logprobs=SamplerLogprobs(), optimizer=SGD))
     other, _ = weights(make_ppo(old_logprobs=Off(), optimizer=SGD))
     assert float((one - other).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("updates", [Updates(minibatch=4, microbatch=3), Updates(minibatch=4, microbatch_tokens=30)])
+@pytest.mark.parametrize(
+    "updates", [UpdateSchedule(minibatch=4, microbatch=3), UpdateSchedule(minibatch=4, microbatch_tokens=30)]
+)
 def test_first_minibatch_has_ratio_one_in_low_precision(make_ppo, make_lm, weights, precision, updates):
-    """Recomputed in the very pieces that the updates will use: bfloat16 rounds differently in other company."""
+    """RecomputedLogprobs in the very pieces that the updates will use: bfloat16 rounds differently in other company."""
     ratios = []
 
     class Watched(Clip):
@@ -102,15 +104,15 @@ RLOO = GROUPED | {"advantage": BanditAdvantage(baseline=LeaveOneOut())}
 
 @pytest.mark.parametrize("options", [RLOO, {"level": TokenLevel()}], ids=["groups", "tokens"])
 def test_a_budget_of_tokens_changes_no_weight(make_ppo, weights, options):
-    whole, _ = weights(make_ppo(updates=Updates(epochs=2), optimizer=SGD, **options))
-    pieces, passes = weights(make_ppo(updates=Updates(epochs=2, microbatch_tokens=25), optimizer=SGD, **options))
+    whole, _ = weights(make_ppo(updates=UpdateSchedule(epochs=2), optimizer=SGD, **options))
+    pieces, passes = weights(make_ppo(updates=UpdateSchedule(epochs=2, microbatch_tokens=25), optimizer=SGD, **options))
     assert torch.allclose(pieces, whole, rtol=0, atol=1e-10)
     assert sum(passes) > 4
 
 
 def test_pass_more_is_counted_and_changes_no_weight(make_ppo, weights, monkeypatch):
     """As where another process of a sharded model needs it: one more in each of two epochs of two rollouts."""
-    options = {"updates": Updates(epochs=2, microbatch_tokens=25), "optimizer": SGD, "level": TokenLevel()}
+    options = {"updates": UpdateSchedule(epochs=2, microbatch_tokens=25), "optimizer": SGD, "level": TokenLevel()}
     found, passes = weights(make_ppo(**options))
     monkeypatch.setattr("lightning_rlhf.modules.ppo.most_passes", lambda module, count: count + 1)
     other, more = weights(make_ppo(**options))
@@ -137,8 +139,8 @@ def test_choice_is_logged_once(make_ppo, weights, caplog):
 
 
 def test_captured_in_low_precision_is_refused(make_ppo, weights):
-    module = make_ppo(old_logprobs=Captured(), generation=Generation(max_new_tokens=4, dtype="bfloat16"))
-    with pytest.raises(ValueError, match=r"old_logprobs`=Captured\(\) cannot be used here"):
+    module = make_ppo(old_logprobs=SamplerLogprobs(), generation=SamplingParams(max_new_tokens=4, dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"old_logprobs`=SamplerLogprobs\(\) cannot be used here"):
         weights(module)
 
 
@@ -166,7 +168,7 @@ def test_fused_adam_trains_as_the_plain_one(make_ppo, weights):
 def test_fused_adam_clips_unscaled_gradients_in_fp16(make_ppo, make_lm, weights, recorder):
     """fp16 scales gradients by 2^16; clipping must see them unscaled, and Lightning must not refuse."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    module = make_ppo("llama", optimizer=adam, updates=Updates(max_grad_norm=0.5))
+    module = make_ppo("llama", optimizer=adam, updates=UpdateSchedule(max_grad_norm=0.5))
     weights(module, precision=None, plugins=[plugin])
     assert module.trainer.optimizers[0].param_groups[0]["fused"]
     assert 0 < recorder.steps[0]["policy/grad_norm"] < 100

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.modules import RewardModule, SFTModule
 from lightning_rlhf.types import ComparisonBatch
 
@@ -21,7 +21,7 @@ def sft(make_lm, make_trainer, as_loader, right_padded):
     """Weights after one epoch, and the loss that was logged last."""
 
     def train(sizes: list[int], **options) -> tuple[torch.Tensor, float]:
-        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=LR), schedule=Constant())
+        module = SFTModule(make_lm().double(), optimizer=partial(torch.optim.SGD, lr=LR), schedule=ConstantSchedule())
         batches, start = [], 0
         for size in sizes:
             batches.append(right_padded(TEXTS[start : start + size]))
@@ -71,7 +71,9 @@ def test_accumulated_comparisons_are_one_step_of_all_their_prompts(make_scorer, 
         return ComparisonBatch(part, torch.ones_like(part, dtype=torch.bool), ranks[rows], unknown)
 
     def train(batches, **options) -> torch.Tensor:
-        module = RewardModule(make_scorer().double(), optimizer=partial(torch.optim.SGD, lr=LR), schedule=Constant())
+        module = RewardModule(
+            make_scorer().double(), optimizer=partial(torch.optim.SGD, lr=LR), schedule=ConstantSchedule()
+        )
         make_trainer(**options).fit(module, as_loader(batches))
         return torch.cat([p.flatten() for p in module.parameters()]).detach()
 

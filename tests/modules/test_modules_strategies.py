@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, Updates
+from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, UpdateSchedule
 from lightning_rlhf.callbacks import EMA, RollBack
 from lightning_rlhf.modules.sharding import shard_networks
 from lightning_rlhf.modules.strategies import check_rl_strategy
@@ -42,7 +42,7 @@ def test_ppo_refuses_fsdp1_and_the_other_stages_take_it(under) -> None:
 
 @pytest.mark.parametrize(("norm", "handed"), [(0.5, 0.5), (None, 0.0)])
 def test_deepspeed_is_handed_the_clipping(under, norm, handed) -> None:
-    module = under(PPOModule, deepspeed(2), updates=Updates(max_grad_norm=norm))
+    module = under(PPOModule, deepspeed(2), updates=UpdateSchedule(max_grad_norm=norm))
     module.configure_model()
     assert module._trainer.strategy.config["gradient_clipping"] == handed
 

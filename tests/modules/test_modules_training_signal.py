@@ -7,10 +7,18 @@ import logging
 import pytest
 from gathered import gathered
 
-from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, FixedKL, GroupAdvantage, ReplaceScore, TokenLevel
+from lightning_rlhf.core import (
+    Algorithm,
+    BanditAdvantage,
+    BatchMean,
+    FixedKL,
+    GroupAdvantage,
+    TokenLevel,
+    TruncatedScore,
+)
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Generation, LearnedReward, TimedReward, WeightedReward
+from lightning_rlhf.rollout import LearnedReward, SamplingParams, TimedReward, WeightedReward
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 
@@ -32,7 +40,7 @@ def told(make_lm, toy_tokenizer, make_trainer, as_loader, left_padded, caplog):
     """Warnings of three rollouts, and what was logged of the last."""
 
     def run(*, end=35, **options) -> tuple[list[str], dict[str, float]]:
-        usual = {"generation": Generation(max_new_tokens=2), "beta": FixedKL(coef=0.0)}
+        usual = {"generation": SamplingParams(max_new_tokens=2), "beta": FixedKL(coef=0.0)}
         module = PPOModule(make_lm(end=end).double(), **gathered(tokenizer=toy_tokenizer, **usual | options))
         trainer = make_trainer()
         with caplog.at_level(logging.WARNING, logger="lightning_rlhf"):
@@ -44,7 +52,7 @@ def told(make_lm, toy_tokenizer, make_trainer, as_loader, left_padded, caplog):
 
 
 def test_scores_that_shaping_made_alike_are_told_with_what_the_reward_gave(told):
-    said, logged = told(reward=varied, shaping=[ReplaceScore()])
+    said, logged = told(reward=varied, shaping=[TruncatedScore()])
     assert len(said) == 1
     assert "all 4 responses reached `generation.max_new_tokens`=2" in said[0]
     assert "made each score -1; the reward itself gave 0.25 to 1.75" in said[0]
@@ -57,7 +65,7 @@ def test_flat_groups_are_told(told):
         reward=constant,
         advantage=GroupAdvantage(),
         level=TokenLevel(),
-        generation=Generation(max_new_tokens=2, samples_per_prompt=2),
+        generation=SamplingParams(max_new_tokens=2, samples_per_prompt=2),
     )
     assert len(said) == 1
     assert "all responses to each prompt scored alike (2 to 2 over the 8 responses)" in said[0]
@@ -72,7 +80,7 @@ def test_advantages_of_nothing_are_told(told):
     [
         {"reward": varied},
         {"reward": constant},
-        {"reward": varied, "shaping": [ReplaceScore()], "end": list(range(30))},
+        {"reward": varied, "shaping": [TruncatedScore()], "end": list(range(30))},
         {"reward": varied, "advantage": BanditAdvantage(baseline=BatchMean())},
     ],
 )
@@ -85,6 +93,6 @@ def test_default_shaping_is_that_of_the_reward(make_folder, make_lm, toy_tokeniz
     learned = LearnedReward(make_folder(scorer=True))
     policy = ModelSource(path=make_folder())
     for reward in (learned, TimedReward(learned), WeightedReward({"learned": learned, "short": varied})):
-        assert PPOModule(policy, reward).algorithm.shaping == (ReplaceScore(),)
+        assert PPOModule(policy, reward).algorithm.shaping == (TruncatedScore(),)
     assert PPOModule(policy, varied).algorithm.shaping == ()
     assert PPOModule(policy, learned, algorithm=Algorithm(shaping=[])).algorithm.shaping == ()

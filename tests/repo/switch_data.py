@@ -14,7 +14,7 @@ from switch_bench import Bench
 from switch_harness import Table, case, to
 from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.data import Columns, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
+from lightning_rlhf.data import ColumnNames, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
 from lightning_rlhf.data.arguments import template_arguments
 from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import ranking_of
@@ -47,14 +47,14 @@ def table(bench: Bench) -> Table:
         "eval_batch_size": to(1),
         "prompt_role": to("user"),
         "chat_template_kwargs": to({"opening": "b"}, prompt_role="user", tokenizer=opened(bench)),
-        "columns": to(Columns(prompt="question")),
+        "columns": to(ColumnNames(prompt="question")),
         "tokenizer": to(bench.other_tokenizer),
         "num_workers": to(1, by=made_elsewhere),
         "seed": to(1),
     }
     texts = {"pretrain": bench.file("texts")}
     return {
-        Columns: case(
+        ColumnNames: case(
             records,
             prompt=to("question"),
             response=to("answer"),
@@ -150,7 +150,7 @@ def made_elsewhere(data: LightningDataModule) -> bool:
     return first.tokens.is_shared()
 
 
-def records(columns: Columns) -> list[Any]:
+def records(columns: ColumnNames) -> list[Any]:
     """What rows with every key and a second one like it are read as."""
     read = [fn(ROW, columns) for fn in (prompt_of, demonstration_of, text_of, template_arguments)]
     return read + [ranking_of(row | {"question": "z"}, columns) for row in (PAIR, SCORED, PLACED)]

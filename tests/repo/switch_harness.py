@@ -20,7 +20,16 @@ from torch import Tensor
 import lightning_rlhf
 from lightning_rlhf.core import Algorithm
 
-RECORDS = {"ComparisonBatch", "Credit", "Experience", "Outcome", "PPOBatch", "PerAction", "PromptBatch", "Rollout"}
+RECORDS = {
+    "ComparisonBatch",
+    "AdvantagesAndReturns",
+    "Experience",
+    "Outcome",
+    "PPOBatch",
+    "PerAction",
+    "PromptBatch",
+    "Rollout",
+}
 RECORDS |= {"Scores", "TextBatch"}
 """Public classes that hold what flows and set nothing: their fields are data, not arguments."""
 ROUNDING = 1e-9

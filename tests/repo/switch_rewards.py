@@ -9,7 +9,7 @@ import torch
 from switch_bench import Bench
 from switch_harness import Table, case, to
 
-from lightning_rlhf.core import WorstOf
+from lightning_rlhf.core import WorstReward
 from lightning_rlhf.rollout import (
     EnsembleReward,
     FunctionReward,
@@ -63,7 +63,9 @@ def table(bench: Bench) -> Table:
 
     both = {"words": words, "letters": letters}
     return {
-        EnsembleReward: case(scores, {"rewards": [words, letters]}, rewards=to([words, words]), combine=to(WorstOf())),
+        EnsembleReward: case(
+            scores, {"rewards": [words, letters]}, rewards=to([words, words]), combine=to(WorstReward())
+        ),
         FunctionReward: case(scores, {"fn": words}, fn=to(letters)),
         LearnedReward: case(
             scores,
@@ -86,10 +88,10 @@ def _rollout(bench: Bench) -> Rollout:
     zeros = torch.zeros(RESPONSES.shape, dtype=torch.float64)
     return Rollout(
         tokens=torch.cat([bench.prompts.tokens, RESPONSES], 1),
-        attention=torch.cat([bench.prompts.mask, response], 1),
-        response=response,
+        attention_mask=torch.cat([bench.prompts.mask, response], 1),
+        response_mask=response,
         ended=RESPONSES.gather(1, LENGTHS.unsqueeze(1) - 1).squeeze(1) == 0,
-        groups=torch.arange(len(RESPONSES)),
+        prompt_index=torch.arange(len(RESPONSES)),
         logprobs=zeros,
         sampler_logprobs=zeros,
         ref_logprobs=zeros,

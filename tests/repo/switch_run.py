@@ -45,14 +45,14 @@ from lightning_rlhf.core import (
     BanditAdvantage,
     BatchMean,
     ClippedValueLoss,
-    Constant,
+    ConstantSchedule,
     FixedKL,
+    ImportanceSampling,
     KLInLoss,
-    MeanOfMeans,
     PlackettLuce,
-    ReplaceScore,
+    SeqMeanTokenMean,
     TokenLevel,
-    Unclipped,
+    TruncatedScore,
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.models import ModelSource
@@ -65,12 +65,12 @@ from lightning_rlhf.modules import (
     SFTModule,
     WinRate,
 )
-from lightning_rlhf.rollout import Generation, Recomputed, Updates
+from lightning_rlhf.rollout import RecomputedLogprobs, SamplingParams, UpdateSchedule
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
 COSTS = ("time", "throughput", "memory")  # no two runs agree on them
-FREE = Updates(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
-MANY = Updates(epochs=3, max_grad_norm=None)  # ratios leave 1
+FREE = UpdateSchedule(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
+MANY = UpdateSchedule(epochs=3, max_grad_norm=None)  # ratios leave 1
 
 
 def shorter(prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
@@ -85,7 +85,7 @@ def table(bench: Bench) -> Table:
 def _rl(bench: Bench) -> Table:
     """Two rollouts, for at the first the policy is still its own reference."""
     usual = {"policy": bench.policy, "reward": letters, "tokenizer": bench.tokenizer, "optimizer": SGD}
-    usual |= {"generation": Generation(max_new_tokens=5, seed=1), "updates": FREE, "schedule": Constant()}
+    usual |= {"generation": SamplingParams(max_new_tokens=5, seed=1), "updates": FREE, "schedule": ConstantSchedule()}
     source, other = (ModelSource(path=bench.folder(network)) for network in (bench.policy, bench.other_policy))
     of_tokens = {"advantage": GAE(), "level": TokenLevel()}
     critic = {"policy": source, "algorithm": Algorithm(**of_tokens)}
@@ -164,7 +164,7 @@ def _rl(bench: Bench) -> Table:
         BestOfN: case(beside, {"n": (1, 2)}, n=to((3,))),
         GoldReward: case(beside, {"reward": words}, reward=to(letters), name=to("silver")),
         WinRate: case(beside, judge=to(shorter), samples=to(2), name=to("wins")),
-        Generation: case(
+        SamplingParams: case(
             generation(weights),
             {"max_new_tokens": 5},
             max_new_tokens=to(3),
@@ -180,10 +180,10 @@ def _rl(bench: Bench) -> Table:
             beta=to(0.5),
             kl_term=to(KLInLoss(), by=through(weights, updates=MANY)),  # at ratio 1 it is the reward's
             advantage=to(BanditAdvantage(baseline=BatchMean())),
-            surrogate=to(Unclipped(), by=through(weights, updates=MANY)),
+            surrogate=to(ImportanceSampling(), by=through(weights, updates=MANY)),
             value_loss=to(ClippedValueLoss(coef=1.0), by=through(value_weights, policy=source), **of_tokens),
-            reduction=to(MeanOfMeans(), level=TokenLevel()),
-            shaping=to(ReplaceScore()),
+            reduction=to(SeqMeanTokenMean(), level=TokenLevel()),
+            shaping=to(TruncatedScore()),
             ptx_coef=to(0.5),
         ),
         PPOModule: case(
@@ -195,24 +195,26 @@ def _rl(bench: Bench) -> Table:
             reference_dtype=to("bfloat16", by=kinds_of_reference),
             value=to(other, **critic),
             tokenizer=to(bench.other_tokenizer),
-            generation=to(Generation(max_new_tokens=3)),
+            generation=to(SamplingParams(max_new_tokens=3)),
             updates=to(MANY),
             algorithm=to(Algorithm(level=TokenLevel())),
             compile=to(True, by=compiled),
             lr=to(0.01, optimizer=None),
             optimizer=to(SLOW),
             value_lr=to(0.5, by=value_weights, **critic),
-            schedule=to(Constant(warmup=10)),
+            schedule=to(ConstantSchedule(warmup=10)),
             evaluations=to([WinRate()], by=evaluated),
         ),
-        Updates: case(
+        UpdateSchedule: case(
             updates(weights),
             epochs=to(2),
             minibatch=to(2),
             microbatch=to(2, by=updates(sequences_per_pass)),  # it changes memory, never the result
             microbatch_tokens=to(20, by=updates(sequences_per_pass)),
             max_grad_norm=to(0.01),
-            old_logprobs=to(Recomputed(), by=updates(sequences_per_pass)),  # they are equal, but one is computed
+            old_logprobs=to(
+                RecomputedLogprobs(), by=updates(sequences_per_pass)
+            ),  # they are equal, but one is computed
         ),
     }
 
@@ -229,7 +231,7 @@ def _supervised(bench: Bench) -> Table:
         bench.trainer().fit(module, datamodule=data)
         return list(module.model.parameters())
 
-    shared = {"tokenizer": to(bench.other_tokenizer), "optimizer": to(SLOW), "schedule": to(Constant())}
+    shared = {"tokenizer": to(bench.other_tokenizer), "optimizer": to(SLOW), "schedule": to(ConstantSchedule())}
     return {
         RewardModule: case(
             weights,
@@ -252,7 +254,7 @@ def _around(bench: Bench) -> Table:
     adapted = ModelSource(path=bench.folder(bench.policy), peft=LoraConfig(r=2, target_modules=["c_attn"]))
 
     def fitted(callback: Callback, model: Any) -> LightningModule:
-        module = SFTModule(copy.deepcopy(model), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        module = SFTModule(copy.deepcopy(model), bench.tokenizer, optimizer=SGD, schedule=ConstantSchedule())
         bench.trainer([callback]).fit(module, _loader(bench.texts, bench.texts), _loader(bench.texts))
         return module
 
@@ -278,7 +280,7 @@ def _around(bench: Bench) -> Table:
         """Files, with the step each is of; the folder is the one in its name, below the current one."""
         folder = bench.empty()
         callback.dirpath = str(folder / Path(str(callback.dirpath)).name)
-        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=ConstantSchedule())
         trainer = bench.trainer([callback], enable_checkpointing=True, max_epochs=2)
         trainer.fit(module, _loader(bench.texts, bench.texts), _loader(bench.texts))
         return {path: torch.load(folder / path, weights_only=True)["global_step"] for path in _files(folder, "*.ckpt")}
@@ -286,7 +288,7 @@ def _around(bench: Bench) -> Table:
     def guarded(callback: KLGuard) -> Any:
         """The coefficient after three rollouts, and how they ended."""
         policy, options = copy.deepcopy(bench.policy), {"beta": FixedKL(coef=0.1), "optimizer": SGD}
-        options |= {"generation": Generation(max_new_tokens=3), "schedule": Constant()}
+        options |= {"generation": SamplingParams(max_new_tokens=3), "schedule": ConstantSchedule()}
         module = PPOModule(policy, letters, **gathered(tokenizer=bench.tokenizer, **options))
         try:
             bench.trainer([callback]).fit(module, _loader(*[{"prompts": bench.prompts}] * 3))
@@ -299,7 +301,11 @@ def _around(bench: Bench) -> Table:
 
     def inspected(callback: Preflight) -> Any:
         """Sequences of each pass, and how it ended."""
-        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=5)}
+        options = {
+            "tokenizer": bench.tokenizer,
+            "schedule": ConstantSchedule(),
+            "generation": SamplingParams(max_new_tokens=5),
+        }
         module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         module.configure_model()
         sizes: list[int] = []
@@ -312,7 +318,7 @@ def _around(bench: Bench) -> Table:
 
     def broken(callback: NonFiniteGuard) -> Any:
         """Files after two steps whose gradients are NaN, and how they ended."""
-        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=Constant())
+        module = SFTModule(copy.deepcopy(bench.policy), bench.tokenizer, optimizer=SGD, schedule=ConstantSchedule())
         module.configure_model()
         next(module.parameters()).register_hook(lambda gradient: gradient * torch.nan)
         folder = bench.empty()
@@ -325,7 +331,11 @@ def _around(bench: Bench) -> Table:
 
     def measured(callback: GradientNorms) -> int:
         """In how many of three rollouts it asks for the gradient of the texts."""
-        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        options = {
+            "tokenizer": bench.tokenizer,
+            "schedule": ConstantSchedule(),
+            "generation": SamplingParams(max_new_tokens=3),
+        }
         module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(ptx_coef=1.0, **options))
         batches = [{"prompts": bench.prompts, "pretrain": bench.texts}] * 3
         with mock.patch.object(callback, "_share", wraps=callback._share) as share:
@@ -335,7 +345,11 @@ def _around(bench: Bench) -> Table:
     def rolled_out(callback: RolloutLog | SampleLog) -> list[Any]:
         """Files, and what a logger's table shows."""
         folder = bench.empty()
-        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        options = {
+            "tokenizer": bench.tokenizer,
+            "schedule": ConstantSchedule(),
+            "generation": SamplingParams(max_new_tokens=3),
+        }
         module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         with contextlib.chdir(folder), mock.patch("lightning_rlhf.callbacks.sample_log.show") as show:
             trainer = bench.trainer([callback])
@@ -345,7 +359,11 @@ def _around(bench: Bench) -> Table:
 
     def shown(callback: RolloutProgress) -> list[str]:
         """Responses that the bar counts; speeds and times are of this machine."""
-        options = {"tokenizer": bench.tokenizer, "schedule": Constant(), "generation": Generation(max_new_tokens=3)}
+        options = {
+            "tokenizer": bench.tokenizer,
+            "schedule": ConstantSchedule(),
+            "generation": SamplingParams(max_new_tokens=3),
+        }
         module = PPOModule(copy.deepcopy(bench.policy), letters, **gathered(**options))
         bar = io.StringIO()
         with contextlib.redirect_stdout(bar):
@@ -365,7 +383,7 @@ def _around(bench: Bench) -> Table:
 
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
-        policy, generation = copy.deepcopy(bench.policy), Generation(max_new_tokens=3)
+        policy, generation = copy.deepcopy(bench.policy), SamplingParams(max_new_tokens=3)
         module = PPOModule(policy, letters, tokenizer=bench.tokenizer, generation=generation)
         with contextlib.chdir(folder):
             bench.trainer([callback]).predict(module, _loader(bench.prompts))

@@ -20,7 +20,7 @@ from lightning_rlhf import (
     RLOO,
     AdaptiveKL,
     Clip,
-    KLPenalty,
+    KLPen,
     ModuleReward,
     PPOModule,
     RewardModule,
@@ -145,12 +145,12 @@ def test_method_by_name_is_the_method(method: Any, theirs: str, tiny: Any) -> No
 
 
 def test_argument_of_another_class_is_refused(ppo: Arguments, workplace: Path, capsys: Any) -> None:
-    """Clip's epsilon, set by the YAML, does not leak into KLPenalty; given by hand it is an error."""
+    """Clip's epsilon, set by the YAML, does not leak into KLPen; given by hand it is an error."""
     error = refused(
-        capsys, "fit", *ppo(), "--model.algorithm.surrogate=KLPenalty", "--model.algorithm.surrogate.epsilon=0.1"
+        capsys, "fit", *ppo(), "--model.algorithm.surrogate=KLPen", "--model.algorithm.surrogate.epsilon=0.1"
     )
     assert "'epsilon'" in error
-    assert "KLPenalty" in error
+    assert "KLPen" in error
 
 
 @pytest.mark.parametrize(("missing", "named"), [("model__policy__path", "policy"), ("model__reward__path", "path")])
@@ -166,10 +166,10 @@ def test_missing_training_file_says_what_to_pass(ppo: Arguments, workplace: Path
 
 
 def test_short_class_names_work_on_the_command_line(ppo: Arguments, workplace: Path) -> None:
-    named = ["--model.algorithm.surrogate=KLPenalty", "--model.algorithm.surrogate.target=0.02"]
+    named = ["--model.algorithm.surrogate=KLPen", "--model.algorithm.surrogate.target=0.02"]
     named += ["--model.algorithm.beta=AdaptiveKL", "--model.algorithm.shaping=[]"]
     cli = main(["fit", *ppo(), *named])
-    assert isinstance(cli.model.algorithm.surrogate, KLPenalty)
+    assert isinstance(cli.model.algorithm.surrogate, KLPen)
     assert cli.model.algorithm.surrogate.target == 0.02
     assert isinstance(cli.model.algorithm.kl, AdaptiveKL)
     assert cli.model.algorithm.shaping == ()

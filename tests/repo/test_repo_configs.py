@@ -27,9 +27,9 @@ from lightning_rlhf.core import (
     CISPOMethod,
     DrGRPO,
     InstructGPT,
-    KLPenalty,
+    KLPen,
     ReinforcePP,
-    SequenceMean,
+    SeqMeanTokenSum,
 )
 from lightning_rlhf.parser import Parser
 
@@ -68,7 +68,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "model.algorithm.value_loss.coef": 0.1,
         "model.optimizer.lr": 3e-6,
         "model.optimizer.eps": 1e-5,
-        "model.schedule": "Linear",
+        "model.schedule": "LinearSchedule",
         "data.batch_size": 512,
     },
     "rloo": {
@@ -222,12 +222,14 @@ METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, 
 def test_method_by_name_has_its_own_defaults(method: type[Algorithm]) -> None:
     """jsonargparse could as well take those of `Algorithm`, or of each part's class."""
     assert algorithm_of(f"--algorithm={method.__name__}") == method()
-    wider = algorithm_of(f"--algorithm={method.__name__}", "--algorithm.beta=0.5", "--algorithm.reduction=SequenceMean")
-    assert wider == method(beta=0.5, reduction=SequenceMean())
+    wider = algorithm_of(
+        f"--algorithm={method.__name__}", "--algorithm.beta=0.5", "--algorithm.reduction=SeqMeanTokenSum"
+    )
+    assert wider == method(beta=0.5, reduction=SeqMeanTokenSum())
 
 
 def test_part_alone_changes_the_bandit() -> None:
-    assert algorithm_of("--algorithm.surrogate=KLPenalty") == Algorithm(surrogate=KLPenalty())
+    assert algorithm_of("--algorithm.surrogate=KLPen") == Algorithm(surrogate=KLPen())
     adaptive = algorithm_of("--algorithm.beta=AdaptiveKL", "--algorithm.beta.target=3")
     assert adaptive == Algorithm(beta=AdaptiveKL(target=3.0))
 

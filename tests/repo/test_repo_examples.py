@@ -122,7 +122,7 @@ def test_trial_of_a_sweep_is_a_run_with_its_values(
     """Two trials in one process; the best is read off the files of the run that its number names."""
     sweep, arguments = load("sweep", monkeypatch), ppo()
     given = [*arguments[:2], "--config", str(EXAMPLES / "sweep" / "sweep.yaml"), *arguments[2:]]
-    trials = [Chosen(lr=1e-6, coef=0.05, surrogate="KLPenalty"), Chosen(lr=0.1, coef=0.01, surrogate="Clip")]
+    trials = [Chosen(lr=1e-6, coef=0.05, surrogate="KLPen"), Chosen(lr=0.1, coef=0.01, surrogate="Clip")]
     values = [sweep.objective(trial, given) for trial in trials]
     assert trials[0].ranges == {"lr": (1e-7, 1e-5, True), "coef": (0.003, 0.1, True)}
     assert values[0] != values[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 
-from lightning_rlhf import Clip, ModelSource, Stop
+from lightning_rlhf import Clip, ModelSource, StopTraining
 from lightning_rlhf.cli import console
 from lightning_rlhf.failure import TRACEBACK, one_line, sentence, status
 
@@ -38,7 +38,7 @@ def test_what_the_library_refuses_is_a_sentence() -> None:
 
 
 def test_run_that_a_guard_stops_ends_in_a_sentence() -> None:
-    error = caught(lambda: Stop().act(None, None, "rollout 3: objective/kl is 9.0, over its budget of 5.0"))
+    error = caught(lambda: StopTraining().act(None, None, "rollout 3: objective/kl is 9.0, over its budget of 5.0"))
     assert type(error) is RuntimeError
     assert sentence(error).startswith("rollout 3: objective/kl is 9.0, over its budget of 5.0: the run was stopped")
     assert status(error) == 1

@@ -64,7 +64,7 @@ PROPERTIES = {
             "test_bias_is_idempotent_and_leaves_the_ranking",
             "test_validation_puts_demonstrations_at_zero",
         ],
-        ["test_centred_loss_sees_a_shift", "test_filler_demonstrations_do_not_count"],
+        ["test_centered_loss_sees_a_shift", "test_filler_demonstrations_do_not_count"],
     ),
     "10 the K-wise loss is a loop over pairs": (
         [
@@ -99,7 +99,7 @@ PROPERTIES = {
     ),
     "16 RLOO, GRPO and group centring": (
         [
-            "test_leave_one_out_advantages_sum_to_zero_and_are_stretched_centred_rewards",
+            "test_leave_one_out_advantages_sum_to_zero_and_are_stretched_centered_rewards",
             "test_baselines_that_do_not_know_the_response_are_unbiased",
             "test_the_groups_mean_shrinks_the_gradient_by_one_over_k",
             "test_many_groups_in_one_call_are_as_many_calls",
@@ -153,7 +153,7 @@ PROPERTIES = {
         ["test_low_precision_sampler_is_seen_and_weighed"],
     ),
 }
-"""Property: tests that prove it, and controls: a neighbouring claim that must fail, or a value that must differ."""
+"""Property: tests that prove it, and controls: a neighboring claim that must fail, or a value that must differ."""
 
 
 @pytest.fixture(scope="module")

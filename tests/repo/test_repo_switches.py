@@ -64,22 +64,22 @@ def test_only_records_and_interfaces_are_left_out():
 
 
 class Lamp:
-    """Of which `colour` does nothing."""
+    """Of which `color` does nothing."""
 
-    def __init__(self, power: float = 1.0, colour: float = 1.0) -> None:
-        self.power, self.colour = power, colour
+    def __init__(self, power: float = 1.0, color: float = 1.0) -> None:
+        self.power, self.color = power, color
 
 
 def light(lamp: Lamp) -> dict[str, Any]:
     return {"light": [torch.full((2,), lamp.power), 1.0], "name": "lamp"}
 
 
-LAMP = case(light, power=to(2.0), colour=to(2.0))
+LAMP = case(light, power=to(2.0), color=to(2.0))
 
 
 def test_dead_argument_is_reported():
     assert complaint(Lamp, "power", LAMP) is None
-    assert complaint(Lamp, "colour", LAMP) == "Lamp.colour moves nothing: 2.0 gives the same light"
+    assert complaint(Lamp, "color", LAMP) == "Lamp.color moves nothing: 2.0 gives the same light"
 
 
 def test_dead_argument_of_the_library_is_reported():
@@ -98,13 +98,13 @@ def test_chance_is_not_taken_for_an_effect():
     def noise(lamp: Lamp) -> torch.Tensor:
         return torch.rand(3, generator=generator)
 
-    assert "differs from run to run" in complaint(Lamp, "colour", case(noise, colour=to(2.0)))
+    assert "differs from run to run" in complaint(Lamp, "color", case(noise, color=to(2.0)))
 
 
 def test_new_and_stale_arguments_are_reported():
     assert complaints([Lamp], {Lamp: LAMP}) == []
     assert complaints([Lamp], {Lamp: case(light, power=to(2.0), size=to(2.0))}) == [
-        "Lamp.colour moves nothing that the suite knows of: add it to tests/repo/switch_*.py",
+        "Lamp.color moves nothing that the suite knows of: add it to tests/repo/switch_*.py",
         "Lamp.size is no argument of the library: take it out of tests/repo/switch_*.py",
     ]
     assert complaints([], {Lamp: LAMP}) != []

@@ -24,10 +24,10 @@ def make_rollout() -> Callable[..., Rollout]:
         numbers = torch.zeros(response.shape)
         return Rollout(
             tokens=torch.tensor(tokens),
-            attention=torch.tensor(attention),
-            response=response,
+            attention_mask=torch.tensor(attention),
+            response_mask=response,
             ended=torch.tensor([r[-1] == 0 for r in responses]),
-            groups=torch.arange(len(responses)),
+            prompt_index=torch.arange(len(responses)),
             logprobs=numbers,
             sampler_logprobs=numbers,
             ref_logprobs=numbers,

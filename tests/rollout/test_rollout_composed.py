@@ -16,15 +16,22 @@ from gathered import gathered
 from torch import nn
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.core import Algorithm, Constant, MeanOf, ReplaceScore, UncertaintyWeighted, WorstOf
+from lightning_rlhf.core import (
+    Algorithm,
+    ConstantSchedule,
+    MeanReward,
+    TruncatedScore,
+    UncertaintyWeighted,
+    WorstReward,
+)
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rollout import (
     EnsembleReward,
     FunctionReward,
-    Generation,
     LearnedReward,
     ModuleReward,
     Reward,
+    SamplingParams,
     TextReward,
     WeightedReward,
 )
@@ -158,7 +165,7 @@ def test_members_are_prepared_and_their_networks_forwarded(toy_tokenizer):
 
 def test_networks_of_members_move_with_the_module_and_stay_out_of_it(make_lm, make_trainer, as_loader, left_padded):
     reward = WeightedReward({"a": Count(), "b": EnsembleReward([Count(), Count(2.0)])})
-    module = PPOModule(make_lm(), reward, generation=Generation(max_new_tokens=3), schedule=Constant())
+    module = PPOModule(make_lm(), reward, generation=SamplingParams(max_new_tokens=3), schedule=ConstantSchedule())
     trainer = make_trainer(precision="64-true")
     trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
     assert [network.scale.dtype for network in reward.networks()] == [torch.float64] * 3
@@ -218,8 +225,8 @@ MEMBERS = [(1.0, -2.0, 0.5), (3.0, -2.0, -0.5), (2.0, 4.0, 0.0)]
 MEANS = [2.0, 0.0, 0.0]
 VARIANCES = [2 / 3, 8.0, 0.5 / 3]  # biased: (1 + 1 + 0)/3, (4 + 4 + 16)/3, (0.25 + 0.25 + 0)/3
 COMBINED = {
-    "mean": (MeanOf(), MEANS),
-    "worst": (WorstOf(), [1.0, -2.0, -0.5]),
+    "mean": (MeanReward(), MEANS),
+    "worst": (WorstReward(), [1.0, -2.0, -0.5]),
     "uncertainty": (UncertaintyWeighted(coef=0.5), [m - 0.5 * v for m, v in zip(MEANS, VARIANCES, strict=True)]),
 }
 
@@ -240,14 +247,14 @@ def test_default_ensemble_is_the_mean(rollout):
 
 
 def test_members_that_agree_have_no_spread(rollout):
-    for combine in (MeanOf(), WorstOf(), UncertaintyWeighted(coef=3.0)):
+    for combine in (MeanReward(), WorstReward(), UncertaintyWeighted(coef=3.0)):
         scores = EnsembleReward([Fixed(1.0, -2.0, 0.5)] * 3, combine=combine).scored(rollout, ROWS)
         assert scores.total.tolist() == pytest.approx([1.0, -2.0, 0.5], abs=1e-12)
         assert scores.parts["spread"].tolist() == pytest.approx([0.0] * 3, abs=1e-12)
 
 
 def test_nested_parts_are_named_by_their_path(rollout):
-    ensemble = EnsembleReward([Fixed(1.0, 1.0, 1.0), Fixed(3.0, 5.0, 1.0)], combine=WorstOf())
+    ensemble = EnsembleReward([Fixed(1.0, 1.0, 1.0), Fixed(3.0, 5.0, 1.0)], combine=WorstReward())
     style = WeightedReward({"short": Fixed(1.0, 0.0, 0.0), "calm": Fixed(0.0, 2.0, 0.0)}, {"short": 1.0, "calm": 0.5})
     reward = WeightedReward({"help": ensemble, "style": style}, {"help": 1.0, "style": -1.0})
     scores = reward.scored(rollout, ROWS)
@@ -284,7 +291,7 @@ class Lengths(Reward):
 @pytest.fixture
 def module(make_lm):
     def make(reward, **options):
-        usual = {"generation": Generation(max_new_tokens=4), "schedule": Constant(), "shaping": ()}
+        usual = {"generation": SamplingParams(max_new_tokens=4), "schedule": ConstantSchedule(), "shaping": ()}
         usual |= {"optimizer": partial(torch.optim.SGD, lr=0.01)}
         return PPOModule(make_lm(end=list(range(10))).double(), reward, **gathered(**(usual | options)))
 
@@ -303,7 +310,7 @@ NUMBERED = [{"prompt": "p", "number": i} for i in range(len(RAGGED))]  # the mea
 @pytest.mark.parametrize("k", [1, 2])
 def test_parts_are_logged_in_training_and_evaluation(module, make_trainer, as_loader, left_padded, recorder, k):
     batch = left_padded(RAGGED, rows=NUMBERED)
-    built = module(nested(), generation=Generation(max_new_tokens=4, samples_per_prompt=k))
+    built = module(nested(), generation=SamplingParams(max_new_tokens=4, samples_per_prompt=k))
     trainer = make_trainer(callbacks=[recorder], val_check_interval=1)
     trainer.fit(built, as_loader([{"prompts": batch}]), as_loader([batch]))
     logged, evaluated = recorder.steps[0], {name: float(x) for name, x in trainer.callback_metrics.items()}
@@ -321,7 +328,7 @@ def test_parts_are_logged_in_training_and_evaluation(module, make_trainer, as_lo
 
 
 def test_parts_are_before_the_shaping(module, make_trainer, as_loader, left_padded, recorder):
-    built = module(nested(), shaping=(ReplaceScore(value=-100.0),))
+    built = module(nested(), shaping=(TruncatedScore(value=-100.0),))
     batch = left_padded(RAGGED, rows=NUMBERED)
     make_trainer(callbacks=[recorder]).fit(built, as_loader([{"prompts": batch}]))
     logged = recorder.steps[0]
@@ -431,19 +438,19 @@ def test_ensemble_of_two_folders_is_built_from_yaml(run, make_folder):
     folders = [make_folder(scorer=True, seed=seed) for seed in (1, 2)]
     worst = {
         "class_path": "EnsembleReward",
-        "init_args": {"rewards": list(map(learned, folders)), "combine": "WorstOf"},
+        "init_args": {"rewards": list(map(learned, folders)), "combine": "WorstReward"},
     }
     cli = run(worst, command="validate")
     reward, logged = cli.model.reward, cli.trainer.callback_metrics
     assert [member.path for member in reward.members.values()] == folders
-    assert isinstance(reward.combine, WorstOf)
+    assert isinstance(reward.combine, WorstReward)
     members = [float(logged[f"eval/reward/member_{i}"]) for i in range(2)]
     assert members[0] != pytest.approx(members[1], abs=1e-3)
     assert float(logged["eval/reward"]) <= min(members) + 1e-6
     mean = run(
         {"class_path": "EnsembleReward", "init_args": {"rewards": list(map(learned, folders))}}, command="validate"
     )
-    assert isinstance(mean.model.reward.combine, MeanOf)
+    assert isinstance(mean.model.reward.combine, MeanReward)
     assert float(mean.trainer.callback_metrics["eval/reward"]) == pytest.approx(sum(members) / 2, abs=1e-5)
 
 

@@ -48,9 +48,9 @@ def test_greedy_equals_hugging_face(network, left_padded, count):
     assert torch.equal(sampled.tokens, expected)
     lengths = lengths_by_hand(expected, ends)
     assert len(set(lengths)) >= 3  # ended at different times, or this means little
-    assert sampled.response.sum(1).tolist() == lengths
+    assert sampled.response_mask.sum(1).tolist() == lengths
     steps = torch.arange(LENGTH)
-    assert torch.equal(sampled.response, steps < torch.tensor(lengths).unsqueeze(1))
+    assert torch.equal(sampled.response_mask, steps < torch.tensor(lengths).unsqueeze(1))
     last = expected[torch.arange(len(PROMPTS)), torch.tensor(lengths) - 1]
     assert sampled.ended.tolist() == [token in ends for token in last.tolist()]
     other = decode(network, batch.tokens, batch.mask, None, length=LENGTH, temperature=1.0, end_tokens=[6], pad_token=6)
@@ -106,7 +106,7 @@ def test_sampling_equals_a_loop_without_cache(network, left_padded, temperature)
         n = len(tokens)
         lengths.add(n)
         assert sampled.tokens[i].tolist() == tokens + [3] * (LENGTH - n)
-        assert sampled.response[i].tolist() == [True] * n + [False] * (LENGTH - n)
+        assert sampled.response_mask[i].tolist() == [True] * n + [False] * (LENGTH - n)
         assert sampled.logprobs[i, :n].tolist() == pytest.approx(logprobs, abs=1e-10)
         assert sampled.logprobs[i, n:].tolist() == [0.0] * (LENGTH - n)
         assert bool(sampled.ended[i]) == (tokens[-1] in ends)
@@ -125,10 +125,10 @@ def test_captured_logprobs_equal_a_forward_pass(make_lm, left_padded, kind, dtyp
         network, batch.tokens, batch.mask, uniforms, length=LENGTH, temperature=0.7, end_tokens=[3, 7], pad_token=0
     )
     assert sampled.logprobs.dtype == dtype
-    assert 0 < int(sampled.response.sum()) < sampled.response.numel()
+    assert 0 < int(sampled.response_mask.sum()) < sampled.response_mask.numel()
     apart = {0.7: 0.0, 1.0: 0.0}
     for i, prompt in enumerate(PROMPTS):
-        n = int(sampled.response[i].sum())
+        n = int(sampled.response_mask[i].sum())
         row = torch.tensor([prompt + sampled.tokens[i, :n].tolist()])
         with torch.no_grad():
             logits = network(input_ids=row).logits[0, -n - 1 : -1]
@@ -174,7 +174,7 @@ def test_ended_rows_leave_the_batch(network, left_padded):
     options = {"length": LENGTH, "temperature": 1.0, "pad_token": 3}
     ends = [3, 7, 11, 16, 21, 30]
     sampled = decode(network, batch.tokens, batch.mask, uniforms, end_tokens=ends, **options)
-    lengths = sampled.response.sum(1).tolist()
+    lengths = sampled.response_mask.sum(1).tolist()
     size, expected = len(PROMPTS), [(len(PROMPTS), batch.tokens.shape[1])]
     for t in range(1, max(lengths)):
         still = sum(n > t for n in lengths)
@@ -197,7 +197,7 @@ def test_all_ended_stops_early(network, left_padded):
     )
     hook.remove()
     assert len(passes) == 1
-    assert sampled.response.sum(1).tolist() == [1] * len(PROMPTS)
+    assert sampled.response_mask.sum(1).tolist() == [1] * len(PROMPTS)
     assert sampled.ended.all()
 
 

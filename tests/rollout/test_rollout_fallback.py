@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.models.cache import why_no_cache
-from lightning_rlhf.rollout import Generation, Sampler, decode
+from lightning_rlhf.rollout import Sampler, SamplingParams, decode
 from lightning_rlhf.rollout.fallback import generate
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22], [33, 11]]
@@ -34,7 +34,7 @@ def test_generate_gives_what_decode_gives(make_lm, left_padded, kind, greedy):
     generator = torch.Generator().manual_seed(5)
     uniforms = None if greedy else torch.rand(8, LENGTH, generator=generator, dtype=torch.float64)
     one, other = (f(network, batch.tokens, batch.mask, uniforms, samples=2, **OPTIONS) for f in (decode, generate))
-    assert len(set(one.response.sum(1).tolist())) >= (1 if greedy else 3)
+    assert len(set(one.response_mask.sum(1).tolist())) >= (1 if greedy else 3)
     for field, expected in zip(other, one, strict=True):
         assert torch.allclose(field.double(), expected.double(), rtol=0, atol=1e-5)
     assert network.generation_config.repetition_penalty == 3.0
@@ -44,13 +44,13 @@ def test_network_without_such_a_cache_falls_back_and_says_why(left_padded, caplo
     network = mamba()
     assert why_no_cache(network)
     with caplog.at_level(logging.INFO, logger="lightning_rlhf"):
-        sampler = Sampler(PolicyModel(network), Generation(max_new_tokens=LENGTH))
+        sampler = Sampler(PolicyModel(network), SamplingParams(max_new_tokens=LENGTH))
     assert "sampling by transformers' `generate`" in caplog.text
     batch = left_padded([[12, 13, 14], [20, 21, 22]])
     uniforms = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sampled = sampler(batch, uniforms)
     for i in range(2):
-        n = int(sampled.response[i].sum())
+        n = int(sampled.response_mask[i].sum())
         row = torch.cat([batch.tokens[i], sampled.tokens[i, :n]]).unsqueeze(0)
         with torch.no_grad():
             table = network(input_ids=row).logits[0, -n - 1 : -1].log_softmax(-1)
@@ -60,5 +60,5 @@ def test_network_without_such_a_cache_falls_back_and_says_why(left_padded, caplo
 
 def test_known_networks_do_not_fall_back(make_lm, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_rlhf"):
-        Sampler(PolicyModel(make_lm()), Generation())
+        Sampler(PolicyModel(make_lm()), SamplingParams())
     assert not caplog.text

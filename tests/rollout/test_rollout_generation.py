@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lightning_rlhf.rollout import Generation, row_uniforms
+from lightning_rlhf.rollout import SamplingParams, row_uniforms
 
 NAME = {"seed": 3, "stream": "train", "iteration": 5, "length": 9}
 
@@ -37,8 +37,8 @@ def test_numbers_are_uniform_and_unrelated():
     count = numbers.numel()
     assert abs(float(numbers.mean()) - 0.5) < 4 * (1 / 12 / count) ** 0.5  # four standard errors
     assert len(numbers.flatten().unique()) == count
-    centred = numbers - 0.5
-    for lag in (centred[:-1] * centred[1:], centred[:, :-1] * centred[:, 1:]):
+    centered = numbers - 0.5
+    for lag in (centered[:-1] * centered[1:], centered[:, :-1] * centered[:, 1:]):
         assert abs(float(lag.mean())) < 4 / 12 / lag.numel() ** 0.5
 
 
@@ -53,8 +53,8 @@ def test_numbers_leave_the_global_generator_alone():
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
 def test_generation_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Generation(**wrong)
-    assert Generation(max_new_tokens=1, temperature=0.1).seed == 0
+        SamplingParams(**wrong)
+    assert SamplingParams(max_new_tokens=1, temperature=0.1).seed == 0
 
 
 def test_names_that_a_generator_of_32_bits_confuses_have_numbers_of_their_own():

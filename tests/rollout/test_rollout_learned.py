@@ -11,10 +11,10 @@ from gathered import gathered
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import Generation, LearnedReward, Reward, as_reward
+from lightning_rlhf.rollout import LearnedReward, Reward, SamplingParams, as_reward
 from lightning_rlhf.text import Encoder
 
 PROMPTS = [[10, 11], [12]]
@@ -175,7 +175,7 @@ def fit(tmp_path, make_folder, write_rows):
         arguments = [f"--trainer.{name}=false" for name in ("logger", "enable_progress_bar", "enable_model_summary")]
         arguments += ["--trainer.accelerator=cpu", "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"]
         arguments += [f"--model={stage}", f"--model.model.path={make_folder(**options)}", "--data.batch_size=2"]
-        arguments += ["--model.optimizer=SGD", "--model.optimizer.lr=0.5", "--model.schedule=Constant"]
+        arguments += ["--model.optimizer=SGD", "--model.optimizer.lr=0.5", "--model.schedule=ConstantSchedule"]
         if stage == "RewardModule":
             arguments += ["--data=ComparisonDataModule", f"--data.train={comparisons}", f"--data.val={comparisons}"]
             arguments += [f"--data.demonstrations={demonstrations}"]
@@ -246,7 +246,11 @@ def test_frozen_networks_stay_out_of_checkpoints(
     kind, make_lm, make_scorer, make_folder, toy_tokenizer, make_trainer, as_loader, left_padded, tmp_path
 ):
     reward = make_scorer("llama") if kind == "module" else LearnedReward(make_folder(scorer=True))
-    options = {"generation": Generation(max_new_tokens=3), "schedule": Constant(), "tokenizer": toy_tokenizer}
+    options = {
+        "generation": SamplingParams(max_new_tokens=3),
+        "schedule": ConstantSchedule(),
+        "tokenizer": toy_tokenizer,
+    }
     module = PPOModule(make_lm(), reward, **gathered(optimizer=partial(torch.optim.SGD, lr=0.1), **options))
     trainer = make_trainer()
     trainer.fit(module, as_loader([{"prompts": left_padded(PROMPTS, rows=ROWS)}]))

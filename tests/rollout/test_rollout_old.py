@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lightning_rlhf.rollout import Captured, FromUpdate, Recomputed
+from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs
 from lightning_rlhf.rollout.old import Situation, choose
 
 
@@ -18,14 +18,14 @@ def situation(full: bool, one: bool, epochs: int) -> Situation:
 @pytest.mark.parametrize(
     ("full", "one", "epochs", "expected"),
     [
-        (True, True, 1, Captured),
-        (True, False, 1, Captured),
-        (True, False, 4, Recomputed),
-        (False, True, 1, FromUpdate),
-        (False, False, 1, Recomputed),
-        (False, False, 4, Recomputed),
-        (True, False, 0, Captured),  # evaluation
-        (False, False, 0, Recomputed),
+        (True, True, 1, SamplerLogprobs),
+        (True, False, 1, SamplerLogprobs),
+        (True, False, 4, RecomputedLogprobs),
+        (False, True, 1, UpdateLogprobs),
+        (False, False, 1, RecomputedLogprobs),
+        (False, False, 4, RecomputedLogprobs),
+        (True, False, 0, SamplerLogprobs),  # evaluation
+        (False, False, 0, RecomputedLogprobs),
     ],
 )
 def test_cheapest_exact_source_is_chosen(full, one, epochs, expected):
@@ -35,17 +35,19 @@ def test_cheapest_exact_source_is_chosen(full, one, epochs, expected):
 @pytest.mark.parametrize(("full", "one"), itertools.product([True, False], repeat=2))
 def test_settings_are_kept_or_refused(full, one):
     where = situation(full, one, 1)
-    assert choose(Recomputed(), where) == Recomputed()
-    for setting, serves in ((Captured(), full), (FromUpdate(), one)):
+    assert choose(RecomputedLogprobs(), where) == RecomputedLogprobs()
+    for setting, serves in ((SamplerLogprobs(), full), (UpdateLogprobs(), one)):
         if serves:
             assert choose(setting, where) == setting
         else:
-            with pytest.raises(ValueError, match=f"`updates.old_logprobs`={type(setting).__name__}.*take Recomputed"):
+            with pytest.raises(
+                ValueError, match=f"`updates.old_logprobs`={type(setting).__name__}.*take RecomputedLogprobs"
+            ):
                 choose(setting, where)
 
 
 def test_a_setting_for_training_does_not_bind_evaluation():
-    assert choose(FromUpdate(), situation(False, False, 0)) == Recomputed()
+    assert choose(UpdateLogprobs(), situation(False, False, 0)) == RecomputedLogprobs()
 
 
 def test_sources_give_the_tokens_their_logprobs(make_rollout):
@@ -55,14 +57,14 @@ def test_sources_give_the_tokens_their_logprobs(make_rollout):
     def measure(x):
         return weight * x.response.float()
 
-    captured = Captured()(rollout, measure, measure)
+    captured = SamplerLogprobs()(rollout, measure, measure)
     assert captured.logprobs is rollout.sampler_logprobs
-    assert captured.live is None
-    recomputed = Recomputed()(rollout, measure, measure)
+    assert captured.logprobs_with_grad is None
+    recomputed = RecomputedLogprobs()(rollout, measure, measure)
     assert recomputed.logprobs.tolist() == [[2.0, 2.0, 2.0]]
     assert not recomputed.logprobs.requires_grad
-    assert recomputed.live is None
-    live = FromUpdate()(rollout, None, measure)
+    assert recomputed.logprobs_with_grad is None
+    live = UpdateLogprobs()(rollout, None, measure)
     assert live.logprobs.tolist() == [[2.0, 2.0, 2.0]]
     assert not live.logprobs.requires_grad
     assert torch.autograd.grad(live.live.sum(), weight)[0] == 3.0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.rollout import Updates
+from lightning_rlhf.rollout import UpdateSchedule
 from lightning_rlhf.rollout.pieces import at_least, pieces_of
 from lightning_rlhf.types import Experience, Rollout
 
@@ -23,10 +23,10 @@ def rollout_of(prompts: list[int], responses: list[int], groups: list[int] | Non
     numbers = torch.where(response, rows + 1.0, 0.0)
     return Rollout(
         tokens=torch.where(attention, rows, -1),
-        attention=attention,
-        response=response,
+        attention_mask=attention,
+        response_mask=response,
         ended=torch.ones(len(prompts), dtype=torch.bool),
-        groups=torch.tensor(groups or list(range(len(prompts)))),
+        prompt_index=torch.tensor(groups or list(range(len(prompts)))),
         logprobs=numbers,
         sampler_logprobs=numbers,
         ref_logprobs=numbers,
@@ -75,19 +75,19 @@ def test_selected_rows_lose_only_padding():
     rollout = rollout_of([2, 5, 3], [4, 1, 2])
     part = rollout.select(torch.tensor([2, 0]))
     assert part.tokens.tolist() == [[2, 2, 2, 2, 2, -1, -1], [-1, 0, 0, 0, 0, 0, 0]]
-    assert part.response.tolist() == [[True, True, False, False], [True] * 4]
+    assert part.response_mask.tolist() == [[True, True, False, False], [True] * 4]
     assert part.logprobs.tolist() == [[3.0, 3.0, 0.0, 0.0], [1.0] * 4]
     assert part.prompt_width == 3
-    assert part.live is None
+    assert part.logprobs_with_grad is None
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_experience_is_cut_with_its_rollout(per_token):
     rollout = rollout_of([2, 5, 3], [4, 1, 2])
-    mask = rollout.response if per_token else torch.ones(3, 1, dtype=torch.bool)
+    mask = rollout.response_mask if per_token else torch.ones(3, 1, dtype=torch.bool)
     numbers = torch.arange(3.0).unsqueeze(1).expand(mask.shape)
     part = Experience(
-        rollout=rollout, mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
+        rollout=rollout, action_mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
     ).select(torch.tensor([1, 2]))
     assert part.mask.shape == part.advantages.shape == part.returns.shape == (2, 2 if per_token else 1)
     assert part.advantages[:, 0].tolist() == [1.0, 2.0]
@@ -98,9 +98,9 @@ def test_pieces_of_the_first_epoch_are_its_microbatches():
     numbers = torch.arange(6.0).unsqueeze(1)
     mask = torch.ones(6, 1, dtype=torch.bool)
     experience = Experience(
-        rollout=rollout, mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
+        rollout=rollout, action_mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
     )
-    updates = Updates(minibatch=3, microbatch=2)
+    updates = UpdateSchedule(minibatch=3, microbatch=2)
     served = [
         piece.advantages[:, 0].int().tolist()
         for minibatch, _ in updates.minibatches(experience, None, seed=0)
@@ -111,7 +111,7 @@ def test_pieces_of_the_first_epoch_are_its_microbatches():
 
 def test_two_limits_are_refused():
     with pytest.raises(ValueError, match="microbatch=2 and microbatch_tokens=9; leave one out"):
-        Updates(microbatch=2, microbatch_tokens=9)
+        UpdateSchedule(microbatch=2, microbatch_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_minibatch_comes_in_as_many_pieces_as_agreed_on():
         asked.append(count)
         return count + 1
 
-    pieces = Updates(microbatch=3).split(rollout, agree)
+    pieces = UpdateSchedule(microbatch=3).split(rollout, agree)
     assert asked == [2]
     assert sorted(len(piece) for piece in pieces) == [1, 2, 3]
     assert sorted(int(row) for piece in pieces for row in piece) == [0, 1, 2, 3, 4, 5]
-    assert len(Updates(microbatch=3).split(rollout)) == 2
+    assert len(UpdateSchedule(microbatch=3).split(rollout)) == 2

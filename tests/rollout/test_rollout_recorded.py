@@ -71,7 +71,7 @@ def test_fixed_buffers_change_no_response(network, batch, made, monkeypatch, sam
     assert all(count % 8 == 0 for count in columns)
     monkeypatch.setattr(slots, "recordable", lambda network: False)
     assert_same(with_buffers, drawn(network, batch, samples, end_tokens=ends))
-    lengths = with_buffers.response.sum(1)
+    lengths = with_buffers.response_mask.sum(1)
     assert len(set(lengths.tolist())) >= 4
     assert int(lengths.max()) > 10
 

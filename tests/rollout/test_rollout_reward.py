@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rlhf.core import Constant
+from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.data import ComparisonDataModule
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule
-from lightning_rlhf.rollout import FunctionReward, Generation, LearnedReward, ModuleReward, TextReward, as_reward
+from lightning_rlhf.rollout import FunctionReward, LearnedReward, ModuleReward, SamplingParams, TextReward, as_reward
 from lightning_rlhf.rollout.failure import RewardError, scored_or_told
 from lightning_rlhf.types import Rollout
 
@@ -32,10 +32,10 @@ def text_rollout():
     zeros = torch.zeros(3, 3)
     return Rollout(
         tokens=tokens,
-        attention=attention,
-        response=response,
+        attention_mask=attention,
+        response_mask=response,
         ended=torch.tensor([True, False, True]),
-        groups=torch.arange(3),
+        prompt_index=torch.arange(3),
         logprobs=zeros,
         sampler_logprobs=zeros,
         ref_logprobs=zeros,
@@ -286,7 +286,7 @@ def comparisons(write_rows):
 @pytest.fixture
 def checkpoint(make_folder, make_trainer, comparisons, tmp_path):
     """A checkpoint of a RewardModule trained in Python on a ModelSource, and the module."""
-    module = RewardModule(ModelSource(path=make_folder(scorer=True)), schedule=Constant())
+    module = RewardModule(ModelSource(path=make_folder(scorer=True)), schedule=ConstantSchedule())
     trainer = make_trainer(precision="32-true")
     trainer.fit(module, ComparisonDataModule(train=comparisons, batch_size=3))
     module.model.bias = 0.25
@@ -298,7 +298,7 @@ def test_learned_reward_from_a_checkpoint_of_the_trainer(text_rollout, checkpoin
     path, module = checkpoint
     found = prepared(LearnedReward(path), toy_tokenizer)(text_rollout, ROWS)
     with torch.no_grad():
-        expected = module(text_rollout.tokens, text_rollout.attention)
+        expected = module(text_rollout.tokens, text_rollout.attention_mask)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
@@ -334,7 +334,7 @@ def test_learned_reward_from_a_checkpoint_of_the_command_line(text_rollout, cli_
     path, module = cli_checkpoint
     reward = prepared(LearnedReward(path), toy_tokenizer)
     with torch.no_grad():
-        expected = module(text_rollout.tokens, text_rollout.attention)
+        expected = module(text_rollout.tokens, text_rollout.attention_mask)
     assert torch.allclose(reward(text_rollout, ROWS), expected, atol=1e-6)
     assert reward.model.bias == 0.25
 
@@ -345,7 +345,7 @@ def test_learned_reward_from_a_checkpoint_has_its_dtype(cli_checkpoint, toy_toke
 
 
 def test_checkpoint_of_another_module_is_refused(make_lm, make_trainer, as_loader, left_padded, tmp_path):
-    module = PPOModule(make_lm(), Counter(), generation=Generation(max_new_tokens=2))
+    module = PPOModule(make_lm(), Counter(), generation=SamplingParams(max_new_tokens=2))
     trainer = make_trainer()
     trainer.fit(module, as_loader([{"prompts": left_padded([[12]])}]))
     trainer.save_checkpoint(tmp_path / "ppo.ckpt")
@@ -374,8 +374,8 @@ def test_frozen_networks_do_not_train(make_lm, make_folder, toy_tokenizer, make_
         make_lm(),
         LearnedReward(make_folder(scorer=True)),
         tokenizer=toy_tokenizer,
-        generation=Generation(max_new_tokens=3),
-        schedule=Constant(),
+        generation=SamplingParams(max_new_tokens=3),
+        schedule=ConstantSchedule(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
     )
     module.configure_model()

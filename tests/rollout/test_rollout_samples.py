@@ -9,7 +9,7 @@ import torch
 
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.models.reference import Reference
-from lightning_rlhf.rollout import Collector, Generation, Updates, decode, row_uniforms
+from lightning_rlhf.rollout import Collector, SamplingParams, UpdateSchedule, decode, row_uniforms
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [17, 18, 19]]
 LENGTH, K = 12, 3
@@ -69,11 +69,11 @@ def test_samples_equal_repeated_prompts(network, left_padded, k):
     tokens, mask = repeated(batch, k)
     expected = decode(network, tokens, mask, uniforms, **OPTIONS)
     assert torch.equal(once.tokens, expected.tokens)
-    assert torch.equal(once.response, expected.response)
+    assert torch.equal(once.response_mask, expected.response_mask)
     assert torch.equal(once.ended, expected.ended)
     assert torch.allclose(once.logprobs, expected.logprobs, rtol=0, atol=1e-9)
     assert once.tokens.shape == (len(PROMPTS) * k, LENGTH)
-    assert len(set(once.response.sum(1).tolist())) >= 3  # rows left at different times
+    assert len(set(once.response_mask.sum(1).tolist())) >= 3  # rows left at different times
     tokens, mask = batch.tokens.repeat(k, 1), batch.mask.repeat(k, 1)  # the other order: prompt 0, 1, …, 0, 1, …
     other = decode(network, tokens, mask, uniforms, **OPTIONS)
     assert not torch.equal(once.tokens, other.tokens)
@@ -88,7 +88,7 @@ def test_samples_equal_a_loop_without_cache(network, left_padded):
             tokens, logprobs = naive_response(network, prompt, uniforms[row])
             n = len(tokens)
             assert sampled.tokens[row].tolist() == tokens + [3] * (LENGTH - n)
-            assert sampled.response[row].tolist() == [True] * n + [False] * (LENGTH - n)
+            assert sampled.response_mask[row].tolist() == [True] * n + [False] * (LENGTH - n)
             assert sampled.logprobs[row, :n].tolist() == pytest.approx(logprobs, abs=1e-9)
             assert bool(sampled.ended[row]) == (tokens[-1] in ENDS)
 
@@ -96,7 +96,7 @@ def test_samples_equal_a_loop_without_cache(network, left_padded):
 def test_prompts_are_read_once(network, passes, left_padded):
     batch, uniforms = left_padded(PROMPTS), numbers(len(PROMPTS) * K)
     sampled = decode(network, batch.tokens, batch.mask, uniforms, samples=K, **OPTIONS)
-    lengths = sampled.response.sum(1).tolist()
+    lengths = sampled.response_mask.sum(1).tolist()
     size, expected = len(PROMPTS) * K, [(len(PROMPTS), 7)]  # B rows of the longest prompt's 7 tokens
     for t in range(1, max(lengths)):
         still = sum(n > t for n in lengths)
@@ -144,9 +144,9 @@ def collect(make_lm, left_padded):
     def run(kind="gpt2", prompts=PROMPTS, *, k=K, rank=0, world=1, microbatch=None, **generation):
         policy = PolicyModel(make_lm(kind, end=ENDS).double().eval())
         reference = PolicyModel(make_lm(kind, end=ENDS, seed=4).double().eval())
-        setting = Generation(**({"max_new_tokens": LENGTH, "temperature": 0.8, "seed": 9} | generation))
+        setting = SamplingParams(**({"max_new_tokens": LENGTH, "temperature": 0.8, "seed": 9} | generation))
         ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-        sizes = {"generation": setting, "updates": Updates(microbatch=microbatch)}
+        sizes = {"generation": setting, "updates": UpdateSchedule(microbatch=microbatch)}
         collector = Collector(policy, Reference(policy, reference), None, NOBODY, ranks=ranks, **sizes)
         batch = left_padded(prompts, fill=29)
         rollout = collector.collect(batch, samples=k, iteration=2)
@@ -163,12 +163,12 @@ def text_of(rollout, i: int) -> list[int]:
 @pytest.mark.parametrize("microbatch", [None, 4])
 def test_rollout_says_which_prompt_each_row_answers(collect, kind, microbatch):
     rollout, network, reference = collect(kind, microbatch=microbatch)  # 15 rows, in pieces of 4 that cut prompts apart
-    assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert rollout.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     assert len(rollout) == 15
     assert len(set(rollout.lengths.tolist())) >= 3
-    for i, group in enumerate(rollout.groups.tolist()):
+    for i, group in enumerate(rollout.prompt_index.tolist()):
         prompt, n = PROMPTS[group], int(rollout.lengths[i])
-        before = rollout.tokens[i, : rollout.prompt_width][rollout.attention[i, : rollout.prompt_width]]
+        before = rollout.tokens[i, : rollout.prompt_width][rollout.attention_mask[i, : rollout.prompt_width]]
         assert before.tolist() == prompt
         row = torch.tensor([prompt + text_of(rollout, i)])
         for model, found in ((network, rollout.logprobs), (reference, rollout.ref_logprobs)):
@@ -197,9 +197,9 @@ def test_rollout_is_what_its_names_draw(collect, left_padded):
     uniforms = row_uniforms(seed=9, stream="train", iteration=2, rows=range(15), length=LENGTH)
     batch = left_padded(PROMPTS)
     expected = decode(network, *repeated(batch, K), uniforms, **OPTIONS)
-    assert torch.equal(rollout.response, expected.response[:, : rollout.response.shape[1]])
+    assert torch.equal(rollout.response_mask, expected.response_mask[:, : rollout.response_mask.shape[1]])
     assert [text_of(rollout, i) for i in range(15)] == [
-        row[:n] for row, n in zip(expected.tokens.tolist(), expected.response.sum(1).tolist(), strict=True)
+        row[:n] for row, n in zip(expected.tokens.tolist(), expected.response_mask.sum(1).tolist(), strict=True)
     ]
 
 
@@ -210,10 +210,10 @@ def test_one_sample_draws_the_rows_it_always_drew(collect, left_padded, rank, wo
     uniforms = row_uniforms(seed=9, stream="train", iteration=2, rows=rows, length=LENGTH)
     batch = left_padded(PROMPTS, fill=29)
     sampled = decode(network, batch.tokens, batch.mask, uniforms, **(OPTIONS | {"pad_token": ENDS[0]}))
-    width = rollout.response.shape[1]
+    width = rollout.response_mask.shape[1]
     assert torch.equal(rollout.tokens[:, rollout.prompt_width :], sampled.tokens[:, :width])
     assert torch.allclose(rollout.sampler_logprobs, sampled.logprobs[:, :width], rtol=0, atol=1e-12)
-    assert rollout.groups.tolist() == [0, 1, 2, 3, 4]
+    assert rollout.prompt_index.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -227,14 +227,14 @@ def test_processes_together_draw_what_one_draws(collect, k, world):
         found = [text_of(part, i) for i in range(len(part))]
         mine = [i * k + j for i in range(rank, 6, world) for j in range(k)]
         assert found == [expected[i] for i in mine]
-        assert part.groups.tolist() == [i for i in range(6 // world) for _ in range(k)]
+        assert part.prompt_index.tolist() == [i for i in range(6 // world) for _ in range(k)]
     stranger, *_ = collect(prompts=prompts[1::2], k=k)  # as if it were the first
     assert [text_of(stranger, i) for i in range(k)] != expected[k : 2 * k]
 
 
 def test_low_precision_sampler_draws_k_of_each(collect):
     rollout, *_ = collect("llama", dtype="bfloat16")
-    assert rollout.groups.tolist() == [i for i in range(5) for _ in range(K)]
+    assert rollout.prompt_index.tolist() == [i for i in range(5) for _ in range(K)]
     assert (rollout.sampler_logprobs - rollout.logprobs).abs().max() > 1e-4  # bfloat16 holds 8 bits
     assert rollout.logprobs.dtype == torch.float64
 
@@ -242,5 +242,5 @@ def test_low_precision_sampler_draws_k_of_each(collect):
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_less_than_one_sample_is_refused(wrong):
     with pytest.raises(ValueError, match="samples_per_prompt"):
-        Generation(samples_per_prompt=wrong)
-    assert Generation(samples_per_prompt=1).samples_per_prompt == 1
+        SamplingParams(samples_per_prompt=wrong)
+    assert SamplingParams(samples_per_prompt=1).samples_per_prompt == 1

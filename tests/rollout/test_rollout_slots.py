@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from lightning_rlhf.models.cache import GrowingLayer
-from lightning_rlhf.rollout import Generation, decode
+from lightning_rlhf.rollout import SamplingParams, decode
 from lightning_rlhf.rollout.slots import Slots
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [7, 8, 9], [30], [18, 19, 28], [35, 35]]
@@ -48,9 +48,9 @@ def test_slots_change_no_response(network, left_padded, samples, slots):
     batch = left_padded(PROMPTS, fill=29)
     together = decode(network, batch.tokens, batch.mask, numbers(samples), samples=samples, **OPTIONS)
     refilled = decode(network, batch.tokens, batch.mask, numbers(samples), samples=samples, slots=slots, **OPTIONS)
-    assert len(set(together.response.sum(1).tolist())) >= 4  # or there is nothing to refill
+    assert len(set(together.response_mask.sum(1).tolist())) >= 4  # or there is nothing to refill
     assert torch.equal(refilled.tokens, together.tokens)
-    assert torch.equal(refilled.response, together.response)
+    assert torch.equal(refilled.response_mask, together.response_mask)
     assert torch.equal(refilled.ended, together.ended)
     assert torch.allclose(refilled.logprobs, together.logprobs, rtol=0, atol=1e-6)  # RMSNorm is float32
     assert torch.allclose(refilled.entropy, together.entropy, rtol=0, atol=1e-6)
@@ -69,7 +69,7 @@ def test_sliding_window_is_that_of_whole_passes(left_padded, network):
     batch = left_padded(PROMPTS, fill=29)
     sampled = decode(network, batch.tokens, batch.mask, numbers(), slots=3, **OPTIONS)
     for i, prompt in enumerate(PROMPTS):
-        n = int(sampled.response[i].sum())
+        n = int(sampled.response_mask[i].sum())
         row = torch.tensor([prompt + sampled.tokens[i, :n].tolist()])
         with torch.no_grad():
             table = (network(input_ids=row).logits[0, -n - 1 : -1] / 0.8).log_softmax(-1)
@@ -95,7 +95,7 @@ def test_passes_follow_the_total_length(network, passes, left_padded):
     batch, slots = left_padded([p for p in PROMPTS if len(p) > 1] * 5), 4  # a prompt of one would look like a token
     uniforms = torch.rand(len(batch.tokens), LENGTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     sampled = decode(network, batch.tokens, batch.mask, uniforms, slots=slots, **OPTIONS)
-    lengths = sampled.response.sum(1).tolist()
+    lengths = sampled.response_mask.sum(1).tolist()
     refilled = [rows for rows, columns in passes if columns == 1]
     reads = [rows for rows, columns in passes if columns > 1]
     assert max(refilled) <= slots
@@ -150,4 +150,4 @@ def test_slots_that_hold_no_prompt_are_refused(network, left_padded, slots):
     with pytest.raises(ValueError, match=f"slots={slots}"):
         decode(network, batch.tokens, batch.mask, None, samples=3, slots=slots, **OPTIONS)
     with pytest.raises(ValueError, match=f"slots={slots} for samples_per_prompt=3"):
-        Generation(samples_per_prompt=3, slots=slots)
+        SamplingParams(samples_per_prompt=3, slots=slots)

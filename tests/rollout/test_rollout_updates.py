@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_rlhf.rollout import Updates
+from lightning_rlhf.rollout import UpdateSchedule
 from lightning_rlhf.types import Experience, Rollout
 
 
@@ -15,10 +15,10 @@ def experience() -> Experience:
     number = torch.arange(12.0).unsqueeze(1)
     rollout = Rollout(
         tokens=number.expand(-1, 3).long(),
-        attention=torch.ones(12, 3, dtype=torch.bool),
-        response=torch.ones(12, 2, dtype=torch.bool),
+        attention_mask=torch.ones(12, 3, dtype=torch.bool),
+        response_mask=torch.ones(12, 2, dtype=torch.bool),
         ended=number.squeeze(1) % 2 == 0,
-        groups=number.squeeze(1).long(),
+        prompt_index=number.squeeze(1).long(),
         logprobs=number.expand(-1, 2),
         sampler_logprobs=number.expand(-1, 2),
         ref_logprobs=number.expand(-1, 2),
@@ -27,7 +27,7 @@ def experience() -> Experience:
     )
     return Experience(
         rollout=rollout,
-        mask=torch.ones(12, 1, dtype=torch.bool),
+        action_mask=torch.ones(12, 1, dtype=torch.bool),
         rewards=number,
         penalties=number,
         advantages=number,
@@ -52,7 +52,7 @@ def firsts(text) -> list[int]:
 
 
 def test_minibatches_partition_every_epoch(experience):
-    updates = Updates(epochs=3, minibatch=4)
+    updates = UpdateSchedule(epochs=3, minibatch=4)
     served = [rows(part) for part, _ in updates.minibatches(experience, None, seed=0)]
     assert len(served) == updates.steps(12) == 9
     epochs = [sum(served[i : i + 3], []) for i in (0, 3, 6)]
@@ -63,7 +63,7 @@ def test_minibatches_partition_every_epoch(experience):
 
 
 def test_minibatch_keeps_its_rows_together(experience):
-    for part, _ in Updates(epochs=2, minibatch=3).minibatches(experience, None, seed=1):
+    for part, _ in UpdateSchedule(epochs=2, minibatch=3).minibatches(experience, None, seed=1):
         expected = rows(part)
         for field in (part.returns, part.rollout.logprobs, part.rollout.ref_logprobs, part.rollout.values):
             assert field[:, 0].int().tolist() == expected
@@ -73,7 +73,9 @@ def test_minibatch_keeps_its_rows_together(experience):
 
 def test_permutation_depends_on_the_seed_alone(experience):
     def order(seed):
-        return [rows(part) for part, _ in Updates(epochs=2, minibatch=4).minibatches(experience, None, seed=seed)]
+        return [
+            rows(part) for part, _ in UpdateSchedule(epochs=2, minibatch=4).minibatches(experience, None, seed=seed)
+        ]
 
     torch.manual_seed(0)
     first = order(0)
@@ -85,12 +87,14 @@ def test_permutation_depends_on_the_seed_alone(experience):
 
 
 def test_whole_rollout_is_one_minibatch(experience):
-    assert [rows(part) for part, _ in Updates().minibatches(experience, None, seed=0)] == [list(range(12))]
+    assert [rows(part) for part, _ in UpdateSchedule().minibatches(experience, None, seed=0)] == [list(range(12))]
 
 
 @pytest.mark.parametrize("count", [12, 7, 2])
 def test_texts_are_shared_out(experience, texts, count):
-    served = [firsts(text) for _, text in Updates(epochs=2, minibatch=4).minibatches(experience, texts(count), seed=0)]
+    served = [
+        firsts(text) for _, text in UpdateSchedule(epochs=2, minibatch=4).minibatches(experience, texts(count), seed=0)
+    ]
     for epoch in (served[:3], served[3:]):
         assert sum(epoch, []) == list(range(count))
         assert max(map(len, epoch)) - min(map(len, epoch)) <= 1
@@ -98,7 +102,7 @@ def test_texts_are_shared_out(experience, texts, count):
 
 @pytest.mark.parametrize(("microbatch", "sizes"), [(None, [12]), (5, [5, 5, 2]), (12, [12]), (50, [12]), (1, [1] * 12)])
 def test_microbatches_partition_a_minibatch(experience, microbatch, sizes):
-    pieces = Updates(microbatch=microbatch).microbatches(experience)
+    pieces = UpdateSchedule(microbatch=microbatch).microbatches(experience)
     assert [len(piece) for piece in pieces] == sizes
     assert sum((rows(piece) for piece in pieces), []) == list(range(12))
 
@@ -114,18 +118,18 @@ def test_microbatches_partition_a_minibatch(experience, microbatch, sizes):
 )
 def test_texts_have_microbatches_of_their_own(texts, limit, sizes):
     """However few the responses are."""
-    pieces = Updates(**limit).text_microbatches(texts(7))
+    pieces = UpdateSchedule(**limit).text_microbatches(texts(7))
     assert [len(piece.tokens) for piece in pieces] == sizes
     assert sum((firsts(piece) for piece in pieces), []) == list(range(7))
-    assert Updates(**limit).text_microbatches(None) == []
+    assert UpdateSchedule(**limit).text_microbatches(None) == []
 
 
 def test_texts_and_rows_that_come_again_count_once(experience, texts):
-    pieces = Updates().text_microbatches(texts(2), lambda count: 3)
+    pieces = UpdateSchedule().text_microbatches(texts(2), lambda count: 3)
     assert [int(piece.target.sum()) for piece in pieces] == [2, 2, 0]
     few = experience.select(torch.tensor([3, 5]))
-    pieces = Updates().microbatches(few, lambda count: 4)
-    assert sum(int(piece.mask.sum()) for piece in pieces) == 2
+    pieces = UpdateSchedule().microbatches(few, lambda count: 4)
+    assert sum(int(piece.action_mask.sum()) for piece in pieces) == 2
     assert [len(piece) for piece in pieces] == [1, 1, 1, 1]
 
 
@@ -142,21 +146,26 @@ def test_processes_together_cut_the_minibatches_of_one(world, samples, minibatch
         names = ("logprobs", "sampler_logprobs", "ref_logprobs", "entropy", "values")
         rollout = Rollout(
             tokens=full.long(),
-            attention=full,
-            response=full[:, :1],
+            attention_mask=full,
+            response_mask=full[:, :1],
             ended=full[:, 0],
-            groups=torch.tensor(prompts),
+            prompt_index=torch.tensor(prompts),
             **{name: number for name in names},
         )
         return Experience(
-            rollout=rollout, mask=full[:, :1], rewards=number, penalties=number, advantages=number, returns=number
+            rollout=rollout,
+            action_mask=full[:, :1],
+            rewards=number,
+            penalties=number,
+            advantages=number,
+            returns=number,
         )
 
     def served(rank: int, world: int) -> list[set[int]]:
         prompts = range(rank, 72 // samples, world)
         places = [prompt * samples + i for prompt in prompts for i in range(samples)]
         groups = [number for number, _ in enumerate(prompts) for _ in range(samples)]
-        updates = Updates(epochs=3, minibatch=minibatch // world)
+        updates = UpdateSchedule(epochs=3, minibatch=minibatch // world)
         parts = updates.minibatches(experience_of(places, groups), None, seed=5, rank=rank, world=world)
         return [set(part.advantages[part.mask].int().tolist()) for part, _ in parts]
 
@@ -167,7 +176,9 @@ def test_processes_together_cut_the_minibatches_of_one(world, samples, minibatch
 
 
 def test_process_without_a_row_in_a_minibatch_learns_nothing(experience):
-    parts = [part for part, _ in Updates(epochs=4, minibatch=1).minibatches(experience, None, seed=0, rank=1, world=2)]
+    parts = [
+        part for part, _ in UpdateSchedule(epochs=4, minibatch=1).minibatches(experience, None, seed=0, rank=1, world=2)
+    ]
     assert all(len(part) >= 1 for part in parts)
     assert any(not part.mask.any() for part in parts[12:])
     assert all(part.mask.all() for part in parts[:12])
@@ -177,7 +188,7 @@ def test_process_without_a_row_in_a_minibatch_learns_nothing(experience):
 @pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12"), (24, "12")])
 def test_minibatch_that_does_not_divide_is_refused(minibatch, nearest):
     with pytest.raises(ValueError, match=f"minibatch={minibatch} for 12 sequences; use {nearest}"):
-        Updates(minibatch=minibatch).steps(12)
+        UpdateSchedule(minibatch=minibatch).steps(12)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +197,7 @@ def test_minibatch_that_does_not_divide_is_refused(minibatch, nearest):
 )
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Updates(**wrong)
+        UpdateSchedule(**wrong)
 
 
 def test_pieces_are_halved_until_there_are_as_many_as_elsewhere(experience):
@@ -197,15 +208,15 @@ def test_pieces_are_halved_until_there_are_as_many_as_elsewhere(experience):
         asked.append(count)
         return 5
 
-    pieces = Updates(microbatch=8).split(experience.rollout, agree)
+    pieces = UpdateSchedule(microbatch=8).split(experience.rollout, agree)
     assert asked == [2]
     assert sorted(map(len, pieces)) == [2, 2, 2, 2, 4]
     assert sorted(row for piece in pieces for row in piece.tolist()) == list(range(12))
-    assert [len(piece) for piece in Updates(microbatch=8).split(experience.rollout)] == [8, 4]  # alone
+    assert [len(piece) for piece in UpdateSchedule(microbatch=8).split(experience.rollout)] == [8, 4]  # alone
 
 
 def test_single_rows_come_again_where_more_passes_are_needed(experience):
     """As in evaluation, where the last batch of a process may be shorter than another's."""
-    pieces = Updates().split(experience.rollout.select(torch.tensor([0, 1])), lambda count: 3)
+    pieces = UpdateSchedule().split(experience.rollout.select(torch.tensor([0, 1])), lambda count: 3)
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     assert {row for piece in pieces for row in piece.tolist()} == {0, 1}
