@@ -20,30 +20,19 @@ STEP = [
 """Stage of a training step, what it computes, and the objects that decide how."""
 
 ROOMS: list[dict[str, str]] = [
-    {
-        "__main__": "python -m",
-        "cli": "the console script",
-        "command": "LightningCLI",
-        "rescore": "logs, again",
-        "comparison": "two scores",
-        "parser": "one-line errors",
-        "failure": "sentences, status",
-        "consent": "flags only",
-        "documents": "reads YAML",
-    },
-    {
-        "modules": "SFT, reward model, PPO as LightningModules",
-        "callbacks": "checks, checkpoints, guards, export",
-    },
-    {"rollout": "sampling, scoring, order of updates", "report": "a page from a run's logs"},
-    {"distributed": "the processes of a run"},
-    {"models": "networks: policy, scalar head, adapters", "data": "files of text to batches of tokens"},
+    {"__main__": "python -m"},
+    {"cli": "the command line: configs, errors in one sentence, tools"},
+    {"modules": "SFT, reward model, RL as LightningModules", "callbacks": "checks, checkpoints, guards, export"},
+    {"evaluation": "win rate, best of n, gold reward", "report": "a page from a run's logs"},
+    {"rollout": "prompts to responses and scores; order of updates", "data": "files of text to batches of tokens"},
+    {"engines": "draw tokens", "rewards": "score responses", "distributed": "the processes of a run"},
+    {"models": "networks: policy, scalar head, adapters"},
     {"text": "messages, templates, token ids, what ends a response"},
     {"core": "the mathematics: torch only", "folders": "looks into a folder before it is loaded"},
     {"types": "what flows between the stages"},
 ]
-"""Rooms from the top row to the bottom one, with what they are for. A room imports only from rows below its own; in the
-top row, the command line, also from its neighbors on the right."""
+"""Rooms from the top row to the bottom one, with what they are for. A room imports only from rows below its
+own."""
 
 WIDTH, MARGIN, GAP = 980, 20, 12
 STYLE = """

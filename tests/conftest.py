@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_rlhf.rollout import Reward
+from lightning_rlhf.rewards import Reward
 from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
 
 

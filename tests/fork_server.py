@@ -92,7 +92,7 @@ def prepare() -> None:
         LlamaForSequenceClassification,
     )
 
-    import lightning_rlhf.command  # noqa: F401
+    import lightning_rlhf.cli.command  # noqa: F401
 
     torch.set_num_threads(1)
     torch.manual_seed(0)  # whose first call imports the compiler

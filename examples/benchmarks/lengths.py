@@ -24,7 +24,7 @@ from turns import prepared
 from work import Work, parsed, parser, works
 
 from lightning_rlhf import PolicyModel, PromptBatch, SamplingParams
-from lightning_rlhf.rollout import Sampler, row_uniforms
+from lightning_rlhf.engines import Sampler, row_uniforms
 
 Row = dict[str, Any]
 DTYPES = {"bf16-mixed": "bfloat16", "32-true": "float32"}

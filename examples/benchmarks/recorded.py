@@ -20,7 +20,7 @@ from turns import prepared
 from work import Work, parsed, parser, works
 
 from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, SamplingParams
-from lightning_rlhf.rollout import Sampler, row_uniforms, slots
+from lightning_rlhf.engines import Sampler, row_uniforms, slots
 
 Row = dict[str, Any]
 

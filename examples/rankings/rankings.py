@@ -20,10 +20,9 @@ def run(command, stage, *flags, **files):
 
 
 def answers(policy):
-    path = RUN / f"{policy}.jsonl"
-    flags = [f"--model.policy.path={RUN}/{policy}", "--model.algorithm.shaping=[]", f"--predictions.path={path}"]
-    run("predict", "ppo", *PPO, *flags, predict="prompts_val")
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+    flags = [f"--model.policy.path={RUN}/{policy}", f"--predictions.path={RUN}/{policy}.jsonl"]
+    run("predict", "ppo", *PPO, *flags, "--model.algorithm.shaping=[]", predict="prompts_val")
+    return [json.loads(line) for line in (RUN / f"{policy}.jsonl").open(encoding="utf-8")]
 
 
 run("fit", "sft", f"--model.model.path={MODEL}", "--data.max_tokens=160", train="demonstrations_train")

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
-from lightning_rlhf.rollout.text import texts_of
+from lightning_rlhf.rewards.text import texts_of
 from lightning_rlhf.types import Outcome
 
 

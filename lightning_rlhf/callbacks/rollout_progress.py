@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.rollout.watch import Progress, Watch
+from lightning_rlhf.engines.progress import Progress, Watch
 
 
 class RolloutProgress(Callback):

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.core.checks import MOST
 from lightning_rlhf.core.settings import accept_differences
 from lightning_rlhf.data.columns import ColumnNames
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
-from lightning_rlhf.data.order import FileOrder, ShuffledOrder
 from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sampling_order import FileOrder, ShuffledOrder
 from lightning_rlhf.data.sources import Source, read_records
 from lightning_rlhf.data.stream import JointStream, Stream
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder, load_tokenizer
 
 Reader = Callable[[Sequence[Located], Encoder, ColumnNames, Tally], Sequence[Any]]

@@ -10,10 +10,10 @@ from typing import Any
 from lightning_rlhf.data.arguments import template_arguments
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import Answer
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Located
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder, Exchange, Prompt, Tokens
 from lightning_rlhf.types import Row
 
@@ -176,11 +176,7 @@ def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Tall
         return TextExample(tokens, context=1)
     demonstration = demonstration_of(row, columns)
     exchange = _exchange(demonstration.prompt, demonstration.response, template_arguments(row, columns), encoder, tally)
-    return (
-        None
-        if exchange is None
-        else TextExample(exchange.prompt + exchange.response_mask, context=len(exchange.prompt))
-    )
+    return None if exchange is None else TextExample(exchange.prompt + exchange.response, context=len(exchange.prompt))
 
 
 def _exchange(
@@ -196,7 +192,7 @@ def _exchange(
 
 def _comparison(ranking: Ranking, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally) -> ComparisonExample:
     exchanges = [_exchange(ranking.prompt, answer, arguments, encoder, tally) for answer in ranking.responses]
-    texts = [array("i") if exchange is None else exchange.prompt + exchange.response_mask for exchange in exchanges]
+    texts = [array("i") if exchange is None else exchange.prompt + exchange.response for exchange in exchanges]
     kept = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]
     tally.responses += len(texts)
     tally.long_responses += len(texts) - len(kept)

@@ -12,12 +12,12 @@ from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
 from lightning_rlhf.data.loader import ResumableLoader
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.sources import Source
 from lightning_rlhf.data.stream import JointStream
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from lightning_rlhf.data.order import Order
+from lightning_rlhf.data.sampling_order import Order
 
 
 class Stream(Dataset[Any]):

@@ -18,12 +18,12 @@ from lightning_rlhf.core.linear_logprobs import linear_logprobs
 from lightning_rlhf.core.logprobs import token_logprobs
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
+from lightning_rlhf.models.backbone import Backbone, filled, positions
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.head import is_linear
+from lightning_rlhf.models.replica import Blueprint, whole
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import DType
-from lightning_rlhf.models.states import Backbone, filled, positions
-from lightning_rlhf.models.twin import Blueprint, whole
 from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
 from lightning_rlhf.types import Rollout, TextBatch

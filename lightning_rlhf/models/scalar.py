@@ -16,10 +16,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
+from lightning_rlhf.models.backbone import filled, positions
+from lightning_rlhf.models.replica import Blueprint, whole
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import DType, ModelSource, scalar_head
-from lightning_rlhf.models.states import filled, positions
-from lightning_rlhf.models.twin import Blueprint, whole
 from lightning_rlhf.models.written import write_network
 from lightning_rlhf.text import end_tokens
 from lightning_rlhf.types import Rollout

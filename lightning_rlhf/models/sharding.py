@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.meta import fill, taken
-from lightning_rlhf.models.twin import Blueprint
+from lightning_rlhf.models.replica import Blueprint
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> Blueprint:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_rlhf.models.twin import Blueprint
+from lightning_rlhf.models.replica import Blueprint
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of a DeepSpeed config and what its engine then keeps weights in."""

@@ -12,7 +12,7 @@ from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows, check_same
-from lightning_rlhf.rollout import LearnedReward, Reward
+from lightning_rlhf.rewards import LearnedReward, Reward
 
 
 def as_source(model: str | ModelSource | nn.Module | None) -> ModelSource | nn.Module | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_rlhf.core import Algorithm, k3, next_token_loss
 from lightning_rlhf.core.checks import check_not_negative
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import PolicyModel, ScalarModel
-from lightning_rlhf.modules.mean_metrics import MeanMetrics
 from lightning_rlhf.types import Experience, PPOBatch, TextBatch
 
 Loss = tuple[Tensor, MeanMetrics]

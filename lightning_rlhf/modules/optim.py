@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_rlhf.core.schedule import Schedule
-from lightning_rlhf.models.twin import whole_tensor
+from lightning_rlhf.models.replica import whole_tensor
 
 FUSED = ("cpu", "cuda")
 """Devices on which torch has fused optimizers."""

@@ -19,23 +19,25 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Algorithm, ConstantSchedule, Schedule
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
+from lightning_rlhf.distributed.sharding import built_whole, most_passes, shard_networks
+from lightning_rlhf.distributed.strategies import check_rl_strategy, gradient_norm, one_backward
+from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.evaluation.evaluation import Evaluation, Evaluator
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
+from lightning_rlhf.evaluation.observation import credited, outcome_of
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import resume
-from lightning_rlhf.modules.combinations import check_compatible
-from lightning_rlhf.modules.evaluation import Evaluation, Evaluator
+from lightning_rlhf.modules.compatibility import check_compatible
 from lightning_rlhf.modules.hparams import keep_hyperparameters
-from lightning_rlhf.modules.mean_metrics import MeanMetrics
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
-from lightning_rlhf.modules.observation import credited, outcome_of
 from lightning_rlhf.modules.optim import chosen_optimizer, clip_gradients, rollouts_of, scheduled, trainable
-from lightning_rlhf.modules.optimizer_checks import begin_training, picklable
+from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import built_whole, most_passes, shard_networks
-from lightning_rlhf.modules.strategies import check_rl_strategy, gradient_norm, one_backward
 from lightning_rlhf.modules.training_signal import TrainingSignal
-from lightning_rlhf.rollout import Collector, Reward, SamplingParams, Scores, UpdateSchedule, as_reward
+from lightning_rlhf.rewards import Reward, Scores, as_reward
+from lightning_rlhf.rollout import Collector, UpdateSchedule
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.responder import Responder
 from lightning_rlhf.types import Experience, Outcome, PPOBatch, PromptBatch, Rollout, TextBatch
@@ -137,6 +139,7 @@ class PPOModule(CheckedRevival, LightningModule):
         """
         if self.policy is not None:
             return
+        refuse_finder(self)
         check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
         policy, reference, value = self._sources
         self.policy = build_policy(policy, self.tokenizer)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.settings import Difference, accept_differences, described
-from lightning_rlhf.models.weights import weights_digest
-from lightning_rlhf.rollout import Reward
+from lightning_rlhf.models.digest import weights_digest
+from lightning_rlhf.rewards import Reward
 
 FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
 """Settings that change memory and speed, never the result."""

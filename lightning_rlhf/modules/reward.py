@@ -19,8 +19,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
+from lightning_rlhf.distributed.sharding import built_whole, shard_networks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
-from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.context_length import check_length
 from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import DType, without_dropout
 from lightning_rlhf.models.vocabulary import check_rows
@@ -34,7 +35,6 @@ from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.modules.step_mean import StepMean
 from lightning_rlhf.modules.system_accuracy import SystemAccuracy
 from lightning_rlhf.types import ComparisonBatch, TextBatch

@@ -15,8 +15,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import CosineSchedule, Schedule, next_token_loss
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
+from lightning_rlhf.distributed.sharding import built_whole, shard_networks
 from lightning_rlhf.models import ModelSource, PolicyModel
-from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.context_length import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
@@ -25,7 +26,6 @@ from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.sharding import built_whole, shard_networks
 from lightning_rlhf.modules.step_mean import StepMean
 from lightning_rlhf.types import TextBatch
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.engines.generation import row_uniforms
+from lightning_rlhf.engines.sampler import Sampler
+from lightning_rlhf.models.context_length import check_length
 from lightning_rlhf.rollout.collector import Collector
-from lightning_rlhf.rollout.generation import row_uniforms
-from lightning_rlhf.rollout.sampler import Sampler
 from lightning_rlhf.types import PromptBatch, Rollout
 
 STREAM = "reference"

@@ -9,11 +9,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Algorithm
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.models.limits import check_length
+from lightning_rlhf.models.context_length import check_length
+from lightning_rlhf.rewards.errors import scored_or_told
+from lightning_rlhf.rewards.reward import Reward, Scores
 from lightning_rlhf.rollout.collector import Collector
-from lightning_rlhf.rollout.failure import scored_or_told
 from lightning_rlhf.rollout.reference import reference_rollout
-from lightning_rlhf.rollout.reward import Reward, Scores
 from lightning_rlhf.types import PromptBatch, Rollout
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.checks import check_positive
-from lightning_rlhf.rollout.old import OldLogprobs
-from lightning_rlhf.rollout.pieces import at_least, pieces_of
+from lightning_rlhf.models.microbatching import at_least, pieces_of
+from lightning_rlhf.rollout.old_logprobs import OldLogprobs
 from lightning_rlhf.types import Experience, Rollout, TextBatch
 
 Minibatch = tuple[Experience, TextBatch | None]

@@ -25,8 +25,10 @@ from lightning_rlhf.callbacks import RunCheckpoint, checked_io
 from lightning_rlhf.callbacks import checkpoint as room
 from lightning_rlhf.callbacks.torn import defect
 from lightning_rlhf.core import ConstantSchedule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import ModuleReward, SamplingParams, UpdateSchedule
+from lightning_rlhf.rewards import ModuleReward
+from lightning_rlhf.rollout import UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 

@@ -31,10 +31,11 @@ from lightning_rlhf.callbacks import (
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import GAE, ConstantSchedule
 from lightning_rlhf.data import PromptDataModule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.folders.atomic import MANIFEST, write_folder
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
+from lightning_rlhf.rollout import UpdateSchedule
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 DECAY = 0.75

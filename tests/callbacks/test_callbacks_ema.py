@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.callbacks import EMA, Export, NonFiniteGuard, PredictionWriter
 from lightning_rlhf.core import ConstantSchedule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.folders import atomic
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
+from lightning_rlhf.rollout import UpdateSchedule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0], [14, 15, 16, 17, 18, 19, 0]]
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]

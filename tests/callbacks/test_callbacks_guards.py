@@ -16,9 +16,11 @@ from lightning.pytorch import Callback
 
 from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, RollBack, RunCheckpoint, StopTraining
 from lightning_rlhf.core import AdaptiveKL, ConstantSchedule, FixedKL
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import SamplingParams, TimedReward, UpdateSchedule
-from lightning_rlhf.rollout.failure import RewardError, scored_or_told
+from lightning_rlhf.rewards import TimedReward
+from lightning_rlhf.rewards.errors import RewardError, scored_or_told
+from lightning_rlhf.rollout import UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]

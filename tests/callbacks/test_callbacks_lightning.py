@@ -22,8 +22,10 @@ from transformers import pipeline
 
 from lightning_rlhf.callbacks import Export
 from lightning_rlhf.core import Algorithm, LinearSchedule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Reward, SamplingParams, UpdateSchedule
+from lightning_rlhf.rewards import Reward
+from lightning_rlhf.rollout import UpdateSchedule
 
 HELD_OUT = [1.0, 3.0, 2.0, 0.0, 9.0]
 """Mean score of each validation in turn: the best is the second, and two after it are worse."""

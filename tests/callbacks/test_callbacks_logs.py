@@ -18,9 +18,10 @@ from lightning_rlhf.callbacks import RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.run_file import RunFile
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, ConstantSchedule, FixedKL, TruncatedScore
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule, SFTModule
 from lightning_rlhf.report.places import find_places
-from lightning_rlhf.rollout import SamplingParams, WeightedReward
+from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.types import Outcome
 
 ENDS = list(range(10))

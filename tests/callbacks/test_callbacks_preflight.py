@@ -14,9 +14,11 @@ from torch import nn
 from lightning_rlhf.callbacks import EMA, GradientNorms, Preflight
 from lightning_rlhf.callbacks.preflight_memory import memory_estimate, memory_peak, memory_report, memory_warning
 from lightning_rlhf.core import GAE, ConstantSchedule, TokenLevel
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import LearnedReward, SamplingParams, UpdateSchedule
+from lightning_rlhf.rewards import LearnedReward
+from lightning_rlhf.rollout import UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17]]
 

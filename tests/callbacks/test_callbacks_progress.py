@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_rlhf.callbacks import RolloutProgress, rollout_progress
 from lightning_rlhf.core import ConstantSchedule
+from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.engines.decode import decode
+from lightning_rlhf.engines.hf_generate import generate
+from lightning_rlhf.engines.progress import Progress, Watch
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import SamplingParams
-from lightning_rlhf.rollout.decode import decode
-from lightning_rlhf.rollout.fallback import generate
-from lightning_rlhf.rollout.watch import Progress, Watch
 
 ENDS = list(range(10))
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
@@ -48,7 +48,7 @@ def test_watch_counts_every_response_and_token(make_lm, left_padded, way):
 
 def test_watch_tells_at_its_pace_and_at_the_end(monkeypatch):
     now, told = [0.0], []
-    monkeypatch.setattr("lightning_rlhf.rollout.watch.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lightning_rlhf.engines.progress.perf_counter", lambda: now[0])
     watch = Watch(told.append, every=2.0)
     for total in (3, 2):
         watch.begin(total, torch.device("cpu"))

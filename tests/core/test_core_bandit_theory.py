@@ -79,9 +79,7 @@ def sequence_logps(theta, rows):
     first = theta[:6].view(2, 3).log_softmax(-1)
     second = theta[6:].view(2, 3, 3).log_softmax(-1)
     logps = []
-    for x, (a, b), (_, two) in zip(
-        rows.prompt.tolist(), rows.tokens.tolist(), rows.response_mask.tolist(), strict=True
-    ):
+    for x, (a, b), (_, two) in zip(rows.prompt.tolist(), rows.tokens.tolist(), rows.response.tolist(), strict=True):
         logps.append(first[x, a] + second[x, a, b] if two else first[x, a])
     return torch.stack(logps)
 
@@ -133,7 +131,7 @@ def library_objective(
 ):
     """−E_old[surrogate]: the expectation over every row if `weighted`, else the rows as they are a batch."""
     old = theta.detach() if old is None else old
-    old_logprobs, response = library_tokens(old, rows), rows.response_mask
+    old_logprobs, response = library_tokens(old, rows), rows.response
     mask = level.mask(response)
     kl_ref = level.total(old_logprobs - library_tokens(reference, rows), response)
     values = torch.zeros_like(old_logprobs) if values is None else values
@@ -171,7 +169,7 @@ def apart(a, b):
 def test_the_enumeration_is_complete_and_the_library_gives_the_same_logprobs(rows):
     logps = sequence_logps(OLD, rows)
     assert_close(logps.exp().view(2, -1).sum(1), torch.ones(2, dtype=torch.float64), **TIGHT)
-    got = SequenceLevel().total(library_tokens(OLD, rows), rows.response_mask).squeeze(1)
+    got = SequenceLevel().total(library_tokens(OLD, rows), rows.response).squeeze(1)
     assert_close(got, logps, **TIGHT)
 
 

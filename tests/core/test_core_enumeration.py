@@ -110,11 +110,11 @@ def problem(seed, beta=0.4):
 
 
 def token_logps(theta, rows):
-    return torch.where(rows.response_mask, theta.log_softmax(-1)[rows.prefix, rows.tokens], NAN)
+    return torch.where(rows.response, theta.log_softmax(-1)[rows.prefix, rows.tokens], NAN)
 
 
 def logps(theta, rows=RAGGED):
-    return theta.log_softmax(-1)[rows.prefix, rows.tokens].where(rows.response_mask, torch.tensor(0.0).double()).sum(1)
+    return theta.log_softmax(-1)[rows.prefix, rows.tokens].where(rows.response, torch.tensor(0.0).double()).sum(1)
 
 
 def mean_score(theta, p, rows=RAGGED):
@@ -164,7 +164,7 @@ def step_loss(
     scores, drawn = p.scores[: len(rows.lengths)], logps(old if sampler is None else sampler, rows).exp()
     if batch is not None:
         rows, scores = Rows(*(column[batch] for column in rows)), scores[batch]
-    response, logprobs = rows.response_mask, token_logps(theta, rows)
+    response, logprobs = rows.response, token_logps(theta, rows)
     old_logprobs, ref_logprobs = token_logps(old, rows), token_logps(ref, rows)
     mask = level.mask(response)
     rewards = kl.in_reward(level.total(old_logprobs - ref_logprobs, response))

@@ -8,11 +8,11 @@ import pytest
 
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import shared_messages, shared_text
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Record
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
 DEFAULT = ColumnNames()

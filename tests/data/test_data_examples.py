@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data.columns import ColumnNames
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.examples import (
     comparison_examples,
     demonstration_examples,
@@ -13,7 +14,6 @@ from lightning_rlhf.data.examples import (
     prompt_examples,
 )
 from lightning_rlhf.data.records import Record
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text.encoder import Encoder
 
 # a is 10, b is 11, c is 12, d is 13; </s> 0

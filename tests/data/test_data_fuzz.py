@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.examples import (
     ComparisonExample,
     PromptExample,
@@ -27,7 +28,6 @@ from lightning_rlhf.data.examples import (
 )
 from lightning_rlhf.data.records import Record
 from lightning_rlhf.data.sources import read_records
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
 SHARED = [HealthCheck.function_scoped_fixture]  # nothing is kept between examples

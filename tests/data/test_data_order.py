@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rlhf.data.order import FileOrder, ShuffledOrder
+from lightning_rlhf.data.sampling_order import FileOrder, ShuffledOrder
 
 sizes, batches, worlds, seeds = st.integers(1, 23), st.integers(1, 7), st.integers(1, 4), st.integers(0, 5)
 

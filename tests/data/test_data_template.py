@@ -9,9 +9,9 @@ import pytest
 
 from lightning_rlhf.data import DemonstrationDataModule, PromptDataModule
 from lightning_rlhf.data.columns import ColumnNames
+from lightning_rlhf.data.drop_report import Tally
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.records import Record
-from lightning_rlhf.data.tally import Tally
 from lightning_rlhf.text import Encoder
 
 # a is 10, f is 15; <|im_start|> 3, <|im_end|> 4, user 5, assistant 6; <think> 40, </think> 41, <tool> 42, </tool> 43

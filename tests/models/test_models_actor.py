@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from lightning_rlhf.models import actor as module
-from lightning_rlhf.models.actor import PackedLinear, make_actor
+from lightning_rlhf.models import sampling_copy as module
+from lightning_rlhf.models.sampling_copy import PackedLinear, make_actor
 
 TOKENS = torch.tensor([[12, 13, 14, 15], [20, 21, 22, 23]])
 

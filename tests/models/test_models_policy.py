@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_rlhf.models import ModelSource, PolicyModel
-from lightning_rlhf.models.actor import make_actor
+from lightning_rlhf.models.sampling_copy import make_actor
 
 TEXTS = [[12, 13, 14, 15, 16], [10, 11, 0], [20, 21, 22, 0], [33, 30, 29, 8, 7]]
 WIDTH = 2

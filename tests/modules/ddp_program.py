@@ -59,7 +59,7 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import Algorithm
-from lightning_rlhf.models.twin import whole_tensor
+from lightning_rlhf.models.replica import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)

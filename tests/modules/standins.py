@@ -30,7 +30,7 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.core import Algorithm
-from lightning_rlhf.models.twin import whole_tensor
+from lightning_rlhf.models.replica import whole_tensor
 
 
 class CPUFSDP(FSDPStrategy):

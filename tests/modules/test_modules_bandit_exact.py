@@ -20,8 +20,10 @@ from lightning_rlhf.core import (
     SequenceLevel,
     TokenLevel,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Reward, SamplingParams, Scores, UpdateSchedule
+from lightning_rlhf.rewards import Reward, Scores
+from lightning_rlhf.rollout import UpdateSchedule
 from lightning_rlhf.types import Experience, Rollout
 
 VOCAB, LENGTH, BETA = 5, 2, 0.6

@@ -40,9 +40,9 @@ from lightning_rlhf.core import (
     Whitened,
     local,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import SamplingParams
 
 ONE, K2 = SamplingParams(samples_per_prompt=1), SamplingParams(samples_per_prompt=2)
 GSPO = Clip(epsilon=3e-4, epsilon_high=4e-4)

@@ -40,8 +40,9 @@ from lightning_rlhf.core import (
     TruncatedIS,
     Whitened,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
+from lightning_rlhf.rollout import UpdateSchedule
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 ENDS = list(range(10))  # any of these ends a response, so that lengths are ragged

@@ -12,8 +12,9 @@ from gathered import gathered
 from lightning.pytorch import Callback
 
 from lightning_rlhf.core import ConstantSchedule, TruncatedScore
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import Reward, SamplingParams
+from lightning_rlhf.rewards import Reward
 from lightning_rlhf.types import Rollout
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]

@@ -13,10 +13,12 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf.callbacks import GradientNorms
 from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen
+from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import AlignmentTax, BestOfN, GoldReward, PPOModule, RewardModule, SFTModule, WinRate
+from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.glossary import GLOSSARY, find, table
-from lightning_rlhf.rollout import SamplingParams, WeightedReward
+from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.types import ComparisonBatch
 
 ENDS = list(range(10))

@@ -31,9 +31,12 @@ from lightning_rlhf.core import (
     TokenMean,
     TruncatedIS,
 )
-from lightning_rlhf.modules import PPOModule, observation
-from lightning_rlhf.modules.mean_metrics import MeanMetrics
-from lightning_rlhf.rollout import SamplingParams, Scores, UpdateSchedule
+from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.evaluation import observation
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
+from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.rewards import Scores
+from lightning_rlhf.rollout import UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
 ENDS = list(range(10))  # any of these ends a response, so that lengths are ragged; prompts have none

@@ -10,9 +10,10 @@ from gathered import gathered
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_rlhf.core import Algorithm, ConstantSchedule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import SamplingParams, UpdateSchedule
+from lightning_rlhf.rollout import UpdateSchedule
 from lightning_rlhf.types import ComparisonBatch
 
 peft = pytest.importorskip("peft")

@@ -52,9 +52,11 @@ from lightning_rlhf.core import (
     TruncatedIS,
     Whitened,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ScalarModel
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import SamplingParams, Scores, UpdateSchedule
+from lightning_rlhf.rewards import Scores
+from lightning_rlhf.rollout import UpdateSchedule
 from lightning_rlhf.types import Experience
 
 ROWS = [{"prompt": i} for i in range(len(PROMPTS)) for _ in RESPONSES]

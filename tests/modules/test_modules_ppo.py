@@ -24,17 +24,11 @@ from lightning_rlhf.core import (
     TokenLevel,
     Whitened,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import (
-    RecomputedLogprobs,
-    Reward,
-    SamplerLogprobs,
-    SamplingParams,
-    Scores,
-    UpdateLogprobs,
-    UpdateSchedule,
-)
+from lightning_rlhf.rewards import Reward, Scores
+from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs, UpdateSchedule
 from lightning_rlhf.types import Experience, Rollout
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -265,7 +259,7 @@ def test_means_of_microbatches_are_not_the_mean(an_experience):
     module, experience = an_experience(level=TokenLevel(), surrogate=Clip())
     _, gradient = loss_and_gradient(module, experience)
     halves = [experience.select(torch.arange(0, 4)), experience.select(torch.arange(4, 8))]
-    assert len({int(half.mask.sum()) for half in halves}) == 2
+    assert len({int(half.action_mask.sum()) for half in halves}) == 2
     naive = sum(loss_and_gradient(module, half)[1] for half in halves) / 2
     assert distance(gradient, naive) > 1e-5
 

@@ -18,10 +18,12 @@ from lightning.pytorch import LightningModule
 from lightning_rlhf.core import AdaptiveKL, Clip, ConstantSchedule, KLPen, LinearSchedule
 from lightning_rlhf.core.settings import described, differences
 from lightning_rlhf.data import ComparisonDataModule, PromptDataModule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.resume import of_all_processes
-from lightning_rlhf.rollout import LearnedReward, SamplingParams, TimedReward, UpdateSchedule, WeightedReward
+from lightning_rlhf.rewards import LearnedReward, TimedReward, WeightedReward
+from lightning_rlhf.rollout import UpdateSchedule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0]]
 

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_rlhf.callbacks import Export
 from lightning_rlhf.core import GAE, Algorithm, ConstantSchedule, CosineSchedule, TokenLevel
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule, PromptDataModule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import LearnedReward, SamplingParams, UpdateSchedule
+from lightning_rlhf.rewards import LearnedReward
+from lightning_rlhf.rollout import UpdateSchedule
 
 TEXTS = [[12, 13, 20, 21, 0], [10, 11, 0], [14, 15, 16, 17, 18, 19, 0]]
 CONTEXT = 2  # the prompt's tokens

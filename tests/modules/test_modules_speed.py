@@ -12,10 +12,11 @@ from gathered import gathered
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, ConstantSchedule, LeaveOneOut, TokenLevel
+from lightning_rlhf.distributed.sharding import most_passes
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.sharding import most_passes
-from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, SamplingParams, UpdateLogprobs, UpdateSchedule
+from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
 GROUPED = {"generation": SamplingParams(max_new_tokens=6, samples_per_prompt=2)}
@@ -72,7 +73,7 @@ def test_another_ratio_would_show(make_ppo, weights):
     class Off(SamplerLogprobs):
         def __call__(self, rollout, measure, whole):
             found = super().__call__(rollout, measure, whole)
-            object.__setattr__(found, "logprobs", found.logprobs - 0.05 * found.response)
+            object.__setattr__(found, "logprobs", found.logprobs - 0.05 * found.response_mask)
             return found
 
     one, _ = weights(make_ppo(old_logprobs=SamplerLogprobs(), optimizer=SGD))

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, UpdateSchedule
 from lightning_rlhf.callbacks import EMA, RollBack
-from lightning_rlhf.modules.sharding import shard_networks
-from lightning_rlhf.modules.strategies import check_rl_strategy
+from lightning_rlhf.distributed.sharding import shard_networks
+from lightning_rlhf.distributed.strategies import check_rl_strategy
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def alone(make_trainer):
     """A stand-in for a module that one process trains."""
 
     class Alone:
-        trainer = make_trainer()
+        trainer = _trainer = make_trainer()
 
     return Alone()
 

@@ -16,9 +16,10 @@ from lightning_rlhf.core import (
     TokenLevel,
     TruncatedScore,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import LearnedReward, SamplingParams, TimedReward, WeightedReward
+from lightning_rlhf.rewards import LearnedReward, TimedReward, WeightedReward
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17]]
 

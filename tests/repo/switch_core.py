@@ -155,7 +155,7 @@ TABLE: Table = {
     ClipScore: case(shaped, low=to(-0.1), high=to(0.1)),
     ClippedValueLoss: case(value, epsilon=to(0.5), coef=to(1.0)),
     ConstantSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4)),
-    SeqMeanTokenSumNorm: case(reduced, length=to(16)),
+    SeqMeanTokenSumNorm: case(reduced, {"length": 8}, length=to(16)),
     CosineSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
     FixedKL: case(charged, coef=to(0.1)),
     GAE: case(advantages, gamma=to(0.9), lam=to(0.5)),

@@ -10,7 +10,7 @@ from switch_bench import Bench
 from switch_harness import Table, case, to
 
 from lightning_rlhf.core import WorstReward
-from lightning_rlhf.rollout import (
+from lightning_rlhf.rewards import (
     EnsembleReward,
     FunctionReward,
     LearnedReward,

@@ -55,17 +55,11 @@ from lightning_rlhf.core import (
     TruncatedScore,
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
+from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import (
-    AlignmentTax,
-    BestOfN,
-    GoldReward,
-    PPOModule,
-    RewardModule,
-    SFTModule,
-    WinRate,
-)
-from lightning_rlhf.rollout import RecomputedLogprobs, SamplingParams, UpdateSchedule
+from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
 COSTS = ("time", "throughput", "memory")  # no two runs agree on them

@@ -19,7 +19,7 @@ from bad_bench import Bench, Case
 
 import lightning_rlhf
 from lightning_rlhf.cli import console
-from lightning_rlhf.failure import sentence, status
+from lightning_rlhf.cli.failure import sentence, status
 
 READ = [*bad_rows.CASES, *bad_files.ENCODINGS, *bad_files.BROKEN]
 """Cases of one line: all of them by the data module, which is quick, every fourth by the command line as well."""

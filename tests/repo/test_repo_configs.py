@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.cli.parser import Parser
 from lightning_rlhf.core import (
     DAPO,
     GRPO,
@@ -31,7 +32,6 @@ from lightning_rlhf.core import (
     ReinforcePP,
     SeqMeanTokenSum,
 )
-from lightning_rlhf.parser import Parser
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"

@@ -37,8 +37,8 @@ def test_picture_has_every_room_above_what_it_imports(picture: dict[str, Any]) -
 def test_every_public_name_is_on_an_api_page() -> None:
     hook = runpy.run_path(str(DOCS / "complete.py"))
     pages = {path.stem: hook["completed"](path.read_text("utf-8"), path.stem) for path in (DOCS / "api").glob("*.md")}
-    assert lightning_rlhf._ROOMS.keys() <= pages.keys()
-    for room, names in lightning_rlhf._ROOMS.items():
+    assert lightning_rlhf._EXPORTS.keys() <= pages.keys()
+    for room, names in lightning_rlhf._EXPORTS.items():
         for name in names:
             kind = getattr(lightning_rlhf, name)
             assert f"\n::: {kind.__module__}\n" in pages[room], f"{name} is not on docs/api/{room}.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lightning_rlhf.documents import LARGEST, load
+from lightning_rlhf.cli.documents import LARGEST, load
 
 BOTH = "usual: &u {lr: 1e-6, eps: 1.0}\nmine:\n  <<: *u\n  eps: 2.0\nyours: {<<: *u}\nlist: [*u, *u]\n"
 

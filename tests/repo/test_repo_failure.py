@@ -14,7 +14,7 @@ from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worke
 
 from lightning_rlhf import Clip, ModelSource, StopTraining
 from lightning_rlhf.cli import console
-from lightning_rlhf.failure import TRACEBACK, one_line, sentence, status
+from lightning_rlhf.cli.failure import TRACEBACK, one_line, sentence, status
 
 
 def caught(act: Callable[[], Any]) -> Exception:

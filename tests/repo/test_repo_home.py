@@ -12,12 +12,12 @@ import torch
 
 from lightning_rlhf.callbacks import NonFiniteGuard, PredictionWriter, Report, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.checked_io import CheckedIO
+from lightning_rlhf.cli.rescore import main as rescore
 from lightning_rlhf.data.sources import read_records, stream_records
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.report import command as report
-from lightning_rlhf.rescore import main as rescore
-from lightning_rlhf.rollout import LearnedReward
+from lightning_rlhf.rewards import LearnedReward
 from lightning_rlhf.text import load_tokenizer
 
 CHECKPOINT = {"state_dict": {}, "pytorch-lightning_version": "2.5.0"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lightning_rlhf
 from lightning_rlhf import core
+
+PACKAGE = Path(lightning_rlhf.__file__).parent
 
 
 def run(program: str) -> str:
@@ -54,11 +58,31 @@ def test_unknown_name_raises_attribute_error() -> None:
 def test_public_classes_of_core_are_in_the_lazy_table() -> None:
     """All but `Adaptive`, the base of bases, which a user neither passes nor extends."""
     classes = {name for name in core.__all__ if inspect.isclass(getattr(core, name))}
-    assert classes - {"Adaptive"} == set(lightning_rlhf._ROOMS["core"])
+    assert classes - {"Adaptive"} == set(lightning_rlhf._EXPORTS["core"])
 
 
-@pytest.mark.parametrize("room", sorted(lightning_rlhf._ROOMS))
+@pytest.mark.parametrize("room", sorted(lightning_rlhf._EXPORTS))
 def test_lazy_name_lives_in_its_room(room: str) -> None:
     module = __import__(f"lightning_rlhf.{room}", fromlist=["_"])
-    for name in lightning_rlhf._ROOMS[room]:
+    for name in lightning_rlhf._EXPORTS[room]:
         assert getattr(module, name) is getattr(lightning_rlhf, name)
+
+
+def test_type_checkers_know_the_public_names() -> None:
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    found = {(node.module, name.asname) for node in imports for name in node.names}
+    expected = {(f"lightning_rlhf.{room}", name) for room, names in lightning_rlhf._EXPORTS.items() for name in names}
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_wrong_argument_is_found_by_mypy(tmp_path: Path) -> None:
+    right = "module = PPOModule(policy='model', reward=len, algorithm=GRPO(beta=0.04))"
+    lines = ["from lightning_rlhf import GRPO, PPOModule", right, right.replace("beta", "betta"), "reveal_type(module)"]
+    (tmp_path / "script.py").write_text("\n".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'script.py:3: error: Unexpected keyword argument "betta" for "GRPO"' in done.stdout
+    assert "script.py:2: error" not in done.stdout
+    assert 'Revealed type is "lightning_rlhf.modules.ppo.PPOModule"' in done.stdout

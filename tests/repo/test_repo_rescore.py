@@ -13,9 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_rlhf import rescore
-from lightning_rlhf.cli import main
-from lightning_rlhf.rollout import FunctionReward, TextReward
+from lightning_rlhf.cli import main, rescore
+from lightning_rlhf.rewards import FunctionReward, TextReward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LINES = [

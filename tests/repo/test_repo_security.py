@@ -15,7 +15,7 @@ import torch
 
 from lightning_rlhf import LearnedReward, ModelSource, RewardModule, SFTModule
 from lightning_rlhf.cli import main
-from lightning_rlhf.consent import objection
+from lightning_rlhf.cli.consent import objection
 from lightning_rlhf.models.checkpoint import read_checkpoint
 
 CANARY = "canary_of_security"

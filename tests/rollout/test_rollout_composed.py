@@ -24,18 +24,19 @@ from lightning_rlhf.core import (
     UncertaintyWeighted,
     WorstReward,
 )
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.rollout import (
+from lightning_rlhf.rewards import (
     EnsembleReward,
     FunctionReward,
     LearnedReward,
     ModuleReward,
     Reward,
-    SamplingParams,
     TextReward,
     WeightedReward,
 )
 from lightning_rlhf.rollout.clock import Clock
+from lightning_rlhf.rollout.responder import Responder
 
 PROMPTS = [[10, 11], [12], [13, 14]]
 RESPONSES = [[15, 16, 0], [17], [18, 0]]
@@ -191,11 +192,12 @@ def test_members_leave_no_gradient(rollout):
         def __call__(self, rollout, rows):
             return 2.0 * scale
 
-    module = PPOModule(
-        nn.Linear(1, 1), WeightedReward({"a": Careless()}), algorithm=Algorithm(shaping=()), tokenizer=None
-    )
-    module.collector = SimpleNamespace(clock=Clock())  # nothing is built: the reward alone is asked
-    scores = module.score(rollout, type("Prompts", (), {"rows": ROWS}))
+    ranks = SimpleNamespace(all=lambda fine: fine)
+    collector = SimpleNamespace(
+        reward=WeightedReward({"a": Careless()}), clock=Clock(), ranks=ranks
+    )  # nothing is built
+    responder = Responder(collector=collector, algorithm=Algorithm(), tokenizer=None)
+    scores = responder.score(rollout, SimpleNamespace(rows_of=lambda _: ROWS), iteration=0)
     assert not scores.total.requires_grad
 
 

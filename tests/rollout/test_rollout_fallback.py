@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from lightning_rlhf.engines import Sampler, SamplingParams, decode
+from lightning_rlhf.engines.hf_generate import generate
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.models.cache import why_no_cache
-from lightning_rlhf.rollout import Sampler, SamplingParams, decode
-from lightning_rlhf.rollout.fallback import generate
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22], [33, 11]]
 LENGTH = 10

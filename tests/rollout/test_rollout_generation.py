@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lightning_rlhf.rollout import SamplingParams, row_uniforms
+from lightning_rlhf.engines import SamplingParams, row_uniforms
 
 NAME = {"seed": 3, "stream": "train", "iteration": 5, "length": 9}
 

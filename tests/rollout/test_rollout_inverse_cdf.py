@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.rollout import inverse_cdf
-from lightning_rlhf.rollout.draw import draw
+from lightning_rlhf.engines import inverse_cdf
+from lightning_rlhf.engines.draw import draw
 
 JUST_BELOW_ONE = 1 - 2**-53
 

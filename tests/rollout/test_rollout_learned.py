@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.core import ConstantSchedule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rollout import LearnedReward, Reward, SamplingParams, as_reward
+from lightning_rlhf.rewards import LearnedReward, Reward, as_reward
 from lightning_rlhf.text import Encoder
 
 PROMPTS = [[10, 11], [12]]

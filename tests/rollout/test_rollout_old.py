@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs
-from lightning_rlhf.rollout.old import Situation, choose
+from lightning_rlhf.rollout.old_logprobs import Situation, choose
 
 
 def situation(full: bool, one: bool, epochs: int) -> Situation:
@@ -55,7 +55,7 @@ def test_sources_give_the_tokens_their_logprobs(make_rollout):
     weight = torch.tensor(2.0, requires_grad=True)
 
     def measure(x):
-        return weight * x.response.float()
+        return weight * x.response_mask.float()
 
     captured = SamplerLogprobs()(rollout, measure, measure)
     assert captured.logprobs is rollout.sampler_logprobs

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_rlhf.models.microbatching import at_least, pieces_of
 from lightning_rlhf.rollout import UpdateSchedule
-from lightning_rlhf.rollout.pieces import at_least, pieces_of
 from lightning_rlhf.types import Experience, Rollout
 
 
@@ -89,7 +89,7 @@ def test_experience_is_cut_with_its_rollout(per_token):
     part = Experience(
         rollout=rollout, action_mask=mask, rewards=numbers, penalties=numbers, advantages=numbers, returns=numbers
     ).select(torch.tensor([1, 2]))
-    assert part.mask.shape == part.advantages.shape == part.returns.shape == (2, 2 if per_token else 1)
+    assert part.action_mask.shape == part.advantages.shape == part.returns.shape == (2, 2 if per_token else 1)
     assert part.advantages[:, 0].tolist() == [1.0, 2.0]
 
 

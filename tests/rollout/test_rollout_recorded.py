@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from lightning_rlhf.rollout import decode, recorded, slots
-from lightning_rlhf.rollout.slots import Slots
+from lightning_rlhf.engines import cuda_graph as recorded
+from lightning_rlhf.engines import decode, slots
+from lightning_rlhf.engines.slots import Slots
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [7, 8, 9], [30], [18, 19, 28], [35, 35]]
 LENGTH = 40
@@ -118,7 +119,7 @@ def refused(step):
 def test_network_that_fails_goes_on_as_it_is(network, batch, made, monkeypatch, caplog, record, reason):
     """Once; and nobody records it again."""
     monkeypatch.setattr(recorded, "record", record)
-    with caplog.at_level(logging.INFO, "lightning_rlhf.rollout.recorded"):
+    with caplog.at_level(logging.INFO, "lightning_rlhf.engines.cuda_graph"):
         found = drawn(network, batch)
     (message,) = caplog.messages
     assert message.endswith(f"which would be faster: {reason}")

@@ -14,10 +14,11 @@ from torch import nn
 
 from lightning_rlhf.core import ConstantSchedule
 from lightning_rlhf.data import ComparisonDataModule
+from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource, ScalarModel
 from lightning_rlhf.modules import PPOModule, RewardModule
-from lightning_rlhf.rollout import FunctionReward, LearnedReward, ModuleReward, SamplingParams, TextReward, as_reward
-from lightning_rlhf.rollout.failure import RewardError, scored_or_told
+from lightning_rlhf.rewards import FunctionReward, LearnedReward, ModuleReward, TextReward, as_reward
+from lightning_rlhf.rewards.errors import RewardError, scored_or_told
 from lightning_rlhf.types import Rollout
 
 A = 10

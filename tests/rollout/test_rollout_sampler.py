@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from lightning_rlhf.engines import Sampler, SamplingParams, decode
 from lightning_rlhf.models import PolicyModel
-from lightning_rlhf.rollout import Sampler, SamplingParams, decode
 
 PROMPTS = [[12, 13, 14], [10], [20, 21], [33, 11]]
 LENGTH = 8
@@ -123,7 +123,7 @@ def test_rollouts_stop_at_what_any_of_template_tokenizer_and_config_names(make_l
     policy, prompts = PolicyModel(network, toy_tokenizer), [[3, 5, 10, 4, 3, 6], [10, 11]]  # a dialogue, and a text
     uniforms = torch.rand(400, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = Sampler(policy, SamplingParams(max_new_tokens=LENGTH))(left_padded(prompts), uniforms, samples=200)
-    last = found.tokens[torch.arange(400), found.tokens.shape[1] - LENGTH + found.response.sum(1) - 1]
+    last = found.tokens[torch.arange(400), found.tokens.shape[1] - LENGTH + found.response_mask.sum(1) - 1]
     assert torch.equal(found.ended, torch.isin(last, torch.tensor([0, 4, 9])))
     for answers in (slice(0, 200), slice(200, 400)):
         assert set(last[answers][found.ended[answers]].tolist()) == {0, 4, 9}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from lightning_rlhf.engines import SamplingParams, decode
+from lightning_rlhf.engines.slots import Slots
 from lightning_rlhf.models.cache import GrowingLayer
-from lightning_rlhf.rollout import SamplingParams, decode
-from lightning_rlhf.rollout.slots import Slots
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [7, 8, 9], [30], [18, 19, 28], [35, 35]]
 LENGTH = 12

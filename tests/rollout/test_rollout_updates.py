@@ -167,7 +167,7 @@ def test_processes_together_cut_the_minibatches_of_one(world, samples, minibatch
         groups = [number for number, _ in enumerate(prompts) for _ in range(samples)]
         updates = UpdateSchedule(epochs=3, minibatch=minibatch // world)
         parts = updates.minibatches(experience_of(places, groups), None, seed=5, rank=rank, world=world)
-        return [set(part.advantages[part.mask].int().tolist()) for part, _ in parts]
+        return [set(part.advantages[part.action_mask].int().tolist()) for part, _ in parts]
 
     alone, together = served(0, 1), [served(rank, world) for rank in range(world)]
     assert [set().union(*parts) for parts in zip(*together, strict=True)] == alone
@@ -180,9 +180,9 @@ def test_process_without_a_row_in_a_minibatch_learns_nothing(experience):
         part for part, _ in UpdateSchedule(epochs=4, minibatch=1).minibatches(experience, None, seed=0, rank=1, world=2)
     ]
     assert all(len(part) >= 1 for part in parts)
-    assert any(not part.mask.any() for part in parts[12:])
-    assert all(part.mask.all() for part in parts[:12])
-    assert sum(int(part.mask.sum()) for part in parts) == 4 * 12
+    assert any(not part.action_mask.any() for part in parts[12:])
+    assert all(part.action_mask.all() for part in parts[:12])
+    assert sum(int(part.action_mask.sum()) for part in parts) == 4 * 12
 
 
 @pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12"), (24, "12")])

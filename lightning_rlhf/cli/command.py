@@ -1,0 +1,154 @@
+"""The LightningCLI of this library."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+from jsonargparse import set_loader, set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from yaml import YAMLError
+
+import lightning_rlhf.callbacks
+import lightning_rlhf.core
+import lightning_rlhf.data
+import lightning_rlhf.engines
+import lightning_rlhf.evaluation
+import lightning_rlhf.modules
+import lightning_rlhf.rewards
+import lightning_rlhf.rollout
+from lightning_rlhf.callbacks import PredictionWriter
+from lightning_rlhf.cli.consent import objection
+from lightning_rlhf.cli.documents import load, replaced_callbacks
+from lightning_rlhf.cli.parser import Parser
+from lightning_rlhf.core import Algorithm
+from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
+from lightning_rlhf.models.shards import guard
+
+logger = logging.getLogger(__name__)
+
+NAMED = (
+    lightning_rlhf.core,
+    lightning_rlhf.engines,
+    lightning_rlhf.rewards,
+    lightning_rlhf.rollout,
+    lightning_rlhf.data,
+    lightning_rlhf.evaluation,
+    lightning_rlhf.modules,
+    lightning_rlhf.callbacks,
+)
+"""Imported, so that their classes can be named in YAML by one word."""
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the config of a training run beside its logs; evaluating a model writes none."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it if there is something to train and a logger to say where."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class RLHFCLI(LightningCLI):
+    """Any of our modules with any of our data modules, or your own, by `class_path`.
+
+    Args:
+        args: the command line; None reads it from the process.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        self._given = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        asked = any(word == "-h" or "help" in word or "comments" in word for word in self._given)
+        set_parsing_settings(
+            docstring_parse_attribute_docstrings=asked,  # from source files: slow, and for help alone
+            config_read_mode_urls_enabled=False,
+            config_read_mode_fsspec_enabled=False,  # Lightning's CLI lets any config name another one by its address
+        )
+        set_parsing_settings(subclasses_enabled=[Algorithm])  # a concrete dataclass, whose subclasses are methods
+        set_loader("yaml", load, exceptions=(YAMLError,))
+        # transformers' networks come in eval mode and stay there: dropout is off in all three stages
+        warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")  # no `val`
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},
+            args=args,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # of this command line
+        """What there is to run; the one that stands first alone, where one does: each takes as long to build."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if name in self._given[:1]} or every
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what only a flag may say (`consent`)."""
+        gone = replaced_callbacks(self._given)
+        if gone:
+            logger.warning(
+                "a later config's `trainer.callbacks` replaces those of the one before: %s will not run; write "
+                "`callbacks+:` to add to them",
+                ", ".join(gone),
+            )
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"a config is no UTF-8 text: {error}")
+        chosen = self.config[self.config.subcommand]
+        refusal = objection(chosen.as_dict(), self._given)
+        if refusal is not None:
+            parser.error(refusal)
+        chosen.weights_only = True
+
+    def before_instantiate_classes(self) -> None:
+        """Look into the checkpoint that is to be loaded, so that a wrong one costs no time.
+
+        Raises:
+            ValueError: there can be none, or it is torn, pickled, or another module's.
+        """
+        chosen = self.config[self.config.subcommand]
+        if not chosen.ckpt_path or not has_file(chosen.ckpt_path):
+            return
+        kept = read_checkpoint(chosen.ckpt_path).get("hyper_parameters", {}).get("_class_path", "")
+        writer, reader = (name.rpartition(".")[2] for name in (str(kept), chosen.model.class_path))
+        if writer and writer != reader:
+            raise ValueError(
+                f"`ckpt_path`: {chosen.ckpt_path} was written by {writer}, but the config has {reader}: give a "
+                f"checkpoint of {reader}, or set `model` to {writer}"
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Have a checkpoint that is a folder looked into before it is loaded, also for modules of your own."""
+        guard(self.trainer.strategy)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it.
+
+        Raises:
+            ValueError: the checkpoint's weights are those of another network.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise ValueError(
+                f"`ckpt_path`: the checkpoint's weights are those of another network: {str(error)[:400]}"
+            ) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what is on the command line holds, also beside a checkpoint that remembers other arguments."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--predictions.path` says where `predict` writes."""
+        parser.add_lightning_class_args(PredictionWriter, "predictions")

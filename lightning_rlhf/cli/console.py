@@ -1,0 +1,53 @@
+"""`lightning-rlhf fit|validate|test|predict --config …`, and tools. Cheap to import: Lightning comes in with `main`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+TOOLS = {"report": "lightning_rlhf.report.command", "rescore": "lightning_rlhf.cli.rescore"}
+"""Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Parse the command line (or `args`) and run it; returns the CLI object, whose `trainer` and `model` are live.
+
+    The commands in `TOOLS` return nothing.
+
+    Raises:
+        SystemExit: the command line or a config is not valid; the reason is on stderr.
+        Exception: whatever else went wrong; `console` makes a sentence of it.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        print(f"lightning-rlhf {version('lightning-rlhf')}")
+        return None
+    if given and given[0] in TOOLS:
+        return import_module(TOOLS[given[0]]).main(given[1:])
+    from lightning_rlhf.cli.command import RLHFCLI
+
+    return RLHFCLI(args=args)
+
+
+def console() -> None:
+    """The console script; like `python -m`, it finds your modules in the working directory.
+
+    Raises:
+        SystemExit: 2 where the command line or a config was refused, 1 where data or a model was; the reason, one
+            sentence, is on stderr. A bug keeps its traceback.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        main()
+    except Exception as error:
+        from lightning_rlhf.cli.failure import sentence, status
+
+        message = sentence(error)
+        if message is None:
+            raise
+        print(f"lightning-rlhf: error: {message}", file=sys.stderr)
+        raise SystemExit(status(error)) from None

@@ -1,0 +1,96 @@
+"""The argument parser, and what it says of a command line or a config that it can't take: one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_rlhf.cli.failure import TRACEBACK, one_line
+from lightning_rlhf.core import Algorithm
+
+_NOISE = (
+    "Expected a path but",
+    "Expected a <class 'NoneType'>",
+    "Does not validate against",
+    "Not a valid subclass of",
+    "Type collections.abc",
+    "Problem with given class_path",
+    "a class path (str)",
+    "a dict with",
+)
+"""Beginnings of what jsonargparse says of every alternative that an argument has beside the one that was meant."""
+
+
+class Defaults(Namespace):
+    """Default values, of which `pop` takes out an argument with all that is nested in it.
+
+    jsonargparse 4.53 takes the defaults of a base class out leaf by leaf when a subclass is named, and what is left of
+    a nested object would win over the subclass's own: `--model.algorithm=RLOO` would have no baseline.
+    """
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Take out the outermost argument that `key` lies in."""
+        return super().pop(key.partition(".")[0], default)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence, without the usage in front and the parsed config behind."""
+
+    _of_algorithm = False
+
+    def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> list[str]:
+        """Add those of a class."""
+        self._of_algorithm = isinstance(theclass, type) and issubclass(theclass, Algorithm)
+        return super().add_class_arguments(theclass, *args, **options)
+
+    def get_defaults(self, *args: Any, **options: Any) -> Namespace:
+        """Those of all arguments."""
+        defaults = super().get_defaults(*args, **options)
+        return Defaults(defaults) if self._of_algorithm else defaults
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and end with status 2; a parser inside another leaves that to the outer one."""
+        if not self.exit_on_error or os.environ.get(TRACEBACK) == "1":
+            super().error(message, ex)
+        self.exit(2, f"lightning-rlhf: error: {one_line(_sentence(message, ex))}\n")
+
+
+def _sentence(message: str, ex: BaseException | None) -> str:
+    """`key` of Class: what is wrong with it; what was given."""
+    keys = re.findall(r'Parser key "(.+?)":', message)
+    if not keys:
+        return message
+    classes = re.findall(r"Problem with given class_path '(?:\w+\.)*(\w+)'", message)
+    innermost = message[message.rindex("Parser key") :]
+    given = re.search(r"(?:Given value|Got value): (?:NestedArg\(key='[^']*', val=)?(.*?)\)?$", innermost, re.MULTILINE)
+    reasons = _reasons(innermost, ex)
+    where = f"`{'.'.join(keys)}`" + (f" ({classes[-1]})" if classes and len(keys) > 1 else "")
+    known = given is None or any(given[1] in reason for reason in reasons) or "Namespace(" in given[1]
+    return f"{where}: {'; or '.join(map(_tidied, reasons))}" + ("" if known else f"; got {given[1][:80]}")
+
+
+def _reasons(text: str, ex: BaseException | None) -> list[str]:
+    """What jsonargparse has against the value, without what it says of every value."""
+    bullets = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip().startswith("- ")]
+    cause = str(_first_cause(ex) or text).strip()
+    found = [cause, *bullets] if cause.startswith("Expected a ") else [cause]
+    kept = [re.sub(r"\.? Got value: .*", "", reason, flags=re.DOTALL) for reason in found]
+    return list(dict.fromkeys(reason for reason in kept if not reason.startswith(_NOISE))) or [text.strip()]
+
+
+def _first_cause(error: BaseException | None) -> BaseException | None:
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _tidied(reason: str) -> str:
+    """Types by their names."""
+    reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason)
+    reason = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", reason).replace("Expected a one of", "expected one of")
+    reason = re.sub(r"Expected a dot import path string: (\S+)", r"there is no \1: give a name or dotted path", reason)
+    return reason.replace("Expected a ", "expected ", 1)

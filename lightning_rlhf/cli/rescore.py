@@ -1,0 +1,198 @@
+"""`lightning-rlhf rescore LOG --reward … --output FILE`: a rollout log's responses, scored by another reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from os.path import expanduser
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from jsonargparse.typing import PositiveInt
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.cli.comparison import Comparison
+from lightning_rlhf.cli.consent import objection
+from lightning_rlhf.cli.parser import Parser
+from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sources import stream_records
+from lightning_rlhf.rewards import Reward, as_reward
+from lightning_rlhf.rewards.reward import checked_scores
+from lightning_rlhf.text import Encoder, load_tokenizer
+from lightning_rlhf.types import Rollout
+
+NEEDED = {"prompt": (str, list), "tokens": list, "ended": bool, "raw_score": (int, float), "iteration": int}
+"""Columns of a line of `rollouts.jsonl` that are read, and their types."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the log, write its lines with `rescored`, and print how the two scores compare.
+
+    Raises:
+        SystemExit: the arguments are not valid; the reason is on stderr.
+        ValueError: a line of the log is not what `RolloutLog` writes.
+    """
+    parser = _parser()
+    given = _with_folder(args)
+    config = parser.parse_args(given)
+    refusal = objection(config.as_dict(), given)
+    if refusal is not None:
+        parser.error(refusal)
+    chosen = parser.instantiate_classes(config)
+    tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    rescorer, comparison = Rescorer(as_reward(chosen.reward), tokenizer, chosen.prompt_role), Comparison()
+    records = stream_records(chosen.log)
+    with _whole(Path(expanduser(chosen.output))) as file:
+        while batch := list(islice(records, chosen.batch_size)):
+            scores = rescorer(batch)
+            for record, score in zip(batch, scores, strict=True):
+                file.write(json.dumps(dict(record.row) | {"rescored": score}) + "\n")
+                comparison.add(record.row["raw_score"], score, group=record.row["iteration"])
+        if not comparison.count:
+            raise ValueError(f"{chosen.log} holds no response")
+    print(comparison.report(chosen.output))
+
+
+class Rescorer:
+    """Scores lines of a rollout log.
+
+    Args:
+        reward: any.
+        tokenizer: of the policy that wrote the log, for rewards on token ids; None: text alone is known.
+        prompt_role: as in the data that the policy was trained on.
+    """
+
+    def __init__(
+        self, reward: Reward, tokenizer: PreTrainedTokenizerBase | None = None, prompt_role: str | None = None
+    ) -> None:
+        self.reward, self.texts = reward, LoggedTexts() if tokenizer is None else None
+        self.encoder = None if tokenizer is None else Encoder(tokenizer, prompt_role=prompt_role)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reward.prepare(self.texts or tokenizer)
+        for network in reward.networks():
+            network.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, records: Sequence[Located]) -> list[float]:
+        """The scores.
+
+        Raises:
+            ValueError: a line is not what `RolloutLog` writes, or the reward returned something else than numbers.
+        """
+        for record in records:
+            _check(record, NEEDED if self.encoder else NEEDED | {"response": str})
+        lines = [record.row for record in records]
+        if self.texts is not None:
+            self.texts.known = {tuple(line["tokens"]): line["response"] for line in lines}
+        rows = [{"prompt": line["prompt"]} | (line.get("row") or {}) for line in lines]
+        scores = self.reward.scored(self._rollout(lines), rows).total
+        return checked_scores(scores, count=len(lines), source=type(self.reward).__name__).tolist()
+
+    def _rollout(self, lines: Sequence[dict[str, Any]]) -> Rollout:
+        """As it was sampled, but for log-probs, which no reward reads; without tokenizer there are no prompt tokens."""
+        prompts = [list(self.encoder.prompt(line["prompt"])) if self.encoder else [] for line in lines]
+        pad = self.encoder.pad if self.encoder else 0
+        responses = [line["tokens"] for line in lines]
+        before, width = (max(map(len, part)) for part in (prompts, responses))
+        rows = [
+            [pad] * (before - len(p)) + p + r + [pad] * (width - len(r))
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+        place = torch.arange(before + width)
+        first = torch.tensor([before - len(p) for p in prompts]).unsqueeze(1)
+        last = torch.tensor([before + len(r) for r in responses]).unsqueeze(1)
+        real = ((place >= first) & (place < last)).to(self.device)
+        nothing = torch.zeros(len(lines), width, device=self.device)
+        return Rollout(
+            tokens=torch.tensor(rows, dtype=torch.long, device=self.device),
+            attention_mask=real,
+            response_mask=real[:, before:],
+            ended=torch.tensor([line["ended"] for line in lines], device=self.device),
+            prompt_index=torch.arange(len(lines), device=self.device),
+            logprobs=nothing,
+            sampler_logprobs=nothing,
+            ref_logprobs=nothing,
+            entropy=nothing,
+            values=nothing,
+        )
+
+
+class LoggedTexts:
+    """In place of the policy's tokenizer: what the log says that its responses read.
+
+    Attributes:
+        known: texts by their token ids.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], str] = {}
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        """The texts."""
+        return [self.known[tuple(ids)] for ids in sequences]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Of no reward model, so that each reads the texts with a tokenizer of its own."""
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the reward asks the policy's tokenizer for `{name}`: name it with --tokenizer FOLDER")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lightning-rlhf rescore", description=__doc__, allow_abbrev=False)
+    parser.add_argument("log", type=str, help="a rollouts.jsonl, or .gz of one")
+    parser.add_argument(
+        "--reward",
+        type=Reward | Callable[..., Any],
+        required=True,
+        help="a folder or checkpoint of a reward model, a dotted path to a function, or a class with its arguments",
+    )
+    parser.add_argument("--output", type=str, required=True, help="the log's lines with `rescored`; written whole")
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="responses scored at a time")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="the policy's, for rewards on token ids")
+    parser.add_argument(
+        "--prompt_role", type=str | None, default=None, help="as in the training data, with --tokenizer"
+    )
+    return parser
+
+
+def _with_folder(args: Sequence[str]) -> list[str]:
+    """A path that exists is a reward model's."""
+    found = list(args)
+    for place, argument in enumerate(found):
+        flag, equals, value = argument.partition("=")
+        if flag == "--reward":
+            value = value if equals else "".join(found[place + 1 : place + 2])
+            if Path(expanduser(value)).exists():
+                found[place : place + (1 if equals else 2)] = ["--reward=LearnedReward", f"--reward.path={value}"]
+                break
+    return found
+
+
+def _check(record: Located, needed: dict[str, Any]) -> None:
+    """Raises ValueError where a column is missing or of another type."""
+    for name, kinds in needed.items():
+        value = record.row.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise ValueError(
+                f"{record.where}: `{name}` is {value!r:.80}, not what RolloutLog writes there: give a rollouts.jsonl"
+            )
+    if not record.row["tokens"] or not all(type(token) is int and token >= 0 for token in record.row["tokens"]):
+        raise ValueError(f"{record.where}: `tokens` must be at least one token id: got {record.row['tokens']!r:.80}")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[TextIO]:
+    """A file that gets its name once all of it is written."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part.open("w", encoding="ascii", newline="\n") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,16 @@
+"""What draws tokens: the decode loop and the weights that sample."""
+
+from lightning_rlhf.engines.decode import decode
+from lightning_rlhf.engines.draw import inverse_cdf
+from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
+from lightning_rlhf.engines.response_buffer import Sampled
+from lightning_rlhf.engines.sampler import Sampler
+
+__all__ = [
+    "Sampled",
+    "Sampler",
+    "SamplingParams",
+    "decode",
+    "inverse_cdf",
+    "row_uniforms",
+]

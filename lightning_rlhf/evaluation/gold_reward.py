@@ -1,0 +1,101 @@
+"""Over-optimization: a second reward, which is not trained on, judges what the first one led to (Gao et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.core import standard_error
+from lightning_rlhf.evaluation.evaluator import Answers, Columns, Evaluator
+from lightning_rlhf.rewards import Reward, as_reward
+
+ERRORS = 2.0
+"""Standard errors by which the gold reward must have fallen."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GoldReward(Evaluator):
+    """The same responses under another reward, which stands for what is really wanted.
+
+    The proxy is the module's score after shaping. Logs `gold/reward`, `gold/reference_reward`; `gold/gain` and
+    `gold/proxy_gain`, the policy's less the reference's, with `gold/gain_se`; `gold/correlation` of gold and proxy over
+    the policy's responses (Pearson's, 0 where one does not vary).
+
+    `gold/since_best`, with its standard error, is the gold reward less that of the best evaluation so far in this run
+    (the reference's where none was better), prompt by prompt, and `gold/proxy_since_best` the same of the proxy.
+    `gold/overoptimized` is 1 where the proxy has risen since then and the gold reward has fallen by more than two
+    standard errors: what is learned now is the proxy's error. It steers nothing. What was best is not part of a
+    checkpoint: a resumed run begins with the reference again.
+    """
+
+    reward: Reward | Callable[..., Any]
+    """As the module's `reward`: a `Reward`, an `nn.Module` on token ids, or a function."""
+    name: str = "gold"
+    """Under which it is logged; two gold rewards need two names."""
+    best: Columns | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reward", as_reward(self.reward))
+
+    @property
+    def reference_samples(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """The gold reward."""
+        return (self.reward,)
+
+    def of_answers(self, answers: Answers) -> Columns:
+        """Gold and proxy of the policy's response and of the reference's, (B,) each."""
+        gold = answers.score(self.reward, answers.policy).total
+        of_reference = answers.score(self.reward, answers.of_reference(1)).total
+        proxies = {"proxy": answers.scores, "reference_proxy": answers.reference_scores[:, 0]}
+        return proxies | {"gold": gold, "reference_gold": of_reference}
+
+    def conclude(self, notes: Columns) -> dict[str, float]:
+        """Over all prompts."""
+        gold, proxy = notes["gold"], notes["proxy"]
+        gain, best = gold - notes["reference_gold"], self._best(notes)
+        change, proxy_change = gold - best["gold"], float((proxy - best["proxy"]).mean())
+        since, error = float(change.mean()), standard_error(change)
+        found = {
+            "reward": float(gold.mean()),
+            "reference_reward": float(notes["reference_gold"].mean()),
+            "gain": float(gain.mean()),
+            "gain_se": standard_error(gain),
+            "proxy_gain": float((proxy - notes["reference_proxy"]).mean()),
+            "correlation": _correlation(gold, proxy),
+            "since_best": since,
+            "since_best_se": error,
+            "proxy_since_best": proxy_change,
+            "overoptimized": float(proxy_change > 0 and since < -ERRORS * error),
+        }
+        return {f"{self.name}/{name}": number for name, number in found.items()}
+
+    def adapted(self, notes: Columns) -> Self:
+        """It remembers these notes if they are the best so far."""
+        best = self._best(notes)
+        best = notes if float(notes["gold"].mean()) > float(best["gold"].mean()) else best
+        successor = replace(self)
+        object.__setattr__(successor, "best", {name: best[name] for name in ("gold", "proxy")})
+        return successor
+
+    def _best(self, notes: Columns) -> Columns:
+        """Gold and proxy of the best so far, of the reference where these are other prompts or nothing was better."""
+        reference = {"gold": notes["reference_gold"], "proxy": notes["reference_proxy"]}
+        if self.best is None or len(self.best["gold"]) != len(notes["gold"]):
+            return reference
+        return max(reference, self.best, key=lambda columns: float(columns["gold"].mean()))
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's; 0 where one does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = torch.sqrt(x.square().sum() * y.square().sum())
+    return float((x * y).sum() / scale) if float(scale) > 0 else 0.0

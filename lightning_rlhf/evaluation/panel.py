@@ -1,0 +1,133 @@
+"""Evaluations of a policy: each is served the held-out data, and concludes from the notes of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.distributed.ranks import Ranks, in_order
+from lightning_rlhf.evaluation.evaluator import Answers, Columns, Evaluator, Texts
+from lightning_rlhf.evaluation.reference_answers import ReferenceAnswers
+from lightning_rlhf.rewards import Reward, Scores
+from lightning_rlhf.rollout.responder import Responder
+from lightning_rlhf.types import PromptBatch, Rollout, TextBatch
+
+NEEDS = {"prompts": "held-out prompts: set the data's `val` or `test`", "texts": "texts: set the data's `val_pretrain`"}
+
+
+class Panel:
+    """Runs evaluators beside a module's own evaluation.
+
+    Random numbers are those of a stream of their own, and nothing here moves what training reads.
+
+    Args:
+        evaluators: in the order in which they log.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+
+    def __init__(self, evaluators: Sequence[Evaluator]) -> None:
+        names = [evaluator.name for evaluator in evaluators]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"`evaluations` must have different names: got {twice} twice; set `name` of one")
+        self.given = tuple(evaluators)
+        self.current = self.given
+        self._notes: list[list[tuple[Tensor, Columns]]] = []
+        self._reference = ReferenceAnswers()
+
+    def networks(self, tokenizer: PreTrainedTokenizerBase | None) -> list[nn.Module]:
+        """Those of the evaluators' own rewards, built now."""
+        for reward in self._rewards():
+            reward.prepare(tokenizer)
+        return [network for reward in self._rewards() for network in reward.networks()]
+
+    def begin(self, responder: Responder) -> None:
+        """Forget what an interrupted evaluation took in."""
+        self._notes = [[] for _ in self.given]
+        for reward in self._rewards():
+            for network in reward.networks():
+                network.to(responder.ranks.device)
+
+    def prompts(
+        self, responder: Responder, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores
+    ) -> None:
+        """Take in a batch of prompts with the policy's responses."""
+        present = self._of("prompts")
+        if not present:
+            return
+        answers = self._answers(responder, batch, batch_idx, rollout, scores)
+        for number, evaluator in present:
+            self._note(responder.ranks, number, evaluator.of_answers(answers), batch.is_real, batch_idx)
+
+    def texts(self, responder: Responder, batch: TextBatch, batch_idx: int, logprobs: Tensor) -> None:
+        """Take in a batch of texts with the policy's log-probs, (B, L − 1)."""
+        texts = Texts(texts=batch, logprobs=logprobs, reference=partial(_reference_logprobs, responder, batch))
+        for number, evaluator in self._of("texts"):
+            self._note(responder.ranks, number, evaluator.of_texts(texts), batch.target.any(1), batch_idx)
+
+    def conclude(self, ranks: Ranks, *, remember: bool) -> dict[str, float]:
+        """Results of all evaluations by name.
+
+        Args:
+            ranks: whose notes are brought together.
+            remember: whether the evaluators of a training run adapt; otherwise those that were given conclude.
+
+        Raises:
+            ValueError: the data served nothing that an evaluation is of.
+        """
+        results: dict[str, float] = {}
+        successors = []
+        for evaluator, batches in zip(self.current if remember else self.given, self._notes, strict=True):
+            notes = in_order(ranks, batches)
+            if notes is None:
+                raise ValueError(f"{type(evaluator).__name__} needs {NEEDS[evaluator.serves]}; or leave it out")
+            results |= evaluator.conclude(notes)
+            successors.append(evaluator.adapted(notes))
+        if remember:
+            self.current = tuple(successors)
+        return results
+
+    def _of(self, served: str) -> list[tuple[int, Evaluator]]:
+        return [(number, each) for number, each in enumerate(self.current) if each.serves == served]
+
+    def _rewards(self) -> list[Reward]:
+        return [reward for evaluator in self.given for reward in evaluator.rewards]
+
+    def _note(self, ranks: Ranks, number: int, columns: Columns, counts: Tensor, batch_idx: int) -> None:
+        """Keep the rows that count, with their place in the file."""
+        places = batch_idx * 2**32 + torch.arange(len(counts)) * ranks.world + ranks.rank
+        counts = counts.cpu()
+        kept = {name: column.detach().cpu()[counts].double() for name, column in columns.items()}
+        self._notes[number].append((places[counts], kept))
+
+    def _answers(
+        self, responder: Responder, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores
+    ) -> Answers:
+        samples = max(evaluator.reference_samples for evaluator in self.current)
+        reference, theirs = None, scores.total.new_zeros(len(scores.total), 0)
+        if samples:
+            reference, theirs = self._reference(responder, batch, batch_idx, samples=samples)
+
+        def score(reward: Reward, responses: Rollout) -> Scores:
+            return responder.score_by(reward, responses, batch, iteration=batch_idx)
+
+        return Answers(
+            prompts=batch,
+            policy=rollout,
+            scores=scores.total,
+            reference=reference,
+            reference_scores=theirs,
+            tokenizer=responder.tokenizer,
+            score=score,
+            agreed=responder.ranks.all,
+        )
+
+
+def _reference_logprobs(responder: Responder, batch: TextBatch) -> Tensor:
+    with responder.collector.reference.model() as model:
+        return model.text_logprobs(batch)

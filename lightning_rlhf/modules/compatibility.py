@@ -1,0 +1,99 @@
+"""Choices that are right alone and wrong together: refused or warned of before anything is built."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_rlhf.core import (
+    CISPO,
+    AdvantageEstimator,
+    Algorithm,
+    Clip,
+    GeometricLevel,
+    MismatchIS,
+    Shaping,
+    SoftOverlong,
+    Surrogate,
+    Whitened,
+)
+from lightning_rlhf.core.checks import check_not_negative
+from lightning_rlhf.engines import SamplingParams
+
+WIDEST_GEOMETRIC_BOUND = 0.05
+"""No response's length-normalized ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
+
+
+def check_compatible(
+    algorithm: Algorithm, generation: SamplingParams, *, value: object = None, value_lr: float | None = None
+) -> None:
+    """Refuse settings of a run that its algorithm cannot use, and warn of those that do nothing.
+
+    Args:
+        algorithm: of the run, its lengths in tokens.
+        generation: how responses are drawn.
+        value: start of the value network.
+        value_lr: its learning rate.
+
+    Raises:
+        ValueError: responses to one prompt are compared, and there is one of each; or something is set for a value
+            network that is not trained.
+    """
+    of_value = [name for name, setting in {"value": value, "value_lr": value_lr}.items() if setting is not None]
+    if of_value and not algorithm.needs_value:
+        raise ValueError(
+            f"`{'`, `'.join(of_value)}` belong to a value network, but {type(algorithm.advantage).__name__} trains "
+            "none: leave them out, or take an advantage such as GAE or BanditAdvantage(baseline=LearnedValue())"
+        )
+    if value_lr is not None:
+        check_not_negative(value_lr=value_lr)
+    if algorithm.advantage.needs_group and generation.samples_per_prompt == 1:
+        raise ValueError(
+            f"{_named(algorithm.advantage)} compares the responses to one prompt, but each prompt gets one: set "
+            "`generation.samples_per_prompt` to at least 2"
+        )
+    for rule in algorithm.rules:
+        _warn_of_length(rule, generation.max_new_tokens)
+    if isinstance(algorithm.level, GeometricLevel):
+        for never in _idle_bounds(algorithm.surrogate):
+            warnings.warn(
+                f"{never} never acts on GeometricLevel's length-normalized ratio: GSPO's bounds are epsilon=3e-4, "
+                "epsilon_high=4e-4",
+                stacklevel=3,
+            )
+
+
+def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:
+    """A penalty on lengths that no response reaches does nothing."""
+    if not isinstance(rule, SoftOverlong) or rule.limit is None or rule.buffer is None:
+        return
+    if rule.limit - rule.buffer >= max_new_tokens:
+        warnings.warn(
+            f"SoftOverlong(limit={rule.limit}, buffer={rule.buffer}) never acts: responses end at "
+            f"`generation.max_new_tokens`={max_new_tokens}; set `limit` to that",
+            stacklevel=4,
+        )
+
+
+def _idle_bounds(surrogate: Surrogate) -> list[str]:
+    """The bounds of a surrogate that a length-normalized ratio does not reach, as one would write them."""
+    while isinstance(surrogate, MismatchIS):
+        surrogate = surrogate.surrogate
+    if isinstance(surrogate, CISPO):
+        near_one = abs(surrogate.largest - 1) <= WIDEST_GEOMETRIC_BOUND
+        return [] if near_one else [f"CISPO(largest={surrogate.largest})"]
+    if not isinstance(surrogate, Clip):
+        return []
+    idle = []
+    if max(surrogate.epsilon, surrogate.epsilon_high or 0) > WIDEST_GEOMETRIC_BOUND:
+        idle.append(f"Clip(epsilon={surrogate.epsilon}, epsilon_high={surrogate.epsilon_high})")
+    if surrogate.dual is not None and surrogate.dual - 1 > WIDEST_GEOMETRIC_BOUND:
+        idle.append(f"Clip(dual={surrogate.dual})")
+    return idle
+
+
+def _named(advantage: AdvantageEstimator) -> str:
+    """What compares the responses: the estimator inside a whitening, or its baseline."""
+    if isinstance(advantage, Whitened):
+        return _named(advantage.estimator)
+    baseline = getattr(advantage, "baseline", None)
+    return type(advantage).__name__ if baseline is None else type(baseline).__name__

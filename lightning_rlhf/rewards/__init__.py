@@ -1,0 +1,19 @@
+"""What scores a response: functions, networks, learned reward models, and several of them."""
+
+from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
+from lightning_rlhf.rewards.learned import LearnedReward
+from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
+from lightning_rlhf.rewards.timed import TimedReward
+
+__all__ = [
+    "EnsembleReward",
+    "FunctionReward",
+    "LearnedReward",
+    "ModuleReward",
+    "Reward",
+    "Scores",
+    "TextReward",
+    "TimedReward",
+    "WeightedReward",
+    "as_reward",
+]

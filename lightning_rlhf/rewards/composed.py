@@ -1,0 +1,108 @@
+"""A reward made of several: a weighted sum, or an ensemble; each part is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core import Combination, MeanReward
+from lightning_rlhf.rewards.reward import Reward, Scores, as_reward
+from lightning_rlhf.types import Rollout, Row
+
+
+class ComposedReward(Reward):
+    """Several rewards on the same responses.
+
+    Args:
+        members: by name; a `Reward`, an `nn.Module` on token ids, or a function.
+
+    Raises:
+        ValueError: there is none, or a name holds a slash, which stands between a member and its own parts.
+    """
+
+    def __init__(self, members: Mapping[str, Reward | Callable[..., Any]]) -> None:
+        if not members:
+            raise ValueError(f"{type(self).__name__} needs at least one reward: got none")
+        slashed = sorted(name for name in members if "/" in name)
+        if slashed:
+            raise ValueError(f"names of rewards must hold no '/', which separates nested parts: got {slashed}")
+        self.members = {name: as_reward(member) for name, member in members.items()}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Prepare every member."""
+        super().prepare(tokenizer)
+        for member in self.members.values():
+            member.prepare(tokenizer)
+
+    def networks(self) -> list[nn.Module]:
+        """Those of every member."""
+        return [network for member in self.members.values() for network in member.networks()]
+
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """The one score, (B,)."""
+        return self.scored(rollout, rows).total
+
+    def _scored_members(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each member's score, and with them the parts that they have themselves, as `name/part`."""
+        found = {name: member.scored(rollout, rows) for name, member in self.members.items()}
+        totals = {name: scores.total for name, scores in found.items()}
+        inner = {f"{name}/{part}": x for name, scores in found.items() for part, x in scores.parts.items()}
+        return totals, totals | inner
+
+
+class WeightedReward(ComposedReward):
+    """Σ_i w_i·r_i: several rewards at once, for example helpfulness, brevity and a format check.
+
+    Args:
+        parts: rewards by name; the name is logged.
+        weights: w_i by the same names; None weighs each with 1.
+
+    Raises:
+        ValueError: `weights` has other names than `parts`, or a number that is not finite.
+    """
+
+    def __init__(self, parts: dict[str, Reward | Callable[..., Any]], weights: dict[str, float] | None = None) -> None:
+        super().__init__(parts)
+        self.weights = dict.fromkeys(parts, 1.0) if weights is None else weights
+        if self.weights.keys() != parts.keys():
+            raise ValueError(f"`weights` must name the parts {sorted(parts)}: got {sorted(self.weights)}")
+        if not all(math.isfinite(weight) for weight in self.weights.values()):
+            raise ValueError(f"`weights` must be finite numbers: got {self.weights}")
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """The sum; its parts are the members' scores before their weights."""
+        totals, parts = self._scored_members(rollout, rows)
+        weighted = [self.weights[name] * score for name, score in totals.items()]
+        return Scores(torch.stack(weighted).sum(0), parts)
+
+
+class EnsembleReward(ComposedReward):
+    """Several reward models of the same thing, combined so that an error of one is not what the policy learns.
+
+    Members should differ by more than the seed of their head: those of one pretraining share its errors (Coste et al.
+    2023).
+
+    Args:
+        rewards: at least two.
+        combine: mean, worst case, or mean less λ times the variance.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+
+    def __init__(self, rewards: list[Reward | Callable[..., Any]], combine: Combination = MeanReward()) -> None:
+        if len(rewards) < 2:
+            raise ValueError(f"`rewards` must hold at least 2 members: got {len(rewards)}")
+        super().__init__({f"member_{i}": reward for i, reward in enumerate(rewards)})
+        self.combine = combine
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """The combined score; its parts are the members' scores and `spread`, their standard deviation."""
+        totals, parts = self._scored_members(rollout, rows)
+        scores = torch.stack([total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals.values()])
+        return Scores(self.combine(scores), parts | {"spread": scores.std(0, correction=0)})

@@ -1,0 +1,198 @@
+"""A trained reward model as the reward, with its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.folders.fingerprint import fingerprint
+from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
+from lightning_rlhf.models.checkpoint import read_checkpoint
+from lightning_rlhf.models.context_length import check_length
+from lightning_rlhf.models.meta import tell_whole, unread
+from lightning_rlhf.models.microbatching import batches_of
+from lightning_rlhf.models.source import DType
+from lightning_rlhf.models.vocabulary import check_rows
+from lightning_rlhf.rewards.reward import TextReward, check_prompts, checked_scores
+from lightning_rlhf.text import Encoder, as_dialogue
+from lightning_rlhf.types import Rollout, Row
+
+
+class LearnedReward(TextReward):
+    """r_φ from a folder or checkpoint, demonstrations at 0 where it carries a bias.
+
+    Where its vocabulary is the policy's it scores the policy's very tokens; otherwise prompt and response go through
+    its own tokenizer and template.
+
+    Args:
+        path: a Hugging Face sequence-classification folder with one label, or a checkpoint of `RewardModule`.
+        dtype: of its weights.
+        prompt_role: role under which a text prompt becomes a message of its template, where it tokenises anew; None
+            leaves it plain text.
+        batch_tokens: the most tokens it reads at a time, padding included; responses of similar length go together.
+
+    Raises:
+        ValueError: `batch_tokens` is not positive.
+    """
+
+    def __init__(
+        self, path: str, dtype: DType = "float32", prompt_role: str | None = None, batch_tokens: int = 32768
+    ) -> None:
+        check_positive(batch_tokens=batch_tokens)
+        self.path, self.dtype = expanduser(path), dtype
+        self.prompt_role, self.batch_tokens = prompt_role, batch_tokens
+        self.model: ScalarModel | None = None
+        self.shares_vocabulary = True
+
+    def identity(self) -> dict[str, Any]:
+        """What its folder or checkpoint holds, and how texts get into it."""
+        file = Path(self.path)
+        model = fingerprint(file) if file.is_file() else ModelSource(path=self.path, dtype=self.dtype)
+        return {"model": model, "dtype": self.dtype, "prompt_role": self.prompt_role}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Load the network; find out whose tokens it reads.
+
+        Raises:
+            ValueError: it can't be loaded, or has no embedding for a token of its own tokenizer.
+        """
+        super().prepare(tokenizer)
+        if self.model is None:
+            self.model = self.load().eval().requires_grad_(False)
+        own = self.model.tokenizer
+        check_rows(self.model.network, own, name="reward")
+        self.shares_vocabulary = own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab()
+
+    def load(self) -> ScalarModel:
+        """A new copy of the network: what a value network starts from."""
+        if Path(self.path).is_file():
+            tell_whole(self.path, "it is a checkpoint")
+            return load_checkpoint(self.path, dtype=self.dtype)
+        return ScalarModel.load(unread(ModelSource(path=self.path, dtype=self.dtype)), new_head=False)
+
+    @property
+    def is_learned(self) -> bool:
+        """True."""
+        return True
+
+    def networks(self) -> list[nn.Module]:
+        """The scalar model."""
+        return [] if self.model is None else [self.model]
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores at the last token of each response, (B,), float32.
+
+        Raises:
+            ValueError: the texts are too long, or it reads the policy's tokens and the prompts have none.
+        """
+        tokens, mask = rollout.tokens, rollout.attention_mask
+        if not self.shares_vocabulary:
+            tokens, mask = self.encode(rollout, rows)
+        else:
+            check_prompts(rollout, source=self.path)
+            tokens = self._as_taught(rollout, rows)
+        check_length(self.model.network, tokens.shape[1], limits="the data's `max_prompt_tokens` or `max_new_tokens`")
+        return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
+
+    def _scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """In batches of similar length, (B,); of a sharded model in one, for all processes must run as many."""
+        batches, found = batches_of(mask, tokens=self.batch_tokens), None
+        if self.model.blueprint is not None:
+            batches = [(torch.arange(len(mask), device=mask.device), slice(None))]
+        for rows, columns in batches:
+            real = mask[rows, columns]
+            part = score_at_end(self.model(tokens[rows, columns], real), real)
+            found = part.new_empty(len(mask)) if found is None else found
+            found[rows] = part
+        return found
+
+    def _as_taught(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """The rollout's tokens, each ended response with the end token that comparisons taught after such a prompt."""
+        own = self.model.tokenizer
+        if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
+            return rollout.tokens
+        encoder, policy = Encoder(own), Encoder(self.tokenizer)
+        tokens, width = rollout.tokens, rollout.prompt_width
+        last = (width + rollout.lengths - 1).unsqueeze(1)
+        ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
+        given = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
+        for i, (columns, length) in enumerate(given):
+            prompt = rows[i].get("prompt")
+            if ended[i] and prompt is not None:
+                plain = isinstance(prompt, str) and _given_as_it_is(prompt, columns[width - length :], policy)
+                ends[i] = encoder.end_after(prompt if plain else as_dialogue(prompt))
+        return tokens.scatter(1, last, tokens.new_tensor(ends).unsqueeze(1))
+
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
+        """Scores of text, (B,), each response taken as ended."""
+        tokens, mask = self._encode(prompts, responses, [True] * len(responses))
+        return self._scores(tokens, mask)
+
+    def encode(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Prompt and response in the reward model's own tokens, padded on the right: tokens and mask, (B, L)."""
+        return self._encode([row["prompt"] for row in rows], self.responses(rollout), rollout.ended.tolist())
+
+    def _encode(self, prompts: list[Any], responses: list[str], ended: list[bool]) -> tuple[Tensor, Tensor]:
+        encoder = Encoder(self.model.tokenizer, prompt_role=self.prompt_role)
+        device = next(self.model.parameters()).device
+        texts = []
+        for prompt, response, closed in zip(prompts, responses, ended, strict=True):
+            answer = list(encoder.response(response, prompt))
+            texts.append(torch.tensor(list(encoder.prompt(prompt)) + (answer if closed else answer[:-1])))
+        lengths = torch.tensor([len(text) for text in texts])
+        tokens = pad_sequence(texts, batch_first=True, padding_value=encoder.pad)
+        return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(device)
+
+
+def _given_as_it_is(prompt: str, tokens: list[int], encoder: Encoder) -> bool:
+    """Whether a prompt is plain text, and no message by the data's `prompt_role`."""
+    try:
+        return encoder.prompt(prompt).tolist() == tokens
+    except ValueError:  # as plain text it has no tokens
+        return False
+
+
+_NO_CHECKPOINT = (
+    "{} is no checkpoint of a RewardModule built from a ModelSource without adapter: export the model with "
+    "`RewardModule.save_pretrained(folder)` and give the folder"
+)
+_PLACE = ("path", "gguf_file", "attention")
+"""What of its source a checkpoint may say. Code of the model's own is never run on a checkpoint's word."""
+
+
+def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
+    """The scalar model inside a checkpoint of `RewardModule`.
+
+    Raises:
+        ValueError: the file is no checkpoint, belongs to another module, does not say which model it continues, or its
+            weights do not fit that model.
+    """
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{_NO_CHECKPOINT.format(path)} ({error})") from error
+    state = checkpoint["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    kept = checkpoint.get("rlhf")
+    source = kept.get("model") if isinstance(kept, dict) and "_extra_state" in weights else None
+    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+        raise ValueError(_NO_CHECKPOINT.format(path))
+    place = {name: source[name] for name in _PLACE if name in source}
+    model = ScalarModel.load(ModelSource(**place, dtype=dtype), new_head=True)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} do not fit the model in {source['path']}, which it says it continues: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    return model

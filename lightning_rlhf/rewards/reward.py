@@ -1,0 +1,235 @@
+"""Who scores a response: any function of text, any module on token ids, or a trained reward model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.models import ScalarModel, score_at_end
+from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.rewards.text import columns_of, decoded, wanted_by
+from lightning_rlhf.types import Rollout, Row
+
+
+class Scores(NamedTuple):
+    """What a reward says of a rollout.
+
+    Attributes:
+        total: r_φ(x, y), (B,), reward units.
+        parts: what it is made of, by name, (B,) each: for logs only.
+        raw: the total before shaping rules, (B,); None where none were applied.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    raw: Tensor | None = None
+
+
+class Reward(ABC):
+    """r_φ(x, y) of every response of a rollout."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The policy's tokenizer, once `prepare` ran."""
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Called once before training: build networks here.
+
+        Args:
+            tokenizer: the policy's; None where the policy was built without one.
+        """
+        self.tokenizer = tokenizer
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores, before `prepare`: a checkpoint is resumed by a run in which it is the same."""
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in public.items() if name != "tokenizer"}
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is, or is made of, a reward model, whose demonstrations have scores around 0."""
+        held = [value for x in vars(self).values() for value in (x.values() if isinstance(x, dict) else [x])]
+        return any(value.is_learned for value in held if isinstance(value, Reward))
+
+    def networks(self) -> list[nn.Module]:
+        """Frozen networks to move and cast with the module; they stay out of its checkpoints."""
+        return []
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores before any KL penalty, (B,), reward units.
+
+        Args:
+            rollout: B responses.
+            rows: the B raw records their prompts came from.
+        """
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """The scores with the parts they are made of; a reward in one piece has none."""
+        return Scores(self(rollout, rows), {})
+
+
+class TextReward(Reward):
+    """A reward of text: subclass it and write `score`."""
+
+    @abstractmethod
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
+        """One number per response.
+
+        Args:
+            prompts: text or messages, as in the data.
+            responses: text without special tokens.
+            columns: every other column of the records, by name; one called `prompts` or `responses` is left out.
+        """
+
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores, (B,), float32.
+
+        Raises:
+            ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
+            TypeError: `score` returned no numbers.
+        """
+        columns = columns_of(rows, but={"prompt", "prompts", "responses"})
+        scores = self.score([row.get("prompt") for row in rows], self.responses(rollout), **columns)
+        return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
+
+    def responses(self, rollout: Rollout) -> list[str]:
+        """The responses as text, special tokens left out.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self._name()} scores text, but there is no tokenizer: pass PPOModule(tokenizer=...)")
+        return decoded(rollout, self.tokenizer)
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+class FunctionReward(TextReward):
+    """A plain Python function `fn(prompts, responses, **columns)`.
+
+    Args:
+        fn: returns one number per response. It gets the columns it names, or all of them if it takes `**kwargs`.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        try:
+            self._wanted = wanted_by(fn)
+        except ValueError as error:
+            raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
+
+    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
+        """What the function returns."""
+        return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
+
+    def _name(self) -> str:
+        return getattr(self.fn, "__qualname__", type(self.fn).__name__)
+
+
+class ModuleReward(Reward):
+    """A module on the policy's token ids: `module(tokens, mask)` gives (B,) scores.
+
+    Args:
+        module: an `nn.Module`, for example a `RewardModule`; tokens are padded left and right, `mask` says which are
+            real. A transformers sequence-classification model is read at the last real token, whatever its padding id.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        module = ScalarModel(module) if isinstance(module, PreTrainedModel) or is_adapted(module) else module
+        self.module = module.eval().requires_grad_(False)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Build what a LightningModule builds late."""
+        super().prepare(tokenizer)
+        if isinstance(self.module, LightningModule):
+            self.module.configure_model()
+            self.module.eval().requires_grad_(False)
+
+    def networks(self) -> list[nn.Module]:
+        """The module."""
+        return [self.module]
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Scores, (B,), float32.
+
+        Raises:
+            ValueError: the module returned another shape, or something that is not finite; or prompts have no tokens.
+        """
+        check_prompts(rollout, source=type(self.module).__name__)
+        output = self.module(rollout.tokens, rollout.attention_mask)
+        scores = score_at_end(output, rollout.attention_mask) if isinstance(self.module, ScalarModel) else output
+        return checked_scores(scores, count=len(rollout), source=type(self.module).__name__)
+
+
+def check_prompts(rollout: Rollout, *, source: str) -> None:
+    """That the tokens are those of prompt and response.
+
+    Raises:
+        ValueError: there are none of the prompt, as where a log was read without a tokenizer.
+    """
+    if rollout.prompt_width == 0:
+        raise ValueError(
+            f"the reward {source} reads token ids, but those of the prompts are not known: name the policy's tokenizer"
+        )
+
+
+def checked_scores(scores: Any, *, count: int, source: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Scores as a float tensor (count,).
+
+    Args:
+        scores: what a reward returned.
+        count: how many are needed.
+        source: whose they are, for the error.
+        dtype: in which they will be used, where it is known: each must be finite in it.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: their count is not `count`, or one is NaN or infinite.
+    """
+    try:
+        values = torch.as_tensor(scores)
+        values = values if values.dtype == torch.float64 else values.float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the reward {source} must return {count} numbers: got {type(scores).__name__}: {str(scores)[:80]}"
+        ) from error
+    if values.shape != (count,):
+        raise ValueError(
+            f"the reward {source} must return one number per response: got {tuple(values.shape)} for {count}"
+        )
+    used = values if dtype is None else values.to(dtype)
+    if not used.isfinite().all():
+        first = int((~used.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"the reward {source} returned {values[first].item()} for response {first}: return numbers that are finite "
+            f"in {str(used.dtype).removeprefix('torch.')}"
+        )
+    return values
+
+
+def as_reward(reward: Reward | nn.Module | Callable[..., Any]) -> Reward:
+    """The reward itself, or the object that makes one of a module or a function.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, nn.Module):
+        return ModuleReward(reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(
+        f"`reward` must be a Reward, an nn.Module or a function fn(prompts, responses, **columns): "
+        f"got {type(reward).__name__}"
+    )

@@ -1,0 +1,88 @@
+"""A reward that must answer in time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lightning_rlhf.core.checks import check_positive
+from lightning_rlhf.rewards.reward import Reward, Scores, as_reward
+from lightning_rlhf.types import Rollout, Row
+
+
+class TimedReward(Reward):
+    """Any reward, ended with an error where it hangs.
+
+    By an alarm signal in the main thread, so that autocast and gradient modes are those of the caller. It rings again
+    each second, with what `except Exception` does not catch, until the reward ends; a call into C that never returns is
+    not ended. Not on Windows.
+
+    Args:
+        reward: what scores.
+        seconds: most wall time for one rollout of one process.
+    """
+
+    def __init__(self, reward: Reward | Callable[..., Any], seconds: float = 600.0) -> None:
+        check_positive(seconds=seconds)
+        if not hasattr(signal, "setitimer"):
+            raise ValueError("TimedReward needs alarm signals, which this system has not: use the reward without it")
+        self.reward, self.seconds = as_reward(reward), seconds
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """As the reward inside."""
+        super().prepare(tokenizer)
+        self.reward.prepare(tokenizer)
+
+    def networks(self) -> list[nn.Module]:
+        """Those of the reward inside."""
+        return self.reward.networks()
+
+    def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
+        """Its scores."""
+        return self.scored(rollout, rows).total
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """Its scores and their parts.
+
+        Raises:
+            TimeoutError: it took too long.
+        """
+        with _alarm(self.seconds, f"no answer within {self.seconds:g} s; raise `seconds`, or see what it waits for"):
+            return self.reward.scored(rollout, rows)
+
+
+AGAIN = 1.0
+"""Seconds from one ring to the next."""
+
+
+class _Ring(BaseException):
+    """Raised in the middle of a reward, past a loop of its own that tries again after any Exception."""
+
+
+@contextmanager
+def _alarm(seconds: float, message: str) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("TimedReward works in the main thread only: use the reward without it")
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _Ring
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    except _Ring:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)  # for it may have rung before the line above
+        raise TimeoutError(message) from None
+    finally:
+        signal.signal(signal.SIGALRM, before)
