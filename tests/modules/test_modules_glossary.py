@@ -1,4 +1,4 @@
-"""The glossary holds every key that is logged and no other, and README shows it."""
+"""The glossary holds every key that is logged and no other, and docs/metrics.md shows it."""
 
 from __future__ import annotations
 
@@ -137,8 +137,7 @@ def test_no_key_has_two_entries(logged):
     assert find("test/objective/kl") is None
 
 
-def test_readme_shows_the_glossary():
-    """To renew it, put what `lightning_rlhf.modules.glossary.table()` returns into README's "What is logged"."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("\n## What is logged\n")[1].split("\n## ")[0]
-    assert table() in section
+def test_page_shows_the_glossary():
+    """To renew it, put what `lightning_rlhf.modules.glossary.table()` returns into docs/metrics.md."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert table() in page
