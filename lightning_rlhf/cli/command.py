@@ -21,6 +21,7 @@ import lightning_rlhf.modules
 import lightning_rlhf.rewards
 import lightning_rlhf.rollout
 from lightning_rlhf.callbacks import PredictionWriter
+from lightning_rlhf.cli.configs import with_paths
 from lightning_rlhf.cli.consent import objection
 from lightning_rlhf.cli.documents import load, replaced_callbacks
 from lightning_rlhf.cli.parser import Parser
@@ -93,7 +94,10 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what only a flag may say (`consent`)."""
-        gone = replaced_callbacks(self._given)
+        try:
+            gone = replaced_callbacks(with_paths(self._given))
+        except ValueError as error:
+            parser.error(str(error))
         if gone:
             logger.warning(
                 "a later config's `trainer.callbacks` replaces those of the one before: %s will not run; write "

@@ -8,7 +8,11 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-TOOLS = {"report": "lightning_rlhf.report.command", "rescore": "lightning_rlhf.cli.rescore"}
+TOOLS = {
+    "configs": "lightning_rlhf.cli.configs",
+    "report": "lightning_rlhf.report.command",
+    "rescore": "lightning_rlhf.cli.rescore",
+}
 """Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_rlhf.cli.configs import with_paths
 from lightning_rlhf.cli.failure import TRACEBACK, one_line
 from lightning_rlhf.core import Algorithm
 
@@ -39,6 +41,16 @@ class Defaults(Namespace):
 
 class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence, without the usage in front and the parsed config behind."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:
+        """Parse, with shipped configs by their names."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            try:
+                words = with_paths(words)
+            except ValueError as error:
+                self.error(str(error))
+        return super().parse_args(words, *rest, **options)
 
     _of_algorithm = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_wrong_argument_is_found_by_mypy(tmp_path: Path) -> None:
     lines = ["from lightning_rlhf import GRPO, PPOModule", right, right.replace("beta", "betta"), "reveal_type(module)"]
     (tmp_path / "script.py").write_text("\n".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = os.environ | {"MYPYPATH": str(PACKAGE.parent)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert 'script.py:3: error: Unexpected keyword argument "betta" for "GRPO"' in done.stdout
     assert "script.py:2: error" not in done.stdout
     assert 'Revealed type is "lightning_rlhf.modules.ppo.PPOModule"' in done.stdout

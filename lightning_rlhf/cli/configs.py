@@ -1,0 +1,98 @@
+"""The shipped configs by name: `--config grpo`, and `lightning-rlhf configs` to list and print them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+FLAGS = ("--config", "-c")
+CLONE = Path(__file__).parents[2] / "configs"
+"""Where they are in a clone; an installed wheel has them below its environment's `share/`."""
+
+
+def shipped() -> dict[str, Path]:
+    """Paths of the shipped configs by name, those of strategies as `strategy/NAME`."""
+    paths = sorted(CLONE.rglob("*.yaml")) or _installed()
+    return {path.relative_to(_root(path)).with_suffix("").as_posix(): path for path in paths}
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """A command line with the path of each shipped config in place of its name; a file of that name wins.
+
+    Raises:
+        ValueError: a config is no file, and none of that name is shipped.
+    """
+    found = []
+    before = ""
+    for word in arguments:
+        flag, sign, value = word.partition("=")
+        if flag in FLAGS and sign:
+            word = f"{flag}={path_of(value)}"
+        elif before in FLAGS:
+            word = path_of(word)
+        found.append(word)
+        before = word
+    return found
+
+
+def path_of(config: str) -> str:
+    """A config's path; one with a suffix, or that is there, stays as it is.
+
+    Raises:
+        ValueError: it is no file, and none of that name is shipped.
+    """
+    if Path(config).expanduser().exists() or not config.replace("/", "").replace("_", "").isalnum():
+        return config
+    known = shipped()
+    if config in known:
+        return str(known[config])
+    near = get_close_matches(config, known, n=2) or [name for name in known if name.endswith(f"/{config}")]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lightning-rlhf configs` lists them"
+    raise ValueError(f"`--config`: there is no file {config}, and no shipped config of that name: {hint}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """List the shipped configs, or print one.
+
+    Raises:
+        SystemExit: there is none of that name.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-rlhf configs",
+        description="List the shipped configs, or print one to start your own from.",
+        epilog="lightning-rlhf configs grpo > mine.yaml",
+    )
+    parser.add_argument("name", nargs="?", help="of the config to print")
+    name = parser.parse_args(arguments).name
+    known = shipped()
+    if name is None:
+        width = max(map(len, known))
+        print("\n".join(f"{each:{width}}  {_first_sentence(path)}" for each, path in known.items()))
+    elif name in known:
+        print(known[name].read_text(encoding="utf-8"), end="")
+    else:
+        near = get_close_matches(name, known, n=2)
+        parser.error(f"there is no config {name}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+
+
+def _installed() -> list[Path]:
+    try:
+        recorded = files("lightning-rlhf") or []
+    except PackageNotFoundError:
+        return []
+    mine = [file for file in recorded if "share/lightning_rlhf/configs/" in file.as_posix()]
+    return sorted(Path(str(file.locate())).resolve() for file in mine)
+
+
+def _root(path: Path) -> Path:
+    """The folder `configs` that a config lies in."""
+    return path.parent.parent if path.parent.name == "strategy" else path.parent
+
+
+def _first_sentence(path: Path) -> str:
+    """What stands in the first comment up to its end or first semicolon."""
+    first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return first.rstrip(".")
