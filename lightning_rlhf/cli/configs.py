@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 FLAGS = ("--config", "-c")
-CLONE = Path(__file__).parents[2] / "configs"
-"""Where they are in a clone; an installed wheel has them below its environment's `share/`."""
+PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+"""Where they are: in the package, which links to those of a clone, or in a clone whose links were not made."""
 
 
 def shipped() -> dict[str, Path]:
     """Paths of the shipped configs by name, those of strategies as `strategy/NAME`."""
-    paths = sorted(CLONE.rglob("*.yaml")) or _installed()
-    return {path.relative_to(_root(path)).with_suffix("").as_posix(): path for path in paths}
+    folder = next((place for place in PLACES if place.is_dir()), PLACES[0])
+    paths = sorted([*folder.glob("*.yaml"), *folder.glob("strategy/*.yaml")])
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
@@ -76,20 +76,6 @@ def main(arguments: Sequence[str]) -> None:
     else:
         near = get_close_matches(name, known, n=2)
         parser.error(f"there is no config {name}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-
-
-def _installed() -> list[Path]:
-    try:
-        recorded = files("lightning-rlhf") or []
-    except PackageNotFoundError:
-        return []
-    mine = [file for file in recorded if "share/lightning_rlhf/configs/" in file.as_posix()]
-    return sorted(Path(str(file.locate())).resolve() for file in mine)
-
-
-def _root(path: Path) -> Path:
-    """The folder `configs` that a config lies in."""
-    return path.parent.parent if path.parent.name == "strategy" else path.parent
 
 
 def _first_sentence(path: Path) -> str:

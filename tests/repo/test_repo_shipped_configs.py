@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +20,23 @@ def test_every_config_has_a_name() -> None:
 
 
 def test_every_config_is_in_the_wheel() -> None:
+    """A link in the package leads to them, and the package's data name them; a copy could come to differ."""
+    link = ROOT / "lightning_rlhf" / "configs"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "configs"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = project["tool"]["setuptools"]["data-files"]
-    for path in ROOT.glob("configs/**/*.yaml"):
-        name = path.relative_to(ROOT).as_posix()
-        (target,) = (
-            folder
-            for folder, globs in patterns.items()
-            for each in globs
-            if fnmatch(name, each) and name.count("/") == each.count("/")
-        )
-        assert f"{target}/{path.name}" == f"share/lightning_rlhf/{name}"
+    patterns = project["tool"]["setuptools"]["package-data"]["lightning_rlhf"]
+    packed = {path.resolve() for pattern in patterns for path in (ROOT / "lightning_rlhf").glob(pattern)}
+    assert packed >= {path.resolve() for path in ROOT.glob("configs/**/*.yaml")}
 
 
-def test_installed_configs_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the record of an installed wheel names them, below the environment."""
-    share = tmp_path / "share" / "lightning_rlhf" / "configs"
-    (share / "strategy").mkdir(parents=True)
-    for name in ("grpo", "strategy/ddp"):
-        (share / f"{name}.yaml").write_text("# A method.\n", encoding="utf-8")
-
-    class Recorded:
-        def __init__(self, path: Path) -> None:
-            self.path = path
-
-        def as_posix(self) -> str:
-            return "../../../" + self.path.relative_to(tmp_path).as_posix()
-
-        def locate(self) -> Path:
-            return self.path
-
-    recorded = [Recorded(path) for path in (*share.rglob("*.yaml"), tmp_path / "lightning_rlhf" / "types.py")]
-    monkeypatch.setattr(configs, "CLONE", tmp_path / "nowhere")
-    monkeypatch.setattr(configs, "files", lambda name: recorded)
-    assert configs.shipped() == {"grpo": share / "grpo.yaml", "strategy/ddp": share / "strategy" / "ddp.yaml"}
+def test_clone_without_links_has_them_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(configs, "PLACES", (tmp_path / "nowhere", ROOT / "configs"))
+    assert configs.shipped()["grpo"] == ROOT / "configs" / "grpo.yaml"
 
 
 def test_a_file_of_the_name_wins(workplace: Path) -> None:
-    assert configs.path_of("grpo") == str(ROOT / "configs" / "grpo.yaml")
+    assert Path(configs.path_of("grpo")).samefile(ROOT / "configs" / "grpo.yaml")
     Path("grpo").write_text("trainer: {}", encoding="utf-8")
     assert configs.path_of("grpo") == "grpo"
     assert configs.path_of("configs/none.yaml") == "configs/none.yaml"  # the parser says that it is not there
