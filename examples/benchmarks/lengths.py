@@ -61,7 +61,7 @@ def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     def rollout(repeat: int) -> Tensor:
         names = {"seed": 0, "stream": "lengths", "iteration": repeat}
         uniforms = row_uniforms(**names, rows=range(chosen.rows), length=work.tokens)
-        return sampler(batch, uniforms).response.sum(1)
+        return sampler(batch, uniforms).response_mask.sum(1)
 
     return rollout
 

@@ -48,7 +48,7 @@ def timed(sampler: Sampler, batch: PromptBatch, uniforms: torch.Tensor) -> Row:
     """Both ends wait for the GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    response = sampler(batch, uniforms, samples=2).response
+    response = sampler(batch, uniforms, samples=2).response_mask
     torch.cuda.synchronize()
     seconds, tokens = time.perf_counter() - start, int(response.sum())
     return {

@@ -144,7 +144,7 @@ class Learner:
 
     def credit(self, drawn: Drawn) -> Tensor:
         """A = r - beta log(pi_old/pi_SFT) - baseline, (S, B), by the library; the baselines take in their seed."""
-        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response_mask)
+        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response)
         scores, kl_ref = self.bandit.scores[place], drawn.logp - self.bandit.logp_ref[place]
         found, groups = [], torch.arange(scores.shape[1]) // self.run.group
         for seed, estimator in enumerate(self.advantages):
@@ -158,7 +158,7 @@ class Learner:
 
     def loss(self, drawn: Drawn, advantages: Tensor) -> Tensor:
         """Sum over the seeds of the mean over their responses: what one seed's parameters see is its own mean."""
-        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response_mask)
+        place = (torch.arange(len(self.logits)).unsqueeze(1), drawn.prompt, drawn.response)
         log_ratio = self.logp[place] - drawn.logp
         alike = all(surrogate == self.surrogates[0] for surrogate in self.surrogates)
         if alike:
@@ -177,11 +177,11 @@ class Learner:
         old = self.logp.detach()
         drawn = roll_out(old, self.run.samples, self.generator)
         advantages = self.credit(drawn)
-        for index in self.minibatches(drawn.response_mask.shape[1]):
+        for index in self.minibatches(drawn.response.shape[1]):
             self.optimizer.zero_grad()
             self.loss(Drawn(*(x[:, index] for x in drawn)), advantages[:, index]).backward()
             self.optimizer.step()
-        place = (torch.arange(len(old)).unsqueeze(1), drawn.prompt, drawn.response_mask)
+        place = (torch.arange(len(old)).unsqueeze(1), drawn.prompt, drawn.response)
         estimates = (drawn.weight * k3(drawn.logp - self.logp.detach()[place])).mean(1)
         pairs = zip(self.surrogates, estimates.tolist(), strict=True)
         self.surrogates = [surrogate.adapted(estimate) for surrogate, estimate in pairs]

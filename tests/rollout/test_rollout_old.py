@@ -67,4 +67,4 @@ def test_sources_give_the_tokens_their_logprobs(make_rollout):
     live = UpdateLogprobs()(rollout, None, measure)
     assert live.logprobs.tolist() == [[2.0, 2.0, 2.0]]
     assert not live.logprobs.requires_grad
-    assert torch.autograd.grad(live.live.sum(), weight)[0] == 3.0
+    assert torch.autograd.grad(live.logprobs_with_grad.sum(), weight)[0] == 3.0
