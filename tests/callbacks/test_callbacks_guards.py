@@ -18,7 +18,7 @@ from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, Roll
 from lightning_rlhf.core import AdaptiveKL, ConstantSchedule, FixedKL
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.rewards import TimedReward
+from lightning_rlhf.rewards import Reward, TimedReward
 from lightning_rlhf.rewards.errors import RewardError, scored_or_told
 from lightning_rlhf.rollout import UpdateSchedule
 
@@ -282,3 +282,18 @@ def test_reward_that_fails_elsewhere_fails_here(fit, token_reward, left_padded):
     rollout = module.responder.respond(left_padded(RAGGED), samples=1, stream="eval", iteration=0)
     with pytest.raises(RewardError, match="rollout 7: the reward failed on another process"):
         scored_or_told(token_reward(), rollout, [{}] * 4, agreed=lambda fine: False, iteration=7)
+
+
+def test_half_of_a_surrogate_pair_is_kept_with_what_failed(fit, left_padded, tmp_path, monkeypatch):
+    """As a tokenizer may write it of a cut character: what was asked is readable, and the error is the reward's."""
+    monkeypatch.chdir(tmp_path)
+
+    class Fails(Reward):
+        def __call__(self, rollout, rows):
+            raise KeyError("answer")
+
+    rollout = fit(1).responder.respond(left_padded(RAGGED), samples=1, stream="eval", iteration=0)
+    with pytest.raises(RewardError, match="the reward failed with KeyError: 'answer'"):
+        scored_or_told(Fails(), rollout, [{"prompt": "a\ud83d"}] * 4, agreed=lambda fine: fine, iteration=7)
+    (path,) = Path("failed-rewards").glob("rollout-7.*.jsonl")
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4

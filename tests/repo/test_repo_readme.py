@@ -23,6 +23,7 @@ import pytest
 from pages import Block, Command, blocks, pages
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.cli.configs import path_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in pages(ROOT) if blocks(path.read_text(encoding="utf-8"), path.name)]
@@ -94,7 +95,7 @@ def smaller(command: Command, tiny: Any) -> list[str]:
     if command.words[1] not in TRAINER:
         return []
     config = command.words[command.words.index("--config") + 1]
-    return tiny.small(ROOT / config)
+    return tiny.small(Path(path_of(config)).resolve() if (ROOT / config).suffix == "" else ROOT / config)
 
 
 def run_yaml(block: Block) -> None:
