@@ -41,7 +41,7 @@ def fit(config: str, overlay: str, *flags: str) -> None:
 def sample_comparisons() -> None:
     """K responses of the SFT model to each of the first prompts, ranked by the labeler."""
     from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, PromptDataModule, SamplingParams
-    from lightning_rlhf.rollout import Sampler, row_uniforms
+    from lightning_rlhf.engines import Sampler, row_uniforms
 
     source = ModelSource(path=str(RUN / "sft"), attention="eager")
     policy = PolicyModel(source.causal_lm(), source.tokenizer())

@@ -7,6 +7,8 @@ import inspect
 import os
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,20 @@ def test_wrong_argument_is_found_by_mypy(tmp_path: Path) -> None:
     assert 'script.py:3: error: Unexpected keyword argument "betta" for "GRPO"' in done.stdout
     assert "script.py:2: error" not in done.stdout
     assert 'Revealed type is "lightning_rlhf.modules.ppo.PPOModule"' in done.stdout
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """Names that a file takes from this library, also inside functions."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    taken = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module and node.level == 0]
+    own = [node for node in taken if node.module.split(".")[0] == "lightning_rlhf"]
+    return [(node.module, name.name) for node in own for name in node.names]
+
+
+@pytest.mark.parametrize("folder", ["lightning_rlhf", "examples", "docs"])
+def test_every_import_finds_its_name(folder: str) -> None:
+    """An import inside a function fails only when it is called, which may be after an hour of training."""
+    for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        for module, name in imports(path):
+            found = hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
+            assert found, f"{path.relative_to(PACKAGE.parent)} takes {name} from {module}, which has none"
