@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.core.checks import MOST
 from lightning_rlhf.core.settings import accept_differences
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
 from lightning_rlhf.data.loader import ResumableLoader, make_loader
 from lightning_rlhf.data.records import Located
@@ -22,7 +22,7 @@ from lightning_rlhf.data.sources import Source, read_records
 from lightning_rlhf.data.stream import JointStream, Stream
 from lightning_rlhf.text import Encoder, load_tokenizer
 
-Reader = Callable[[Sequence[Located], Encoder, ColumnNames, Tally], Sequence[Any]]
+Reader = Callable[[Sequence[Located], Encoder, ColumnNames, DropReport], Sequence[Any]]
 Collate = Callable[..., Any]
 TOKENS = "tokens, as the chat template writes them today"
 """Key of the digest that changes with a template, the date in it, or a limit on lengths."""
@@ -66,7 +66,7 @@ class TextDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
         self.num_workers = at_least(0, most=1024, num_workers=num_workers)
         self.seed = seed
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, DropReport] = {}
         self._encoder: Encoder | None = None
         self._examples: dict[str, Sequence[Any]] = {}
         self._digests: dict[str, dict[str, str]] = {}
@@ -115,7 +115,7 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"{type(self).__name__} needs `{name}` for this: pass {name}=<path of a JSONL file>")
         if source is None or name in self._examples:
             return
-        tally = Tally(name=name, limit_name=limit, limit=getattr(self, limit))
+        tally = DropReport(name=name, limit_name=limit, limit=getattr(self, limit))
         records = HashedRecords(read_records(source))
         self._examples[name] = read(records, self.encoder, self.columns, tally)
         self.tallies[name] = tally

@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Tally:
+class DropReport:
     """What became of the rows of one set of files.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_rlhf.data.arguments import template_arguments
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import Answer
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Located
@@ -70,7 +70,7 @@ class ComparisonExample:
 
 
 def prompt_examples(
-    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
 ) -> list[PromptExample]:
     """The prompts of the records that fit `tally.limit` tokens.
 
@@ -93,7 +93,12 @@ def prompt_examples(
 
 
 def demonstration_examples(
-    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally, *, loss_on_prompt: bool = False
+    records: Sequence[Located],
+    encoder: Encoder,
+    columns: ColumnNames,
+    tally: DropReport,
+    *,
+    loss_on_prompt: bool = False,
 ) -> list[TextExample]:
     """Prompt + response + end token, or a document to be predicted whole, of the records that fit `tally.limit` tokens.
 
@@ -124,7 +129,7 @@ def demonstration_examples(
 
 
 def comparison_examples(
-    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
 ) -> list[ComparisonExample]:
     """The rankings of the records, without responses over `tally.limit` tokens (prompt and end token included).
 
@@ -165,7 +170,7 @@ def pretraining_blocks(
     return [TextExample(tokens, context=1) for tokens in blocks if len(tokens) >= 2]
 
 
-def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Tally) -> TextExample | None:
+def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: DropReport) -> TextExample | None:
     if is_document(row, columns):
         text = text_of(row, columns)
         if tally.exceeded(encoder, text):
@@ -180,7 +185,7 @@ def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Tall
 
 
 def _exchange(
-    prompt: Prompt, answer: Answer, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally
+    prompt: Prompt, answer: Answer, arguments: Mapping[str, Any], encoder: Encoder, tally: DropReport
 ) -> Exchange | None:
     """Prompt and answer as tokens, or None where they are too long to be tokenized."""
     if tally.exceeded(encoder, prompt, answer):
@@ -190,7 +195,9 @@ def _exchange(
     return exchange
 
 
-def _comparison(ranking: Ranking, arguments: Mapping[str, Any], encoder: Encoder, tally: Tally) -> ComparisonExample:
+def _comparison(
+    ranking: Ranking, arguments: Mapping[str, Any], encoder: Encoder, tally: DropReport
+) -> ComparisonExample:
     exchanges = [_exchange(ranking.prompt, answer, arguments, encoder, tally) for answer in ranking.responses]
     texts = [array("i") if exchange is None else exchange.prompt + exchange.response for exchange in exchanges]
     kept = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]

@@ -12,7 +12,7 @@ from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import TextDataModule, at_least
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
 from lightning_rlhf.data.loader import ResumableLoader
 from lightning_rlhf.data.records import Located
@@ -154,6 +154,6 @@ class PromptDataModule(TextDataModule):
         self.load(name, self._blocks, limit="text_tokens")
 
     def _blocks(
-        self, records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: Tally
+        self, records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
     ) -> list[TextExample]:
         return pretraining_blocks(records, encoder, columns, block=tally.limit)

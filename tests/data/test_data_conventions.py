@@ -8,7 +8,7 @@ import pytest
 
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.dialogues import shared_messages, shared_text
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
@@ -31,7 +31,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def examples(read: Any, row: dict[str, Any], tokenizer: Any) -> list[Any]:
-    tally = Tally(name="train", limit_name="max_tokens", limit=99)
+    tally = DropReport(name="train", limit_name="max_tokens", limit=99)
     return read([Record(row, "f.jsonl", 1)], Encoder(tokenizer), DEFAULT, tally)
 
 

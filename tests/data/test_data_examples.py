@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import (
     comparison_examples,
     demonstration_examples,
@@ -23,8 +23,8 @@ def records(*rows: dict[str, Any]) -> list[Record]:
     return [Record(row, "f.jsonl", line) for line, row in enumerate(rows, start=1)]
 
 
-def tally(limit: int = 100, name: str = "train") -> Tally:
-    return Tally(name=name, limit_name="max_tokens", limit=limit)
+def tally(limit: int = 100, name: str = "train") -> DropReport:
+    return DropReport(name=name, limit_name="max_tokens", limit=limit)
 
 
 def test_prompts_over_the_limit_are_dropped_and_counted(plain: Any, caplog: pytest.LogCaptureFixture) -> None:

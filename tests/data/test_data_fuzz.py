@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import (
     ComparisonExample,
     PromptExample,
@@ -59,8 +59,8 @@ READERS = [prompt_examples, demonstration_examples, comparison_examples]
 TOKENS = st.lists(st.integers(0, 35), min_size=2, max_size=7).map(lambda ids: array("i", ids))
 
 
-def tally() -> Tally:
-    return Tally(name="train", limit_name="max_tokens", limit=8)
+def tally() -> DropReport:
+    return DropReport(name="train", limit_name="max_tokens", limit=8)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=SHARED)

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_rlhf.data import DemonstrationDataModule, PromptDataModule
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.drop_report import Tally
+from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
 from lightning_rlhf.data.records import Record
 from lightning_rlhf.text import Encoder
@@ -26,7 +26,7 @@ def said(content: str | None = "b", **keys: Any) -> dict[str, Any]:
 
 
 def read(reader: Any, row: dict[str, Any], tokenizer: Any, **arguments: Any) -> Any:
-    tally = Tally(name="train", limit_name="max_tokens", limit=99)
+    tally = DropReport(name="train", limit_name="max_tokens", limit=99)
     (example,) = reader([Record(row, "f.jsonl", 7)], Encoder(tokenizer, **arguments), ColumnNames(), tally)
     return example
 
