@@ -73,13 +73,14 @@ class GradientNorms(Callback):
         if texts is None or not step:  # NonFiniteGuard took them
             return
         policy = [p for p in pl_module.policy.parameters() if p in step]
-        whole = [step[p].clone() for p in policy]  # replicas may write the next gradient where the last one is
+        copies = trainer.world_size > 1  # replicas may write the next gradient where the last one is
+        whole = [step[p].clone() if copies else step[p] for p in policy]
         ptx = _gradient(trainer, pl_module, optimizer, self._share(pl_module, texts))
-        parts = {p: ptx.get(p, torch.zeros_like(p)) for p in policy}
+        parts = [ptx[p] if p in ptx else torch.zeros_like(p) for p in policy]
         for p, gradient in (step | dict(zip(policy, whole, strict=True))).items():
             p.grad = gradient
-        texts_norm = _norm(list(parts.values()))
-        rest_norm = _norm([a - b for a, b in zip(whole, parts.values(), strict=True)])
+        texts_norm = _norm(parts)
+        rest_norm = _norm([part.sub_(all_of_it) for part, all_of_it in zip(parts, whole, strict=True)])
         norms = dict(zip(NORMS, (rest_norm, texts_norm, texts_norm / rest_norm), strict=True))
         pl_module.log_dict(norms, batch_size=1)
 
@@ -105,9 +106,9 @@ def _gradient(
             pl_module.manual_backward(loss * trainer.world_size)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else scaler.get_scale()
-    found = {p: p.grad / scale for p in pl_module.policy.parameters() if p.grad is not None}
+    gradients = {p: p.grad.div_(scale) for p in pl_module.policy.parameters() if p.grad is not None}
     mean = trainer.strategy.reduce  # shards were reduced as they were made
-    return {p: g if isinstance(g, DTensor) else mean(g, reduce_op="mean") for p, g in found.items()}
+    return {p: g if isinstance(g, DTensor) else mean(g, reduce_op="mean") for p, g in gradients.items()}
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
