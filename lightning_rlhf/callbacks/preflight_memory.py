@@ -141,7 +141,8 @@ def _of_callbacks(trainer: Trainer, module: Any) -> dict[str, int]:
         if isinstance(callback, EMA):
             found["EMA"] = sum(p.numel() * max(p.element_size(), 4) for p in trained)
         elif isinstance(callback, GradientNorms) and module.algorithm.ptx_coef:
-            found["GradientNorms"] = MEASUREMENT * sum(p.numel() * p.element_size() for p in trained)
+            copies = MEASUREMENT if trainer.world_size > 1 else 1  # one process copies none of the step's gradients
+            found["GradientNorms"] = copies * sum(p.numel() * p.element_size() for p in trained)
     return found
 
 

@@ -20,12 +20,12 @@ def shipped() -> dict[str, Path]:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """A command line with the path of each shipped config in place of its name; a file of that name wins.
+    """Replace the names of shipped configs on a command line by their paths; an existing file of that name wins.
 
     Raises:
         ValueError: a config is no file, and none of that name is shipped.
     """
-    found = []
+    words = []
     before = ""
     for word in arguments:
         flag, sign, value = word.partition("=")
@@ -33,13 +33,13 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
             word = f"{flag}={path_of(value)}"
         elif before in FLAGS:
             word = path_of(word)
-        found.append(word)
+        words.append(word)
         before = word
-    return found
+    return words
 
 
 def path_of(config: str) -> str:
-    """A config's path; one with a suffix, or that is there, stays as it is.
+    """Path of a config: of a shipped one by its name; an existing file and a name with a suffix stay as they are.
 
     Raises:
         ValueError: it is no file, and none of that name is shipped.
@@ -79,6 +79,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _first_sentence(path: Path) -> str:
-    """What stands in the first comment up to its end or first semicolon."""
+    """First line of the header comment."""
     first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     return first.rstrip(".")

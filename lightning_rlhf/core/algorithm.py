@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -95,8 +95,12 @@ class Algorithm(Adaptive):
         """Whether a value network must be trained."""
         return self.advantage.needs_value
 
+    def identity(self) -> dict[str, Any]:
+        """Fields by name, β as its controller, so that a number and `FixedKL` of it are one setting of a run."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"beta": self.kl}
+
     def for_run(self, *, learned_reward: bool, max_new_tokens: int) -> Self:
-        """The algorithm with what it leaves to the run: the shaping of the score, and lengths that are the longest.
+        """Fill in the shaping, the lengths and the value loss that were left to the run.
 
         −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
 

@@ -41,7 +41,7 @@ class Ranks:
         return x if self.world == 1 else self._module.trainer.strategy.reduce(x, reduce_op="sum")
 
     def all(self, decision: bool) -> bool:
-        """Whether all processes say yes."""
+        """True if the decision of every process is True."""
         return not self.sum(torch.tensor(float(not decision), device=self.device))
 
     def largest(self, count: int) -> int:
@@ -68,10 +68,10 @@ class Ranks:
 
 
 def in_order(ranks: Ranks, batches: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor] | None:
-    """Columns of the rows of all processes, in the order of their places; None if nobody has a row.
+    """Gather the rows of all processes, sorted by place; None if no process has a row.
 
     Args:
-        ranks: which must call this with as many batches and the same columns; a batch may be empty.
+        ranks: the processes, which must all call this with as many batches and the same columns; a batch may be empty.
         batches: the places of b rows, (b,), and their columns by name, (b, …) each, on the CPU.
     """
     if not batches:

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.distributed.zero import modules_left_whole, stage_3_of, strategy_of
 from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.models.meta import expect_shards, expect_whole, settle
@@ -77,4 +77,4 @@ def most_passes(module: LightningModule, count: int) -> int:
     """
     if not is_sharded(module) and not isinstance(strategy_of(module), DeepSpeedStrategy):
         return count
-    return int(module.trainer.strategy.reduce(torch.tensor(count, device=module.device), reduce_op="max"))
+    return Ranks(module).largest(count)

@@ -47,7 +47,7 @@ class SamplingParams:
             )
 
     def for_groups(self, needs_group: bool) -> Self:
-        """The same with `samples_per_prompt` chosen where it was not.
+        """Fill in `samples_per_prompt` if it is None.
 
         Args:
             needs_group: whether the responses to one prompt are compared.

@@ -26,11 +26,10 @@ class Evaluation:
     def __init__(self, evaluators: Sequence[Evaluator] = ()) -> None:
         self.panel = Panel(evaluators)
         self._metrics = MeanMetrics()
-        self._texts = MeanMetrics()
 
     def begin(self, responder: Responder) -> None:
         """Forget what an interrupted evaluation took in."""
-        self._metrics = self._texts = MeanMetrics()
+        self._metrics = MeanMetrics()
         self.panel.begin(responder)
 
     @torch.no_grad()
@@ -38,7 +37,7 @@ class Evaluation:
         """Take in a batch of prompts, or of texts; returns what the prompts gave."""
         if isinstance(batch, TextBatch):
             logprobs = responder.collector.policy.text_logprobs(batch)
-            self._texts += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
+            self._metrics += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
             self.panel.texts(responder, batch, batch_idx, logprobs)
             return None
         rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
@@ -54,7 +53,7 @@ class Evaluation:
             responder: whose processes.
             remember: whether evaluators that adapt do so, as between the validations of a run.
         """
-        means = (self._metrics + self._texts).means(responder.ranks.sum)
+        means = self._metrics.means(responder.ranks.sum)
         return means | self.panel.conclude(responder.ranks, remember=remember)
 
     @torch.no_grad()

@@ -36,13 +36,13 @@ def scored_or_told(
     Raises:
         RewardError: it failed here or on another process.
     """
-    problem: Exception | None = None
-    try:
+
+    def score() -> Scores:
         total, parts, *_ = reward.scored(rollout, rows)
         name, trained_in = type(reward).__name__, rollout.logprobs.dtype
-        scores = Scores(checked_scores(total, count=len(rollout), source=name, dtype=trained_in), parts)
-    except Exception as error:
-        problem = error
+        return Scores(checked_scores(total, count=len(rollout), source=name, dtype=trained_in), parts)
+
+    scores, problem = _attempt(score)
     if agreed(problem is None):
         return scores
     if problem is None:
@@ -82,13 +82,17 @@ def on_all(call: Callable[[], T], *, agreed: Callable[[bool], bool], what: str) 
     Raises:
         ValueError: it failed here or on another process.
     """
-    problem: Exception | None = None
-    try:
-        result = call()
-    except Exception as error:
-        problem = error
+    result, problem = _attempt(call)
     if agreed(problem is None):
         return result
     if problem is None:
         raise ValueError(f"{what} failed on another process, which says more")
     raise ValueError(f"{what} failed with {type(problem).__name__}: {problem}") from problem
+
+
+def _attempt(call: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
+    """The result of a call, or the exception it raised."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error

@@ -127,7 +127,7 @@ def test_passes_are_agreed_on_only_where_a_pass_needs_all(sharded, most):
         assert (int(count), reduce_op) == (3, "max")
         return torch.tensor(7)  # of another process
 
-    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce), world_size=2)
     mesh = object() if sharded else None
     module = SimpleNamespace(device_mesh=mesh, device="cpu", trainer=trainer, _trainer=trainer)
     assert most_passes(module, 3) == most
