@@ -44,6 +44,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_seed_of_an_earlier_test() -> Iterator[None]:
+    """Lightning's `seed_everything` leaves the seed in the environment, from which our seeds are taken."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
 END = 0
 LETTERS = {letter: 10 + place for place, letter in enumerate(string.ascii_lowercase)}  # a is 10, …, z is 35
 SPECIAL = {"</s>": 0, "<s>": 1, "<unk>": 2, "<|im_start|>": 3, "<|im_end|>": 4, "user": 5, "assistant": 6, "system": 7}

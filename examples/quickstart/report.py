@@ -53,7 +53,7 @@ def report(run: Path, before: dict, after: dict, seconds: dict[str, float]) -> N
     rows = table(before, after)
     gains = [a - b for a, b in zip(sentiment(after), sentiment(before), strict=True)]
     error = stdev(gains) / math.sqrt(len(gains))
-    accuracy = series(run / "logs/reward", "eval/accuracy")[-1]
+    accuracy = series(run / "reward", "eval/accuracy")[-1]
     print(f"\n{'held-out prompts: ' + str(len(gains)):36s} {'before':>9s} {'after':>9s} {'change':>9s}")
     for name, first, last in rows:
         print(f"{name:36s} {first:9.3f} {last:9.3f} {last - first:+9.3f}")
@@ -70,6 +70,7 @@ def report(run: Path, before: dict, after: dict, seconds: dict[str, float]) -> N
     plot_learning(run)
     plot_sentiment(run, before, after)
     print(f"\nsummary.csv, learning.png, sentiment.png and the responses are in {run}")
+    print(f"to read the samples and the curves of all stages: lightning-rlhf report {run}")
 
 
 def print_pairs(before: dict, after: dict, count: int = 5) -> None:
@@ -94,7 +95,7 @@ def plot_learning(run: Path) -> None:
     }
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
-        values = series(run / "logs/ppo", name)
+        values = series(run / "ppo", name)
         axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("rollout")

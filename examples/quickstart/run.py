@@ -43,7 +43,7 @@ def sample_comparisons() -> None:
     from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, PromptDataModule, SamplingParams
     from lightning_rlhf.engines import Sampler, row_uniforms
 
-    source = ModelSource(path=str(RUN / "sft"), attention="eager")
+    source = ModelSource(path=str(RUN / "sft/model"), attention="eager")
     policy = PolicyModel(source.causal_lm(), source.tokenizer())
     sampler = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16"))
     prompts = str(RUN / "data/prompts_train.jsonl")
@@ -64,15 +64,8 @@ def sample_comparisons() -> None:
 
 def measure(name: str, policy: str) -> dict:
     """Responses to the held-out prompts, and the held-out pretraining loss."""
-    common = [
-        "--config",
-        str(CONFIGS / "ppo_ptx.yaml"),
-        "--config",
-        str(HERE / "ppo.yaml"),
-        "--trainer.logger",
-        "false",
-    ]
-    common += ["--trainer.callbacks=[]", f"--model.policy.path={RUN / policy}"]
+    common = [f"--config={CONFIGS / 'ppo_ptx.yaml'}", f"--config={HERE / 'ppo.yaml'}", "--trainer.logger=false"]
+    common += [f"--model.policy.path={RUN / policy / 'model'}"]
     responses = RUN / f"responses_{name}.jsonl"
     lightning_rlhf(["predict", *common, f"--predictions.path={responses}"])
     cli = lightning_rlhf(["validate", *common, "--data.val=null", "--trainer.limit_val_batches=1.0"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from os.path import expanduser
+from os.path import expanduser, realpath
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -22,7 +22,7 @@ from lightning_rlhf.callbacks.kept_logs import keep_logs
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.signals import Signals
 from lightning_rlhf.callbacks.torn import defect, discard, rename, settle
-from lightning_rlhf.callbacks.writable import on_first
+from lightning_rlhf.callbacks.writable import on_first, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class RunCheckpoint(ModelCheckpoint):
     from. A run that does not go on from a checkpoint of the folder first moves those it finds into `earlier-1` there.
 
     Args:
-        dirpath: the folder, locked for this run while it trains.
+        dirpath: the folder, locked for this run while it trains; None is `checkpoints` in the trainer's
+            `default_root_dir`.
         every_n_batches: how often; optimizer steps play no part.
         monitor: a metric of validation, of which the best are kept as well; None keeps none.
         mode: whether more of it is better.
@@ -52,7 +53,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: str,
+        dirpath: str | None = None,
         every_n_batches: int = 1,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
@@ -72,7 +73,9 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_epochs=1,
             save_on_train_epoch_end=False,  # but once a validation has measured `monitor`
         )
-        self.every_n_batches, self.signals = every_n_batches, Signals()
+        self.every_n_batches = every_n_batches
+        self.signals = Signals()
+        self._follows = dirpath is None  # the trainer's folder
         self._lock = RunLock()
         self._step_of_last: int | None = None
         self._loops: dict[str, Any] | None = None  # the trainer's progress at the end of the last batch
@@ -81,7 +84,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._max_steps: int | None = None  # the trainer's, while it is let in once more
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lock the folder, and let torn checkpoints be told when they are read."""
+        """Lock the folder, and have checkpoints checked when they are read."""
+        self._resolve(trainer)
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckedIO()
@@ -190,6 +194,10 @@ class RunCheckpoint(ModelCheckpoint):
                 moved,
             )
 
+    def _resolve(self, trainer: Trainer) -> None:
+        if self._follows:
+            self.dirpath = realpath(place_of(trainer, None, "checkpoints"))
+
     @property
     def _folder(self) -> Path:
         return Path(str(self.dirpath))
@@ -233,6 +241,7 @@ class RunCheckpoint(ModelCheckpoint):
         return False
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        self._resolve(trainer)  # a trainer looks for them before it sets callbacks up
         found = [path for path in (self._folder / LAST, self._folder / PREVIOUS) if path.exists()]
         for path in found:
             problem = defect(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_rlhf.callbacks.checked_io import write
 from lightning_rlhf.callbacks.torn import discard
-from lightning_rlhf.callbacks.writable import check_writable
+from lightning_rlhf.callbacks.writable import check_writable, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +27,20 @@ class NonFiniteGuard(Callback):
 
     Args:
         limit: steps left out in a run before it stops; 0 stops at the first.
-        folder: takes the batch and the names of the parameters concerned, a file for each process.
+        folder: takes the batch and the names of the parameters concerned, a file for each process; None is `nonfinite`
+            in the trainer's `default_root_dir`.
 
     Raises:
         ValueError: `limit` is negative; at the start, the folder cannot be written to.
     """
 
-    def __init__(self, limit: int = 3, folder: str = "runs/nonfinite") -> None:
+    def __init__(self, limit: int = 3, folder: str | None = None) -> None:
         if limit < 0:
             raise ValueError(f"`limit` must be at least 0: got {limit}")
-        self.limit, self.folder, self.left_out = limit, expanduser(folder), 0
+        self.limit = limit
+        self.folder = folder
+        self.left_out = 0
+        self.place: Path | None = None
         self._batch: Any = None
         self._skipped = 0
 
@@ -47,8 +50,9 @@ class NonFiniteGuard(Callback):
         Raises:
             ValueError: it cannot.
         """
+        self.place = place_of(trainer, self.folder, "nonfinite")
         if stage == "fit" and not trainer.fast_dev_run:
-            check_writable(trainer, Path(self.folder), argument="folder")
+            check_writable(trainer, self.place, argument="folder")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step comes from."""
@@ -112,7 +116,7 @@ class NonFiniteGuard(Callback):
 
     def _dump(self, trainer: Trainer, parameters: list[str]) -> str:
         """Where the batch is."""
-        path = Path(self.folder) / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
+        path = self.place / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write({"parameters": parameters, "batch": _plain(self._batch)}, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-FOLDERS = ("dirpath", "folder", "path", "output")
+FOLDERS = ("dirpath", "place", "path")
 """Attributes of callbacks that name where they write."""
 
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,7 +15,7 @@ from uuid import UUID
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lightning_rlhf.callbacks.writable import check_writable
+from lightning_rlhf.callbacks.writable import check_writable, place_of
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -27,16 +26,18 @@ class PredictionWriter(BasePredictionWriter):
     else is refused before its prompt is answered.
 
     Args:
-        path: of the file, replaced whole when prediction ends. With several processes each writes its own, the rank
+        path: of the file, replaced whole when prediction ends; None is `responses.jsonl` in the trainer's
+            `default_root_dir`. With several processes each writes its own, the rank
             before the suffix (`responses.rank1.jsonl`).
 
     Raises:
         ValueError: at the start of prediction, the path is a folder's or cannot be written to.
     """
 
-    def __init__(self, path: str = "responses.jsonl") -> None:
+    def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="epoch")
-        self.path = expanduser(path)
+        self.path = path
+        self.place: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before prediction that the file cannot be written.
@@ -45,11 +46,12 @@ class PredictionWriter(BasePredictionWriter):
             ValueError: its path is a folder's, or cannot be written to.
         """
         super().setup(trainer, pl_module, stage)
+        self.place = place_of(trainer, self.path, "responses.jsonl")
         if stage != "predict":
             return
-        if Path(self.path).is_dir():
-            raise ValueError(f"`path`: {self.path} is a folder: give the name of a file in it")
-        check_writable(trainer, Path(self.path).parent, argument="path")
+        if self.place.is_dir():
+            raise ValueError(f"`path`: {self.place} is a folder: give the name of a file in it")
+        check_writable(trainer, self.place.parent, argument="path")
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -66,7 +68,7 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write to a temporary name and rename."""
-        path = Path(self.path)
+        path = self.place
         if trainer.world_size > 1:
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)

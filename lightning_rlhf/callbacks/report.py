@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from os.path import expanduser
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks.writable import check_writable
+from lightning_rlhf.callbacks.writable import check_writable, place_of
 from lightning_rlhf.report import require_matplotlib, write_report
 
 logger = logging.getLogger(__name__)
@@ -22,14 +21,16 @@ class Report(Callback):
     is a warning.
 
     Args:
-        folder: of the run, with the logs anywhere below it: that of CSVLogger's `save_dir` and `name`, and of
-            `RolloutLog` and `SampleLog`.
+        folder: of the run, with the logs of CSVLogger, `RolloutLog` and `SampleLog` anywhere below it; None is the
+            trainer's `default_root_dir`.
         output: where to write; None is `report` in the folder.
     """
 
-    def __init__(self, folder: str, output: str | None = None) -> None:
-        self.folder = expanduser(folder)
-        self.output = str(Path(self.folder) / "report") if output is None else expanduser(output)
+    def __init__(self, folder: str | None = None, output: str | None = None) -> None:
+        self.folder = folder
+        self.output = output
+        self.run: Path | None = None
+        self.place: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before training, and not after it.
@@ -39,8 +40,10 @@ class Report(Callback):
             ValueError: the report cannot be written there.
         """
         require_matplotlib()
+        self.run = place_of(trainer, self.folder)
+        self.place = self.run / "report" if self.output is None else place_of(trainer, self.output)
         if stage == "fit" and not trainer.fast_dev_run:
-            check_writable(trainer, Path(self.output), argument="output")
+            check_writable(trainer, self.place, argument="output")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, on the first process."""
@@ -49,8 +52,8 @@ class Report(Callback):
         for log in trainer.loggers:
             log.save()  # Lightning itself writes the last lines only after this hook
         try:
-            page = write_report([self.folder], output=Path(self.output))
+            page = write_report([str(self.run)], output=self.place)
         except (OSError, ValueError) as error:
-            logger.warning("no report of %s was written: %s", self.folder, error)
+            logger.warning("no report of %s was written: %s", self.run, error)
             return
         logger.info("the report of this run is %s", page)

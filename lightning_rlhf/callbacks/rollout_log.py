@@ -22,8 +22,7 @@ class RolloutLog(FileCallback):
     columns of the prompt's record. In the stages without rollouts it does nothing.
 
     Args:
-        folder: None is the trainer's log_dir, of which some loggers make a new one in each run: a run that is to be
-            resumed needs a folder of its own.
+        folder: None is the trainer's `default_root_dir`.
     """
 
     def __init__(self, folder: str | None = None) -> None:

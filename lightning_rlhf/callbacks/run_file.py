@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_rlhf.callbacks.earlier import move_file
 from lightning_rlhf.callbacks.run_lock import RunLock
 from lightning_rlhf.callbacks.torn import discard
-from lightning_rlhf.callbacks.writable import on_first
+from lightning_rlhf.callbacks.writable import on_first, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +36,17 @@ class RunFile:
     two.
 
     Args:
-        folder: None is the trainer's log_dir.
+        folder: None is the trainer's `default_root_dir`.
         name: of the file.
 
     Attributes:
+        place: the folder; None before `setup`.
         path: of the file; None before `begin`, and under `fast_dev_run`.
     """
 
     def __init__(self, folder: str | None, name: str) -> None:
         self.folder, self.name = folder, name
+        self.place: Path | None = None
         self.path: Path | None = None
         self._lock = RunLock()
 
@@ -53,14 +54,13 @@ class RunFile:
         """Find the file, on all processes; on process 0 cut off what belongs to a rollout that is no more.
 
         Args:
-            trainer: whose log_dir and processes.
+            trainer: whose folder and processes.
             before: the first `iteration` of which nothing is kept; 0 begins anew and moves an earlier file aside.
 
         Raises:
             ValueError: another run holds the file, or the folder cannot be written to.
         """
-        folder = trainer.log_dir if self.folder is None else self.folder  # log_dir needs every process
-        self.path = None if trainer.fast_dev_run else Path(expanduser(folder or ".")) / self.name
+        self.path = None if trainer.fast_dev_run else place_of(trainer, self.folder) / self.name
         if self.path is None:
             return
         self._lock.claim(trainer, self.path.with_name(f".{self.name}.lock"), argument="folder")
@@ -117,6 +117,10 @@ class FileCallback(Callback):
     """Lets go of its `file` when a stage ends, however it ends."""
 
     file: RunFile
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, which an export must not replace."""
+        self.file.place = place_of(trainer, self.file.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let other runs write the file."""

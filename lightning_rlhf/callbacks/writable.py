@@ -1,4 +1,4 @@
-"""Folders that cannot be written to, found before training and on all processes."""
+"""Folders that callbacks write to: where they are, and whether they can be written to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+
+
+def place_of(trainer: Trainer, given: str | None, *below: str) -> Path:
+    """Path that a callback writes to.
+
+    Args:
+        trainer: whose `default_root_dir` is the folder of the run.
+        given: by the user; None is the place `below` the folder of the run.
+        below: names of folders or of a file, from the outermost.
+    """
+    return Path(trainer.default_root_dir, *below) if given is None else Path(given).expanduser()
 
 
 def on_first(trainer: Trainer, action: Callable[[], str | None], *, folder: Path, argument: str) -> None:

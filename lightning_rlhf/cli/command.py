@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from typing import Any
 
 from jsonargparse import set_loader, set_parsing_settings
@@ -20,11 +19,13 @@ import lightning_rlhf.evaluation
 import lightning_rlhf.modules
 import lightning_rlhf.rewards
 import lightning_rlhf.rollout
-from lightning_rlhf.callbacks import PredictionWriter
-from lightning_rlhf.cli.configs import with_paths
 from lightning_rlhf.cli.consent import objection
 from lightning_rlhf.cli.documents import load, replaced_callbacks
+from lightning_rlhf.cli.ending import numbers, predictions, results
+from lightning_rlhf.cli.messages import quiet, speak
 from lightning_rlhf.cli.parser import Parser
+from lightning_rlhf.cli.standard import STANDARD, add_standard, with_standard
+from lightning_rlhf.cli.words import expanded
 from lightning_rlhf.core import Algorithm
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.models.shards import guard
@@ -70,9 +71,8 @@ class RLHFCLI(LightningCLI):
         )
         set_parsing_settings(subclasses_enabled=[Algorithm])  # a concrete dataclass, whose subclasses are methods
         set_loader("yaml", load, exceptions=(YAMLError,))
-        # transformers' networks come in eval mode and stay there: dropout is off in all three stages
-        warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
-        warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")  # no `val`
+        speak()
+        quiet()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -95,7 +95,7 @@ class RLHFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what only a flag may say (`consent`)."""
         try:
-            gone = replaced_callbacks(with_paths(self._given))
+            gone = replaced_callbacks(expanded(self._given))
         except ValueError as error:
             parser.error(str(error))
         if gone:
@@ -113,6 +113,8 @@ class RLHFCLI(LightningCLI):
         if refusal is not None:
             parser.error(refusal)
         chosen.weights_only = True
+        if self.config.subcommand in ("validate", "test"):
+            chosen.verbose = False  # Lightning's table; `_show` prints ours
 
     def before_instantiate_classes(self) -> None:
         """Look into the checkpoint that is to be loaded, so that a wrong one costs no time.
@@ -150,9 +152,37 @@ class RLHFCLI(LightningCLI):
                 f"`ckpt_path`: the checkpoint's weights are those of another network: {str(error)[:400]}"
             ) from error
 
+    def after_fit(self) -> None:
+        """Print where the results are."""
+        if not self.trainer.fast_dev_run:
+            self._show(results(self.trainer))
+
+    def after_predict(self) -> None:
+        """Print where the responses are."""
+        self._show(predictions(self.trainer))
+
+    def after_validate(self) -> None:
+        """Print the numbers with their meaning."""
+        self._show(numbers(self.trainer.callback_metrics))
+
+    def after_test(self) -> None:
+        """Print the numbers with their meaning."""
+        self._show(numbers(self.trainer.callback_metrics))
+
+    def _show(self, text: str) -> None:
+        if self.trainer.is_global_zero and text:
+            print(f"\n{text}")
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: what is on the command line holds, also beside a checkpoint that remembers other arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`--predictions.path` says where `predict` writes."""
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        """Add the standard callbacks and the run's folder."""
+        add_standard(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the standard callbacks and logger."""
+        standard = [self._get(self.config_init, key) for key in STANDARD]
+        trainer = {**self._get(self.config_init, "trainer"), **kwargs}
+        present = [callback for callback in standard if callback is not None]
+        return self._instantiate_trainer(with_standard(trainer, present, self.model), [])

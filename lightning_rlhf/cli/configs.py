@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-FLAGS = ("--config", "-c")
 PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 """Where they are: in the package, which links to those of a clone, or in a clone whose links were not made."""
 
@@ -17,25 +16,6 @@ def shipped() -> dict[str, Path]:
     folder = next((place for place in PLACES if place.is_dir()), PLACES[0])
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("strategy/*.yaml")])
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-
-
-def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of shipped configs on a command line by their paths; an existing file of that name wins.
-
-    Raises:
-        ValueError: a config is no file, and none of that name is shipped.
-    """
-    words = []
-    before = ""
-    for word in arguments:
-        flag, sign, value = word.partition("=")
-        if flag in FLAGS and sign:
-            word = f"{flag}={path_of(value)}"
-        elif before in FLAGS:
-            word = path_of(word)
-        words.append(word)
-        before = word
-    return words
 
 
 def path_of(config: str) -> str:

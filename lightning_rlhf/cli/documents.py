@@ -10,6 +10,8 @@ import yaml
 from jsonargparse import get_loader
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from lightning_rlhf.cli.words import configs_of
+
 LARGEST = 10_000
 """Values of a document, aliases written out: far more than any config has."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -56,14 +58,12 @@ def replaced_callbacks(words: Sequence[str]) -> list[str]:
     """Callbacks of a config that a later one leaves out, because its `trainer.callbacks` replaces the list.
 
     Args:
-        words: of the command line, with the paths that `--config` gives.
+        words: of the command line, after `words.expanded`.
     """
     listed: list[str] = []
     gone: list[str] = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if not word.startswith("--config"):
-            continue
-        trainer = _trainer(Path(following if word == "--config" else word.removeprefix("--config=")))
+    for path in configs_of(words):
+        trainer = _trainer(Path(path))
         if isinstance(trainer.get("callbacks"), list):
             now = [_name(callback) for callback in trainer["callbacks"]]
             gone = [*gone, *(name for name in listed if name not in now)]

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_rlhf.cli.configs import with_paths
 from lightning_rlhf.cli.failure import TRACEBACK, one_line
+from lightning_rlhf.cli.words import expanded
 from lightning_rlhf.core import Algorithm
 
 _NOISE = (
@@ -47,7 +47,7 @@ class Parser(LightningArgumentParser):
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
             try:
-                words = with_paths(words)
+                words = expanded(words)
             except ValueError as error:
                 self.error(str(error))
         return super().parse_args(words, *rest, **options)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import MOST
+from lightning_rlhf.core.seed import seed_of_run
 from lightning_rlhf.core.settings import accept_differences
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.drop_report import DropReport
@@ -39,7 +40,7 @@ class TextDataModule(LightningDataModule):
         batch_size: rows per batch and process, training.
         eval_batch_size: rows per batch and process, evaluation; None for `batch_size`.
         num_workers: processes that assemble batches; 0 for none.
-        seed: seed of the order of the rows.
+        seed: seed of the order of the rows; None is that of `seed_everything`, else 0.
 
     Attributes:
         tallies: what was dropped, by argument name.
@@ -55,7 +56,7 @@ class TextDataModule(LightningDataModule):
         batch_size: int,
         eval_batch_size: int | None,
         num_workers: int,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -65,7 +66,7 @@ class TextDataModule(LightningDataModule):
         self.batch_size = at_least(1, batch_size=batch_size)
         self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
         self.num_workers = at_least(0, most=1024, num_workers=num_workers)
-        self.seed = seed
+        self.seed = seed_of_run(seed)
         self.tallies: dict[str, DropReport] = {}
         self._encoder: Encoder | None = None
         self._examples: dict[str, Sequence[Any]] = {}

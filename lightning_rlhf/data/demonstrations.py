@@ -36,7 +36,7 @@ class DemonstrationDataModule(TextDataModule):
         columns: names of the keys in the files.
         tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
         num_workers: processes that assemble batches; 0 for none.
-        seed: seed of the order of the demonstrations.
+        seed: seed of the order of the demonstrations; None is that of `seed_everything`, else 0.
 
     Raises:
         ValueError: a size is too small.
@@ -56,7 +56,7 @@ class DemonstrationDataModule(TextDataModule):
         columns: ColumnNames = ColumnNames(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,

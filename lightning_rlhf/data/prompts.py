@@ -47,7 +47,7 @@ class PromptDataModule(TextDataModule):
         columns: names of the keys in the files.
         tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
         num_workers: processes that assemble batches; 0 for none.
-        seed: seed of the order of prompts and texts.
+        seed: seed of the order of prompts and texts; None is that of `seed_everything`, else 0.
 
     Raises:
         ValueError: a size is too small.
@@ -71,7 +71,7 @@ class PromptDataModule(TextDataModule):
         columns: ColumnNames = ColumnNames(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.checks import check_count, check_positive
+from lightning_rlhf.core.seed import seed_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class SamplingParams:
     """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Weights that sample. None: the dtype training computes in (bfloat16 under bf16-mixed), copied once a rollout."""
-    seed: int = 0
-    """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
+    seed: int | None = None
+    """Seed of the random numbers, a function of (seed, iteration, row) whatever the number of processes. None is that
+    of `seed_everything`, else 0."""
 
     def __post_init__(self) -> None:
         samples = self.samples_per_prompt
@@ -46,8 +48,8 @@ class SamplingParams:
                 f"samples_per_prompt={samples}"
             )
 
-    def for_groups(self, needs_group: bool) -> Self:
-        """Fill in `samples_per_prompt` if it is None.
+    def for_run(self, needs_group: bool) -> Self:
+        """Fill in `seed` and `samples_per_prompt` where they are None.
 
         Args:
             needs_group: whether the responses to one prompt are compared.
@@ -55,9 +57,10 @@ class SamplingParams:
         Raises:
             ValueError: `slots` is below it.
         """
-        if self.samples_per_prompt is not None:
-            return self
-        return replace(self, samples_per_prompt=8 if needs_group else 1)
+        samples = self.samples_per_prompt
+        if samples is None:
+            samples = 8 if needs_group else 1
+        return replace(self, seed=seed_of_run(self.seed), samples_per_prompt=samples)
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:

@@ -87,14 +87,22 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def chosen_optimizer(optimizer: OptimizerCallable | None, lr: float | None) -> OptimizerCallable:
-    """The optimizer that was chosen, or AdamW at a learning rate.
+def chosen_optimizer(
+    optimizer: OptimizerCallable | None, lr: float | None, *, default: float, eps: float = 1e-8
+) -> OptimizerCallable:
+    """The optimizer that was chosen, or AdamW without weight decay.
+
+    Args:
+        optimizer: that was chosen, or None.
+        lr: learning rate that was chosen for AdamW, or None.
+        default: learning rate if neither was.
+        eps: of AdamW.
 
     Raises:
         ValueError: both were chosen.
     """
     if optimizer is None:
-        return partial(torch.optim.AdamW, lr=1e-6 if lr is None else lr, eps=1e-5, weight_decay=0.0)
+        return partial(torch.optim.AdamW, lr=default if lr is None else lr, eps=eps, weight_decay=0.0)
     if lr is not None:
         raise ValueError(f"`lr`={lr} is of the default optimizer: give it to `optimizer` instead, or leave that out")
     return optimizer

@@ -100,7 +100,7 @@ class PPOModule(CheckedRevival, LightningModule):
         super().__init__()
         policy, reference, value = as_source(policy), as_source(reference), as_source(value)
         algorithm = Algorithm() if algorithm is None else algorithm
-        self.generation = generation.for_groups(algorithm.advantage.needs_group)
+        self.generation = generation.for_run(algorithm.advantage.needs_group)
         self.reward = as_reward(reward)
         longest = self.generation.max_new_tokens
         self.algorithm = algorithm.for_run(learned_reward=self.reward.is_learned, max_new_tokens=longest)
@@ -110,7 +110,7 @@ class PPOModule(CheckedRevival, LightningModule):
         self.tokenizer = find_tokenizer(policy, tokenizer)
         self.updates = updates
         self.reference_dtype, self.compile_networks = reference_dtype, compile
-        self.optimizer = picklable(chosen_optimizer(optimizer, lr))
+        self.optimizer = picklable(chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
         self.value_lr, self.schedule = value_lr, schedule
         self.iteration = self.episodes = 0
         self.policy: PolicyModel | None = None

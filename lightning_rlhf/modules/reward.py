@@ -30,8 +30,8 @@ from lightning_rlhf.modules.demonstration_bias import DemonstrationBias
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
 from lightning_rlhf.modules.metrics import Mean, begin
-from lightning_rlhf.modules.networks import find_tokenizer
-from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.networks import as_source, find_tokenizer
+from lightning_rlhf.modules.optim import chosen_optimizer, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
@@ -60,20 +60,24 @@ class RewardModule(CheckedRevival, LightningModule):
             transformers sequence-classification module already built.
         tokenizer: of a built module; otherwise the one beside the weights. A folder or hub name, or the object.
         loss: of the scores of one prompt's responses.
-        optimizer: a function of the parameters; the paper's learning rate.
+        lr: learning rate of AdamW without weight decay; None is the paper's 9e-6, or that of `optimizer`.
+        optimizer: a function of the parameters, instead of `lr`.
         schedule: of the learning rate, per optimizer step; the paper decays to 10 %.
     """
 
     def __init__(
         self,
-        model: ModelSource | nn.Module,
+        model: str | ModelSource | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         loss: PreferenceLoss = RankingLoss(),
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9e-6, weight_decay=0.0),
+        lr: float | None = None,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = CosineSchedule(),
     ) -> None:
         super().__init__()
-        keep_hyperparameters(self, tokenizer=tokenizer)
+        model = as_source(model)
+        optimizer = chosen_optimizer(optimizer, lr, default=9e-6)
+        keep_hyperparameters(self, tokenizer=tokenizer, lr=lr)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: ScalarModel | None = None
         self.loss, self.optimizer, self.schedule = loss, picklable(optimizer), schedule

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from lightning_rlhf.models.context_length import check_length
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.metrics import Mean, begin
-from lightning_rlhf.modules.networks import build_policy, find_tokenizer
-from lightning_rlhf.modules.optim import optimizer_of, scheduled, training_steps
+from lightning_rlhf.modules.networks import as_source, build_policy, find_tokenizer
+from lightning_rlhf.modules.optim import chosen_optimizer, optimizer_of, scheduled, training_steps
 from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.resume import check_resumable, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
@@ -38,21 +37,26 @@ class SFTModule(CheckedRevival, LightningModule):
     data's choice (the response only, unless `loss_on_prompt`).
 
     Args:
-        model: the language model, as a source or a module already built.
+        model: the language model: a folder or name, a source, or a module already built.
         tokenizer: of a built module; otherwise the one beside the weights. A folder or hub name, or the object.
-        optimizer: a function of the parameters; the paper's learning rate for 1.3B to 6B.
+        lr: learning rate of AdamW without weight decay; None is the paper's for 1.3B to 6B, 9.65e-6, or that of
+            `optimizer`.
+        optimizer: a function of the parameters, instead of `lr`.
         schedule: of the learning rate, per optimizer step; the paper decays to 10 % without warm-up.
     """
 
     def __init__(
         self,
-        model: ModelSource | nn.Module,
+        model: str | ModelSource | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, weight_decay=0.0),
+        lr: float | None = None,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = CosineSchedule(),
     ) -> None:
         super().__init__()
-        keep_hyperparameters(self, tokenizer=tokenizer)
+        model = as_source(model)
+        optimizer = chosen_optimizer(optimizer, lr, default=9.65e-6)
+        keep_hyperparameters(self, tokenizer=tokenizer, lr=lr)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: PolicyModel | None = None
         self.optimizer, self.schedule = picklable(optimizer), schedule

@@ -225,7 +225,12 @@ def _supervised(bench: Bench) -> Table:
         bench.trainer().fit(module, datamodule=data)
         return list(module.model.parameters())
 
-    shared = {"tokenizer": to(bench.other_tokenizer), "optimizer": to(SLOW), "schedule": to(ConstantSchedule())}
+    shared = {
+        "tokenizer": to(bench.other_tokenizer),
+        "optimizer": to(SLOW),
+        "lr": to(0.01, optimizer=None),
+        "schedule": to(ConstantSchedule()),
+    }
     return {
         RewardModule: case(
             weights,
@@ -372,7 +377,9 @@ def _around(bench: Bench) -> Table:
             (folder / run).mkdir()
             (folder / run / "metrics.csv").write_text("step,objective/scores\n0,1.0\n")
         with contextlib.chdir(folder):
-            callback.on_fit_end(Trainer(logger=False, enable_checkpointing=False), None)
+            trainer = Trainer(logger=False, enable_checkpointing=False)
+            callback.setup(trainer, None, "fit")
+            callback.on_fit_end(trainer, None)
         return _files(folder)
 
     def predicted(callback: PredictionWriter) -> list[str]:

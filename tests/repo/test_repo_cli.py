@@ -275,20 +275,19 @@ def test_saved_config_with_every_default_runs_again(
     train = tiny.file(ROWS[name])
     given = [f"--model={name}", *(flag.format(policy=tiny.policy) for flag in flags)]
     given += [f"--data={data}", f"--data.train={train}", "--data.batch_size=4", "--trainer.max_epochs=1"]
-    given += ["--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
-    given += ["--trainer.callbacks=RunCheckpoint", "--trainer.callbacks.dirpath=kept"]
+    given += ["--trainer.accelerator=cpu", "--run=first"]
     with pytest.raises(SystemExit) as printed:
         main(["fit", *given, "--print_config"])
     assert printed.value.code == 0
     (workplace / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     first = main(["fit", *given])
-    saved = next(workplace.glob("logs/**/config.yaml"))
+    saved = next(workplace.glob("first/**/config.yaml"))
     for config in (saved, workplace / "printed.yaml"):
-        again = main(["fit", "--config", str(config), f"--trainer.callbacks.dirpath={config.stem}"])
+        again = main(["fit", "--config", str(config), f"--run={config.stem}"])
         assert type(again.model).__name__ == name
         for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
             assert torch.equal(one, other)
-    loaded = type(first.model).load_from_checkpoint(workplace / "kept" / "last.ckpt", map_location="cpu")
+    loaded = type(first.model).load_from_checkpoint(workplace / "first/checkpoints/last.ckpt", map_location="cpu")
     for one, other in zip(first.model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -298,9 +297,10 @@ def test_callbacks_that_a_later_config_replaces_are_named(
 ) -> None:
     (workplace / "mine.yaml").write_text("trainer: {callbacks: [EMA]}\n", encoding="utf-8")
     (workplace / "added.yaml").write_text("trainer: {callbacks+: [EMA]}\n", encoding="utf-8")
+    (workplace / "norms.yaml").write_text("trainer: {callbacks: [GradientNorms]}\n", encoding="utf-8")
     for config, said in (("added.yaml", False), ("mine.yaml", True)):
         caplog.clear()
         with pytest.raises(SystemExit):
-            main(["fit", *ppo(), "--config", config, "--print_config"])
+            main(["fit", *ppo(), "--config", "norms.yaml", "--config", config, "--print_config"])
         capsys.readouterr()
-        assert ("Preflight, Export" in caplog.text and "`callbacks+:`" in caplog.text) == said
+        assert ("GradientNorms" in caplog.text and "`callbacks+:`" in caplog.text) == said

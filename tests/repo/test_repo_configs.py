@@ -264,6 +264,7 @@ def test_stage_keeps_its_values_and_survives_print_config(
 def lost(written: Any, result: Any, path: str = "") -> Any:
     """Places at which `result` has not what was written; a class may be named by its last word alone."""
     if isinstance(written, dict) and isinstance(result, dict):
+        result = result if "class_path" in written else inside(result)
         for name, value in written.items():
             yield from lost(value, result.get(name), f"{path}.{name}")
     elif isinstance(written, list) and isinstance(result, list) and len(written) == len(result):

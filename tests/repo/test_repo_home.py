@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_rlhf.callbacks import NonFiniteGuard, PredictionWriter, Report, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.callbacks.checked_io import CheckedIO
@@ -63,10 +64,15 @@ def test_home_is_read(home, read):
 
 def begin(callback):
     process = SimpleNamespace(broadcast=lambda problem: problem)
-    trainer = SimpleNamespace(log_dir=None, fast_dev_run=False, is_global_zero=True, strategy=process)
+    trainer = SimpleNamespace(default_root_dir=".", fast_dev_run=False, is_global_zero=True, strategy=process)
     callback.file.begin(trainer, before=0)
     callback.file.end()
     return callback.file.path
+
+
+def place(callback, stage: str = "fit"):
+    callback.setup(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), LightningModule(), stage)
+    return callback.place
 
 
 def run_report(output: list[str]) -> Path:
@@ -84,10 +90,10 @@ WRITES = {
     "RolloutLog": (lambda: begin(RolloutLog("~/out")), "out/rollouts.jsonl"),
     "SampleLog": (lambda: begin(SampleLog("~/out")), "out/samples.jsonl"),
     "RunCheckpoint": (lambda: RunCheckpoint("~/out").dirpath, "out"),
-    "NonFiniteGuard": (lambda: NonFiniteGuard(folder="~/out").folder, "out"),
-    "PredictionWriter": (lambda: PredictionWriter("~/out.jsonl").path, "out.jsonl"),
-    "Report": (lambda: Report("~/run").output, "run/report"),
-    "Report.output": (lambda: Report("~/run", "~/page").output, "page"),
+    "NonFiniteGuard": (lambda: place(NonFiniteGuard(folder="~/out")), "out"),
+    "PredictionWriter": (lambda: place(PredictionWriter("~/out.jsonl"), "predict"), "out.jsonl"),
+    "Report": (lambda: place(Report("~/run")), "run/report"),
+    "Report.output": (lambda: place(Report("~/run", "~/page")), "page"),
     "report": (lambda: run_report([]), "run/report/report.html"),
     "report --output": (lambda: run_report(["--output=~/page"]), "page/report.html"),
     "rescore": (run_rescore, "new/out.jsonl"),

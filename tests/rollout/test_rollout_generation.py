@@ -54,7 +54,7 @@ def test_numbers_leave_the_global_generator_alone():
 def test_generation_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingParams(**wrong)
-    assert SamplingParams(max_new_tokens=1, temperature=0.1).seed == 0
+    assert SamplingParams(max_new_tokens=1, temperature=0.1).for_run(False).seed == 0
 
 
 def test_names_that_a_generator_of_32_bits_confuses_have_numbers_of_their_own():

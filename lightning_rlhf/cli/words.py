@@ -1,0 +1,50 @@
+"""The words of a command line before they are parsed: shipped configs by name, the order of configs, and `--run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_rlhf.cli.configs import path_of
+
+CONFIG = ("--config", "-c")
+COMMANDS = ("fit", "validate", "test", "predict")
+SHORT = {"--run": "--trainer.default_root_dir"}
+"""Short flags, and the long ones that they stand for."""
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """Return the words as jsonargparse needs them: shipped configs by path, all configs before the other flags.
+
+    jsonargparse reads from left to right, and a later config would win over an earlier flag.
+
+    Raises:
+        ValueError: a config is no file, and none of that name is shipped.
+    """
+    start = next((place + 1 for place, word in enumerate(words) if word in COMMANDS), 0)
+    configs: list[str] = []
+    others: list[str] = []
+    for flag, value in _pairs(words[start:]):
+        if flag in CONFIG and value is not None:
+            configs.append(f"--config={path_of(value)}")
+        else:
+            long = SHORT.get(flag, flag)
+            others += [long] if value is None else [f"{long}={value}"]
+    return [*words[:start], *configs, *others]
+
+
+def configs_of(words: Sequence[str]) -> list[str]:
+    """Paths of the configs among words that were expanded."""
+    return [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each flag with its value where that belongs to `--config` or a short flag; all other words alone."""
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in (*CONFIG, *SHORT):
+            yield word, None
+        elif equals:
+            yield flag, value
+        else:
+            yield flag, next(rest, None)

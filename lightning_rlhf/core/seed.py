@@ -1,0 +1,10 @@
+"""The seed of a run."""
+
+from __future__ import annotations
+
+import os
+
+
+def seed_of_run(seed: int | None) -> int:
+    """Return the seed that was given, else that of Lightning's `seed_everything`, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
