@@ -1,4 +1,4 @@
-"""A figure before it is drawn: what it shows, in what units, and what one should see in it."""
+"""A figure before it is drawn: marks, units, and a caption that says what one should see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Figure:
         marks: at least one.
         caption: below it: what is drawn, and how to read it.
         level: a value of y to draw a thin line at, such as a correlation of 0.
-        span: of y, where it has natural ends.
+        span: of y, where it has natural ends; None for an end that the data sets.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Figure:
     marks: Sequence[Mark]
     caption: str
     level: float | None = None
-    span: tuple[float, float] | None = None
+    span: tuple[float, float | None] | None = None
 
     @property
     def alternative(self) -> str:
@@ -53,7 +53,7 @@ class Missing:
 
 
 def _way(mark: Mark) -> str:
-    """From where to where a mark goes, or its bars."""
+    """First and last value of a mark, or its bars."""
     if isinstance(mark, Bars):
         return ", ".join(f"{mark.categories[round(x)]} {y:.3g}" for x, y in zip(mark.x, mark.y, strict=True))
     if len(mark.x) == 1:

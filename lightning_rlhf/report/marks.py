@@ -1,4 +1,4 @@
-"""What is drawn in a figure: lines with bands, points with intervals, bars. Each also says its numbers."""
+"""Marks of a figure, each with its numbers: lines with bands, points with intervals, bars."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Line(Mark):
     def draw(self, axis: Any) -> None:
         """Line, band, and what is behind them."""
         if self.raw:
-            axis.plot(self.x, self.raw, color=self.color, linewidth=0.7, alpha=0.3, zorder=2)
+            axis.plot(self.x, self.raw, color=self.color, linewidth=0.7, alpha=0.45, zorder=2)
         if self.intervals:
             low, high = zip(*self.intervals, strict=True)
-            axis.fill_between(self.x, low, high, color=self.color, alpha=0.16, linewidth=0, zorder=1.5)
+            axis.fill_between(self.x, low, high, color=self.color, alpha=0.2, linewidth=0, zorder=1.5)
         marker = {"marker": "o", "markersize": 3.2} if len(self.x) <= 30 else {}
         axis.plot(self.x, self.y, color=self.color, linewidth=1.7, label=self.label, zorder=3, **marker)
 
@@ -87,9 +87,11 @@ class Points(Mark):
 
     Attributes:
         intervals: of each y, drawn as bars.
+        thread: width of the line; 0 where one step does not lead to the next along x.
     """
 
     intervals: Sequence[Interval] = ()
+    thread: float = 0.8
 
     def draw(self, axis: Any) -> None:
         """Rings over everything else."""
@@ -97,7 +99,7 @@ class Points(Mark):
             low, high = zip(*self.intervals, strict=True)
             axis.vlines(self.x, low, high, color=self.color, linewidth=1, alpha=0.6, zorder=3.5)
         ring = {"markerfacecolor": PAPER, "markeredgewidth": 1.5, "markersize": 5.5 if len(self.x) <= 40 else 3}
-        axis.plot(self.x, self.y, "o-", color=self.color, linewidth=0.8, label=self.label, zorder=4, **ring)
+        axis.plot(self.x, self.y, "o-", color=self.color, linewidth=self.thread, label=self.label, zorder=4, **ring)
 
     def rows(self) -> Iterator[Row]:
         """Its numbers with their intervals."""
@@ -108,13 +110,12 @@ class Points(Mark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dots(Mark):
-    """A cloud, from light at its beginning to dark at its end."""
+    """A cloud, from small at its beginning to large at its end."""
 
     def draw(self, axis: Any) -> None:
         """Small, behind lines."""
-        alphas = [0.15 + 0.6 * i / max(len(self.x) - 1, 1) for i in range(len(self.x))]
-        dots = {"s": 12, "linewidths": 0, "zorder": 2, "label": self.label}
-        axis.scatter(self.x, self.y, color=self.color, alpha=alphas, **dots)
+        sizes = [6 + 24 * i / max(len(self.x) - 1, 1) for i in range(len(self.x))]
+        axis.scatter(self.x, self.y, sizes, color=self.color, alpha=0.85, linewidths=0, zorder=2, label=self.label)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

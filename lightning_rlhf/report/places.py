@@ -1,4 +1,4 @@
-"""Which files below the folders that were named belong to one run."""
+"""Files of one run, among those below the folders that were named."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 VERSION = re.compile(r"version_(\d+)")
 """The folders that CSVLogger begins one after the other."""
-OTHERS = ("rollouts.jsonl", "samples.jsonl", "config.yaml")
+OTHERS = ("rollouts.jsonl", "samples.jsonl", "config.yaml", "hparams.yaml")
 """Beside `metrics.csv`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run's files are.
+    """Files of a run.
 
     Attributes:
         folder: as it was named.

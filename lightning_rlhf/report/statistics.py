@@ -21,7 +21,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def deciles(values: Sequence[float]) -> Interval:
-    """Between which the middle 80 % of the values lie."""
+    """Ends of the middle 80 % of the values."""
     if len(values) < 2:
         return values[0], values[0]
     cut = quantiles(values, n=10, method="inclusive")

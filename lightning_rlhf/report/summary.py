@@ -1,18 +1,18 @@
-"""The first thing to read: each number where the run began and where it ended."""
+"""Each number where a run began and where it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_rlhf.report.metrics import Series
+from lightning_rlhf.report.metrics import EVALUATIONS, Series
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import by_iteration, thinned
 
 ROWS = (
     ("held-out reward", ("eval/reward", "test/reward"), "score"),
     ("held-out KL to the reference, nats", ("eval/kl", "test/kl"), "kl"),
+    ("held-out responses that end", ("eval/eos_rate", "test/eos_rate"), "ended"),
     ("held-out length, tokens", ("eval/response_length", "test/response_length"), "length"),
     ("held-out pretraining loss, nats per token", ("eval/ptx_loss", "test/ptx_loss"), ""),
     ("reward", ("objective/scores",), ""),
@@ -27,9 +27,7 @@ ROWS = (
     ("held-out loss", ("eval/loss", "test/loss"), ""),
     ("training loss", ("train/loss",), ""),
 )
-"""What, logged names, and the column of `samples.jsonl` that has the state before training too."""
-EDGE = 10
-"""Of a series of training rows, the tenth at either end is averaged: a single rollout is noise."""
+"""In words, logged names, and the column of `samples.jsonl` that has the state before training too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +35,37 @@ class Change:
     """A number over a run.
 
     Attributes:
-        what: in words, with its unit.
-        run: name.
+        key: it is logged under.
         first: where it began.
         last: where it ended.
         series: all of it, thinned.
     """
 
-    what: str
-    run: str
+    key: str
     first: float
     last: float
     series: Series
 
+    @property
+    def moved(self) -> float | None:
+        """End less start; None where it was measured once."""
+        return self.last - self.first if len(self.series.x) > 1 else None
 
-def changes(runs: Sequence[Run]) -> list[Change]:
-    """Those that were logged, by number and then by run."""
-    found = []
+
+def changes(run: Run) -> dict[str, Change]:
+    """Numbers that were logged, in words → from where to where."""
+    found = {}
     for what, names, column in ROWS:
-        for run in runs:
-            counted = by_iteration(run.held_out.column(column)) if column else Series()
-            series = counted or run.metrics.first(*names)
-            if series:
-                size = 1 if names[0].startswith("eval/") else max(len(series.y) // EDGE, 1)
-                first, last = fmean(series.y[:size]), fmean(series.y[-size:])
-                found.append(Change(what, run.name, first, last, thinned(series, 80)))
+        counted = by_iteration(run.held_out.column(column)) if column else Series()
+        name = next((name for name in names if run.metrics[name]), names[0])
+        series = counted or run.metrics[name]
+        if series:
+            size = edge(len(series.y)) if not name.startswith(EVALUATIONS) else 1
+            first, last = fmean(series.y[:size]), fmean(series.y[-size:])
+            found[what] = Change(name, first, last, thinned(series, 80))
     return found
+
+
+def edge(count: int) -> int:
+    """Rows of training at either end that are averaged, a tenth: a single rollout is noise."""
+    return max(count // 10, 1)
