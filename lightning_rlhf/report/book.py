@@ -11,7 +11,7 @@ from typing import Any
 from lightning_rlhf.report import learning, reward_model
 from lightning_rlhf.report.draw import draw, require_matplotlib
 from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.frontier_figure import frontier
+from lightning_rlhf.report.frontier import frontier
 from lightning_rlhf.report.page import Section, page
 from lightning_rlhf.report.runs import Run, read_runs
 from lightning_rlhf.report.samples import columns_of, pairs
@@ -87,7 +87,7 @@ def write_report(folders: Sequence[str | Path], *, output: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which gets its name at the end; where that is a link, the link is replaced."""
+    """Yield a new file beside `path` that gets its name at the end, in place of a link too."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     part.touch(exist_ok=False)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_rlhf.report.figure import Figure
-from lightning_rlhf.report.marks import Bars, Guide
+from lightning_rlhf.report.figure import Bars, Figure, Guide
 from lightning_rlhf.report.palette import FAINT, GRID, INK, THEMED
 from lightning_rlhf.text.escape import html
 
@@ -54,7 +53,11 @@ METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def require_matplotlib() -> None:
-    """Raises ImportError, with what to install, where matplotlib is missing."""
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        ImportError: it is missing; says what to install.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -131,15 +134,20 @@ def _compose(axis: Any, figure: Figure) -> None:
 
 
 def _legend(axis: Any, marks: Any) -> None:
-    """Put a legend above the axis, where it covers no data; none for one series, which the title names."""
+    """Put a legend above the axis, where it covers no data, if there are several series."""
     labels = [mark.label for mark in marks if mark.label]
     if len(labels) > 1:
-        columns = 2 if len(labels) == 4 else 3
-        columns = max(1, min(columns, ROOM // (max(map(len, labels)) + 6)))
+        columns = next((n for n in ((2,) if len(labels) == 4 else (3, 2)) if _width(labels, n) <= ROOM), 1)
         where = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": columns, "borderaxespad": 0.3}
         axis.legend(**where, handlelength=1.6, columnspacing=1.4)
         lines = -(-len(labels) // columns)
         axis.set_title(axis.get_title(loc="left"), loc="left", pad=12 + 13 * lines)
+
+
+def _width(labels: Sequence[str], columns: int) -> int:
+    """Characters of a legend, which is filled column by column."""
+    rows = -(-len(labels) // columns)
+    return sum(max(map(len, labels[i : i + rows])) + 6 for i in range(0, len(labels), rows))
 
 
 def embedded(svg: str, figure: Figure) -> str:

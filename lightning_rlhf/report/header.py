@@ -1,4 +1,4 @@
-"""Facts of a run: method, model, batch, rates, seed, dates; one that no log has is left out."""
+"""Facts of a run, as far as its logs have them: method, model, batch, rates, seed, dates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _rate(run: Run) -> str:
 
 
 def _beta(run: Run) -> str:
-    """As it was set, or as it was logged where a class sets it."""
+    """β as it was set, or as it was logged where a class sets it."""
     logged, chosen = run.metrics["objective/kl_coef"].y, _given(run, "model.algorithm.beta")
     if not logged or chosen[:1].isdigit():
         return chosen
@@ -76,7 +76,7 @@ def _beta(run: Run) -> str:
 
 
 def _length(run: Run) -> str:
-    """Rollouts, or optimizer steps, that were logged."""
+    """Number of rollouts, or of optimizer steps, that were logged."""
     logged = run.metrics.first("objective/scores") if run.is_rl else run.metrics.first("train/loss", "lr")
     if not logged:
         return ""
@@ -85,7 +85,7 @@ def _length(run: Run) -> str:
 
 
 def _seconds(run: Run) -> float | None:
-    """From the first settings to the last metrics; None where the files were copied: shorter than the steps took."""
+    """Time from the first settings to the last metrics; None where files were copied, so that steps took longer."""
     if run.written is None:
         return None
     seconds, steps = run.written[1] - run.written[0], math.fsum(run.metrics["time/step"].y)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Mark, Points
+from lightning_rlhf.report.figure import Figure, Mark, Missing, Points
 from lightning_rlhf.report.metrics import Series
 from lightning_rlhf.report.quantity import ROLLOUTS, STEPS, Quantity, line_of
 from lightning_rlhf.report.responses import Responses

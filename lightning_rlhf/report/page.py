@@ -35,7 +35,7 @@ class Section:
 
 
 def page(title: str, *, runs: Sequence[Run], sections: Sequence[Section], samples: str) -> str:
-    """The document.
+    """Compose the document.
 
     Args:
         title: of the page, plain text.
@@ -77,7 +77,7 @@ def page(title: str, *, runs: Sequence[Run], sections: Sequence[Section], sample
 
 
 def _policy(style: str, script: str) -> str:
-    """Only this style sheet and this script, by their hashes: a tag that got past the escaping still can't run."""
+    """Allow only this style sheet and this script, by their hashes, so that a tag past the escaping can't run."""
 
     def known(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -94,7 +94,7 @@ def _list(kind: str, title: str, entries: Sequence[str]) -> str:
 
 
 def _card(run: Run, *, named: bool) -> str:
-    """What was run, and how it went."""
+    """Verdict and facts of a run."""
     judged = verdict(run)
     name = f"<h2>{html(run.name)}</h2>" * named
     said = f'<p class="verdict">{html(judged.said)}</p>' * bool(judged.said)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Line, Mark, Points
+from lightning_rlhf.report.figure import Figure, Line, Mark, Missing, Points
 from lightning_rlhf.report.metrics import Series
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, thinned
@@ -20,7 +19,7 @@ Columns = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """Figure to be, and the logged names that it is of.
+    """A figure to be, and the logged names that it shows.
 
     Attributes:
         name: of the figure's files.
@@ -114,7 +113,7 @@ def line_of(
 def _intervals(
     series: Series, columns: Columns, interval: Callable[[Sequence[float]], Interval] | None
 ) -> list[Interval]:
-    """One for each point; none where the values of some are not known."""
+    """Intervals of all points; none where the values of some are not known."""
     if interval is None or not all(x in columns for x in series.x):
         return []
     return [interval(columns[int(x)]) for x in series.x]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Bars, Guide, Mark, Points
+from lightning_rlhf.report.figure import Bars, Figure, Guide, Mark, Missing, Points
 from lightning_rlhf.report.palette import FAINT
 from lightning_rlhf.report.quantity import STEPS, Quantity
 from lightning_rlhf.report.runs import Run
@@ -145,7 +144,7 @@ def _binned(run: Run, bins: Sequence[str]) -> Mapping[int, tuple[float, float]]:
 
 
 def last(run: Run, name: str) -> float | None:
-    """A number of the last evaluation; None where that did not log it: a bin without a pair has none."""
+    """A number of the last evaluation; None where that did not log it, as of a bin without a pair."""
     for stage in ("eval", "test"):
         series, latest = run.metrics[f"{stage}/{name}"], run.metrics[f"{stage}/accuracy"]
         if series and latest:

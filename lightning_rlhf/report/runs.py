@@ -45,12 +45,12 @@ class Run:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether it trained a reward model."""
+        """True of a run that trained a reward model."""
         return bool(self.metrics.first("eval/accuracy", "eval/margin", "test/accuracy"))
 
     @property
     def is_rl(self) -> bool:
-        """Whether it trained a policy on a reward."""
+        """True of a run that trained a policy on a reward."""
         scored = self.metrics.first("objective/scores", "eval/reward", "test/reward")
         return bool(scored or self.rollouts.numbers or self.samples)
 

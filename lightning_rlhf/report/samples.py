@@ -32,7 +32,7 @@ class Column:
 
 
 def columns_of(runs: Sequence[Run]) -> list[Column]:
-    """First and last evaluation of each run, by prompt; one that several runs have in common is there once."""
+    """First and last evaluation of each run, by prompt, one that several have in common once."""
     found: dict[str, tuple[list[str], str, dict[str, Sample]]] = {}
     for run in runs:
         rows = run.held_out.rows

@@ -15,7 +15,7 @@ LARGEST = 10_000
 
 
 def read_settings(configs: Sequence[Path], hparams: Sequence[Path] = ()) -> dict[str, str]:
-    """Read the last `config.yaml`; where there is none, what `hparams.yaml` has of the module.
+    """Read the last `config.yaml`, or what `hparams.yaml` has of the module where there is none.
 
     Raises:
         ValueError: the config is no YAML mapping; hparams, which any module writes, are passed over instead.
@@ -70,7 +70,7 @@ def differing(settings: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
-    """Each value under its dotted key; a class has its name there, and its arguments below."""
+    """Each value under its dotted key, a class as its name with its arguments below."""
     if not isinstance(value, dict) or not value:
         return [(key, _text(value))]
     if "class_path" in value:
@@ -80,7 +80,7 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """A value in a line: a class as the call that makes it."""
+    """A value in a line, a class as the call that makes it."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if not isinstance(value, dict) or "class_path" not in value:

@@ -37,7 +37,7 @@ def share_interval(share: float, count: float) -> Interval:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None where one does not vary."""
+    """Pearson's correlation; None where one does not vary."""
     if len(x) < 3 or len(x) != len(y):
         return None
     a, b = fmean(x), fmean(y)

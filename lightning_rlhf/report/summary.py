@@ -67,5 +67,5 @@ def changes(run: Run) -> dict[str, Change]:
 
 
 def edge(count: int) -> int:
-    """Rows of training at either end that are averaged, a tenth: a single rollout is noise."""
+    """Number of training rows at either end that are averaged, a tenth, as a single rollout is noise."""
     return max(count // 10, 1)

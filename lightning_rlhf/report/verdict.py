@@ -35,7 +35,7 @@ def verdict(run: Run) -> Verdict:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three digits that count; a real minus."""
+    """The number by three digits that count, with a real minus."""
     return f"{value:{sign}.3g}".replace("-", "−")
 
 
@@ -68,7 +68,7 @@ def _rl(run: Run, found: Mapping[str, Change]) -> Verdict:
 
 
 def _unsure(run: Run, moved: float, *, held_out: bool) -> list[str]:
-    """Doubts about a change of the mean score: it is no number, or within its error, where that is known."""
+    """Doubts about a change of the mean score that is no number, or within its error where that is known."""
     if not math.isfinite(moved):
         return ["The reward is not a number at one end of the run."]
     error = _error((run.held_out if held_out else run.rollouts).column("score"), held_out=held_out)

@@ -13,8 +13,7 @@ import pytest
 from run_files import sample, write_csv
 
 from lightning_rlhf.report import read_runs, write_report
-from lightning_rlhf.report.frontier import GaoCurve
-from lightning_rlhf.report.frontier_figure import _told
+from lightning_rlhf.report.frontier import GaoCurve, _told
 from lightning_rlhf.report.metrics import Series
 from lightning_rlhf.report.palette import RUNS
 from lightning_rlhf.report.samples import columns_of
