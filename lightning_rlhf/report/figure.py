@@ -106,7 +106,7 @@ class Dots(Mark):
 
     def draw(self, axis: Any) -> None:
         """Draw small dots behind the lines."""
-        sizes = [6 + 24 * i / max(len(self.x) - 1, 1) for i in range(len(self.x))]
+        sizes = [9 + 24 * i / max(len(self.x) - 1, 1) for i in range(len(self.x))]
         axis.scatter(self.x, self.y, sizes, color=self.color, alpha=0.85, linewidths=0, zorder=2, label=self.label)
 
 

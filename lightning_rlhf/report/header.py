@@ -53,8 +53,8 @@ def _batch(run: Run) -> str:
         several = _given(run, "trainer.accumulate_grad_batches")
         return f"{size} × {several} accumulated" if size and several not in ("", "1") else size
     episodes = run.metrics["episode"]
-    counted = f"{episodes.y[0]:.0f} responses a rollout" if episodes.x[:1] == (0,) else ""
-    chosen = f"{size} prompts" + f" × {samples} samples" * bool(samples) if size else ""
+    counted = f"{_count(episodes.y[0], 'response')} a rollout" if episodes.x[:1] == (0,) else ""
+    chosen = " × ".join(_count(text, what) for text, what in ((size, "prompt"), (samples, "sample")) if text)
     return ", ".join(filter(None, (chosen, counted)))
 
 
@@ -80,8 +80,12 @@ def _length(run: Run) -> str:
     logged = run.metrics.first("objective/scores") if run.is_rl else run.metrics.first("train/loss", "lr")
     if not logged:
         return ""
-    count = round(logged.x[-1]) + 1
-    return f"{count:,} {'rollout' if run.is_rl else 'optimizer step'}{'s' * (count != 1)}"
+    return _count(logged.x[-1] + 1, "rollout" if run.is_rl else "optimizer step")
+
+
+def _count(number: float | str, what: str) -> str:
+    text = number if isinstance(number, str) else f"{number:,.0f}"
+    return f"{text} {what}{'s' * (text != '1')}"
 
 
 def _seconds(run: Run) -> float | None:

@@ -71,6 +71,8 @@ def _unsure(run: Run, moved: float, *, held_out: bool) -> list[str]:
     """Doubts about a change of the mean score that is no number, or within its error where that is known."""
     if not math.isfinite(moved):
         return ["The reward is not a number at one end of the run."]
+    if moved == 0:
+        return ["The reward did not move."]
     error = _error((run.held_out if held_out else run.rollouts).column("score"), held_out=held_out)
     if error is None or abs(moved) > NORMAL * error:
         return []

@@ -103,6 +103,20 @@ def test_reward_within_its_error_is_doubted(tmp_path: Path, gain: float, doubts:
     assert judged.doubts == ("The reward did not move by more than its error, ±1.6 (95 %).",) * doubts
 
 
+def test_reward_that_stands_still_or_is_no_number_is_doubted(tmp_path: Path) -> None:
+    still, broken = (
+        [{"step": i, "objective/scores": y} for i, y in enumerate(ys)] for ys in ([1.0, 1.0], [1.0, "nan"])
+    )
+    assert verdict(run_of(tmp_path / "a", still)).doubts[1:] == ("The reward did not move.",)
+    assert verdict(run_of(tmp_path / "b", broken)).doubts[1:] == ("The reward is not a number at one end of the run.",)
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    config = CONFIG.replace("batch_size: 4", "batch_size: 1")
+    run = run_of(tmp_path / "run", [{"step": 0, "objective/scores": 1.0, "episode": 1}], config=config)
+    assert (facts(run)["batch"], facts(run)["length"]) == ("1 prompt × 8 samples, 1 response a rollout", "1 rollout")
+
+
 def test_verdict_of_fine_tuning(tmp_path: Path) -> None:
     rows = [{"step": i, "train/loss": 3.0 - i} for i in range(2)]
     held = [{"step": 0, "eval/loss": 2.5}, {"step": 1, "eval/loss": 2.0}, {"step": 2, "eval/loss": 2.25}]
