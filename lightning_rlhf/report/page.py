@@ -106,15 +106,18 @@ def _card(run: Run, *, named: bool) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     found = [changes(run) for run in runs]
     rows = [
-        (f'<td title="{html(_keys(what, found))}">{html(what)}</td>', [_move(of_run.get(what)) for of_run in found])
-        for what, _, _ in ROWS
+        (
+            f'<td title="{html(_keys(what, found))}: {html(meaning)}">{html(what)}</td>',
+            [_move(of_run.get(what)) for of_run in found],
+        )
+        for what, _, _, meaning in ROWS
         if any(what in of_run for of_run in found)
     ]
     if not rows:
         return ""
     caption = (
         "Start → end, and the change. Held out: first and last evaluation. Training: means over the first and the last "
-        "tenth. Rest on a name for the key it is logged under."
+        "tenth. Rest on a name for its key and meaning."
     )
     return (
         f'<section><h2>Start and end</h2><div class="card">{_table(runs, rows)}<p class="caption">{caption}</p></div>'

@@ -52,7 +52,7 @@ def _rl(run: Run, found: Mapping[str, Change]) -> Verdict:
         found.get(f"{kind}{what}") for what in ("reward", "KL to the reference, nats", "responses that end")
     )
     if reward is None:
-        return Verdict("", tuple(doubts))
+        return Verdict("")
     if reward.moved is None:
         said = f"{kind}reward {number(reward.last)}"
     else:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from run_files import sample, write_csv
 
+from lightning_rlhf.modules.glossary import find
 from lightning_rlhf.report import read_runs, write_report
 from lightning_rlhf.report.frontier import GaoCurve, _told
 from lightning_rlhf.report.metrics import Series
 from lightning_rlhf.report.palette import RUNS
 from lightning_rlhf.report.samples import columns_of
 from lightning_rlhf.report.settings import read_settings
+from lightning_rlhf.report.summary import ROWS
 
 
 def text_of(markup: str) -> str:
@@ -40,7 +42,15 @@ def test_a_number_has_one_row_with_a_cell_for_each_run(rl_run: Callable[..., Pat
     assert [row[0] for row in cells[1:]] == list(dict.fromkeys(row[0] for row in cells[1:]))
     assert cells[1] == ["held-out reward", *["1.5 → 2+0.5"] * 2]  # scores 0 … 3; then one more each, the last one less
     assert ["clip fraction", *["0 → 0.7+0.7"] * 2] in cells
-    assert 'title="objective/kl"' in table
+    assert 'title="objective/kl: mean Σ_t log π_old' in table
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_meaning_is_the_glossary_s(row: tuple[str, tuple[str, ...], str, str]) -> None:
+    _, (key, *_), _, meaning = row
+    entry = find(key)
+    same = re.match(r"as `([\w/]+)`", entry.meaning)
+    assert meaning == (find(same[1]) if same else entry).meaning
 
 
 def test_class_without_arguments_is_its_name(tmp_path: Path) -> None:
@@ -93,6 +103,15 @@ def test_numbers_to_point_at_are_those_logged(rl_run: Callable[..., Path], tmp_p
     assert [(d[2], d[3], d[4]) for d in dots["KL to the reference"]] == [
         (row["series"], float(row["x"]), float(row["y"])) for row in rows
     ]
+
+
+def test_name_of_a_run_stays_inside_its_attribute(rl_run: Callable[..., Path], tmp_path: Path) -> None:
+    name = """a"><img src=x onerror='1'>&quot;"""
+    folder = rl_run("one").rename(tmp_path / name)
+    page = write_report([folder, rl_run("two")], output=tmp_path / "out").read_text(encoding="utf-8")
+    assert "<img" not in page
+    text = re.search(r'data-dots="([^"]*)"><h3>Clip fraction', page)[1]
+    assert {dot[2] for dot in json.loads(html.unescape(text))} == {name, "two"}
 
 
 def test_clip_fraction_of_zero_is_on_the_floor(tmp_path: Path) -> None:
