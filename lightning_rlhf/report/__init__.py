@@ -1,4 +1,4 @@
-"""After a run: one page and its figures, from the logs alone."""
+"""The report of a run: one page and its figures, from the logs alone."""
 
 from lightning_rlhf.report.book import write_report
 from lightning_rlhf.report.draw import require_matplotlib

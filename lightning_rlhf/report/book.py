@@ -1,22 +1,20 @@
-"""A report of runs: which figures it has, and the files it is written to."""
+"""A report of runs: its figures, and the files it is written to."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_rlhf.report import learning, reward_model, supervised
+from lightning_rlhf.report import learning, reward_model
 from lightning_rlhf.report.draw import draw, require_matplotlib
 from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.frontier_figure import frontier
+from lightning_rlhf.report.frontier import frontier
 from lightning_rlhf.report.page import Section, page
-from lightning_rlhf.report.replacing import replacing
 from lightning_rlhf.report.runs import Run, read_runs
-from lightning_rlhf.report.samples import columns_of, section
-from lightning_rlhf.report.settings import differing
-from lightning_rlhf.report.summary import changes
+from lightning_rlhf.report.samples import columns_of, pairs
 
 PAGE, NUMBERS = "report.html", "report.csv"
 Draft = Callable[[Sequence[Run]], Figure | Missing]
@@ -42,7 +40,8 @@ REWARD: tuple[Draft, ...] = (
     reward_model.accuracy_by_length,
     reward_model.LENGTH_CORRELATION,
 )
-SUPERVISED: tuple[Draft, ...] = (supervised.LOSS,)
+FINE_TUNING: tuple[Draft, ...] = (learning.NEXT_TOKEN,)
+STAGES = {"Fine-tuning": FINE_TUNING, "Reward model": REWARD, "RL": RL}
 NO_SAMPLES = '<p class="missing">Needs samples.jsonl, the responses to held-out prompts at each evaluation.</p>'
 
 
@@ -62,37 +61,50 @@ def write_report(folders: Sequence[str | Path], *, output: Path) -> Path:
     """
     require_matplotlib()
     runs = read_runs(folders)
-    kinds = {
-        "RL": (RL, [run for run in runs if run.is_rl]),
-        "Reward model": (REWARD, [run for run in runs if run.is_reward_model]),
-        "Fine-tuning": (SUPERVISED, [run for run in runs if not run.is_rl and not run.is_reward_model]),
-    }
     output.mkdir(parents=True, exist_ok=True)
-    sections = [_section(title, drafts, of, output) for title, (drafts, of) in kinds.items() if of]
-    columns = columns_of(kinds["RL"][1])
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sections = []
+    for stage, (title, drafts) in enumerate(STAGES.items()):
+        of = [run for run in runs if run.stage == stage]
+        if of:
+            sections.append(_section(title, drafts, of))
+    figures = [drawn for section in sections for drawn in section.figures]
+    columns = columns_of([run for run in runs if run.is_rl])
     document = page(
-        f"Report of {title}",
-        names=[run.name for run in runs],
-        changes=changes(runs),
-        settings=differing({run.name: run.settings for run in runs if run.settings}),
+        f"Report of {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
+        runs=runs,
         sections=sections,
-        samples=section(columns) if columns else NO_SAMPLES,
-        notes=[note for run in runs for note in run.notes],
+        samples=pairs(columns) if columns else NO_SAMPLES,
     )
+    for drawn in figures:
+        with replacing(output / f"{drawn.figure.name}.png") as part:
+            part.write_bytes(drawn.png)
+    with replacing(output / NUMBERS) as part:
+        _write_numbers(part, [drawn.figure for drawn in figures])
     with replacing(output / PAGE) as part:
         part.write_text(document, encoding="utf-8")
-    with replacing(output / NUMBERS) as part:
-        _write_numbers(part, [figure for section in sections for figure, _ in section.figures])
     return output / PAGE
 
 
-def _section(title: str, drafts: Sequence[Draft], runs: Sequence[Run], output: Path) -> Section:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path` that gets its name at the end, in place of a link too."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch(exist_ok=False)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _section(title: str, drafts: Sequence[Draft], runs: Sequence[Run]) -> Section:
     made = [draft(runs) for draft in drafts]
-    figures = [figure for figure in made if isinstance(figure, Figure)]
-    missing = [gap for gap in made if isinstance(gap, Missing)]
-    drawn = [(figure, draw(figure, png=output / f"{figure.name}.png")) for figure in figures]
-    return Section(title=title, figures=drawn, missing=missing)
+    return Section(
+        title=title,
+        figures=[draw(figure) for figure in made if isinstance(figure, Figure)],
+        missing=[gap for gap in made if isinstance(gap, Missing)],
+    )
 
 
 def _write_numbers(path: Path, figures: Sequence[Figure]) -> None:
@@ -105,5 +117,5 @@ def _write_numbers(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A text that a spreadsheet takes for a formula stands behind an apostrophe."""
+    """Put a text that a spreadsheet would take for a formula behind an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -1,23 +1,25 @@
-"""Figures as PNG files, and as SVG that takes its colors and its font from the page around it."""
+"""Figures as PNG, and as SVG that takes its colors and its font from the page around it."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_rlhf.report.figure import Figure
-from lightning_rlhf.report.marks import Bars
+from lightning_rlhf.report.figure import Bars, Figure, Guide
 from lightning_rlhf.report.palette import FAINT, GRID, INK, THEMED
-from lightning_rlhf.report.replacing import replacing
 from lightning_rlhf.text.escape import html
 
-SIZE = (6.4, 3.9)
-"""Inches."""
+SIZE = (5.4, 3.4)
+"""Inches: the smaller, the larger are letters on a page that gives every figure the same room."""
+ROOM = 74
+"""Characters of a legend's line, six of them for each label's sign."""
 STYLE = {
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": FAINT,
@@ -40,16 +42,22 @@ STYLE = {
     "ytick.labelcolor": FAINT,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "svg.fonttype": "none",
     "text.parse_math": False,
 }
+Dot = tuple[float, float, str, float | str, float, float | None, float | None]
+"""Place from the left and from the top, shares of the figure; label; x, y and the interval of y."""
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 """Left out of SVG files: the same logs give the same page."""
 
 
 def require_matplotlib() -> None:
-    """Raises ImportError, with what to install, where matplotlib is missing."""
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        ImportError: it is missing; says what to install.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -58,16 +66,25 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw(figure: Figure, *, png: Path) -> str:
-    """Write the figure as a PNG on white, and give it as an SVG element without a ground of its own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """A figure that is drawn.
 
-    Args:
-        figure: what to draw.
-        png: path of the file.
-
-    Returns:
-        `<svg …>`, without a script, a style sheet or an address; its words are text, its neutral colors the page's.
+    Attributes:
+        figure: that it is of.
+        svg: `<svg …>`, without a script, a style sheet or an address; words are text, neutral colors the page's.
+        png: the file, on white.
+        dots: every finite number of its marks, and where it stands.
     """
+
+    figure: Figure
+    svg: str
+    png: bytes
+    dots: tuple[Dot, ...]
+
+
+def draw(figure: Figure) -> Drawing:
+    """Draw a figure."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -75,12 +92,25 @@ def draw(figure: Figure, *, png: Path) -> str:
         canvas = Canvas(figsize=SIZE, layout="constrained")
         axis = canvas.subplots()
         _compose(axis, figure)
-        with replacing(png) as part:
-            canvas.savefig(part, format="png", dpi=160, facecolor="white")
+        png = io.BytesIO()
+        canvas.savefig(png, format="png", dpi=190, facecolor="white")
         axis.set_title("")  # the page has it as a heading
         written = io.StringIO()
         canvas.savefig(written, format="svg", transparent=True, metadata=METADATA)
-    return embedded(written.getvalue(), figure)
+        dots = tuple(_dots(axis, figure))
+    return Drawing(figure=figure, svg=embedded(written.getvalue(), figure), png=png.getvalue(), dots=dots)
+
+
+def _dots(axis: Any, figure: Figure) -> Iterator[Dot]:
+    """Numbers of the marks, at the places that the last drawing gave them."""
+    place = axis.transData + axis.figure.transFigure.inverted()
+    for mark in figure.marks:
+        if isinstance(mark, Guide):
+            continue
+        for x, row in zip(mark.x, mark.rows(), strict=True):
+            if math.isfinite(x) and math.isfinite(row[1]):
+                left, up = place.transform((x, row[1]))
+                yield round(float(left), 4), round(1 - float(up), 4), mark.label, *row
 
 
 def _compose(axis: Any, figure: Figure) -> None:
@@ -92,8 +122,8 @@ def _compose(axis: Any, figure: Figure) -> None:
     for mark in figure.marks:
         mark.draw(axis)
     if figure.span is not None:
-        low, high = figure.span
-        axis.set_ylim(low, high + 0.03 * (high - low))
+        low, high = figure.span[0], axis.get_ylim()[1] if figure.span[1] is None else figure.span[1]
+        axis.set_ylim(low - 0.02 * (high - low), high + 0.03 * (high - low))
     bars = next((mark for mark in figure.marks if isinstance(mark, Bars)), None)
     if bars is not None:
         axis.set_xticks(range(len(bars.categories)), bars.categories)
@@ -104,20 +134,26 @@ def _compose(axis: Any, figure: Figure) -> None:
 
 
 def _legend(axis: Any, marks: Any) -> None:
-    """Above the axis, where it covers no data; none for one series, which the title names."""
+    """Put a legend above the axis, where it covers no data, if there are several series."""
     labels = [mark.label for mark in marks if mark.label]
     if len(labels) > 1:
-        columns = 2 if max(map(len, labels)) > 18 or len(labels) == 4 else 3
+        columns = next((n for n in ((2,) if len(labels) == 4 else (3, 2)) if _width(labels, n) <= ROOM), 1)
         where = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": columns, "borderaxespad": 0.3}
         axis.legend(**where, handlelength=1.6, columnspacing=1.4)
         lines = -(-len(labels) // columns)
         axis.set_title(axis.get_title(loc="left"), loc="left", pad=12 + 13 * lines)
 
 
-def embedded(svg: str, figure: Figure) -> str:
-    """matplotlib's file as an element of a page.
+def _width(labels: Sequence[str], columns: int) -> int:
+    """Characters of a legend, which is filled column by column."""
+    rows = -(-len(labels) // columns)
+    return sum(max(map(len, labels[i : i + rows])) + 6 for i in range(0, len(labels), rows))
 
-    What goes: the XML head and the name spaces, which are addresses and which HTML implies; a style sheet that would
+
+def embedded(svg: str, figure: Figure) -> str:
+    """Rewrite matplotlib's file as an element of a page.
+
+    Left out are the XML head and the name spaces, which are addresses and which HTML implies; a style sheet that would
     hold for the whole page; fonts; identifiers of groups, which would occur in every figure.
     """
     svg = svg[svg.index("<svg") :]

@@ -1,14 +1,12 @@
-"""What the RL stage did: reward, KL, length, entropy, and how far each update went."""
+"""Figures of a policy in training: loss of fine-tuning; reward, KL, length, entropy and size of updates of RL."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Mark, Points
+from lightning_rlhf.report.figure import Figure, Mark, Missing, Points
 from lightning_rlhf.report.metrics import Series
-from lightning_rlhf.report.palette import color
-from lightning_rlhf.report.quantity import ROLLOUTS, Quantity, line_of
+from lightning_rlhf.report.quantity import ROLLOUTS, STEPS, Quantity, line_of
 from lightning_rlhf.report.responses import Responses
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import correlation, deciles, mean_interval
@@ -44,6 +42,7 @@ KL_OLD = Quantity(
     y="nats per action",
     line=("policy/approxkl_avg",),
     points=("policy/kl_old",),
+    span=(0.0, None),
     labels=("½(log ρ)², over the update", "KL(π_old‖π_θ), after the update"),
     caption="How far one update goes from the policy that wrote the responses. The second is measured by KLPen.",
     remedy=f"needs policy/approxkl_avg in {_LOG}",
@@ -53,6 +52,7 @@ CLIPPED = Quantity(
     title="Clip fraction",
     y="share of clipped actions",
     line=("policy/clipfrac_avg",),
+    span=(0.0, None),
     caption="Actions whose gradient CLIP took away: at 0 the bound never binds, near 1 the batch teaches nothing more.",
     remedy=f"needs policy/clipfrac_avg in {_LOG}",
 )
@@ -112,22 +112,35 @@ GRADIENTS = Quantity(
     title="Pretraining gradient over RL gradient",
     y="ratio of gradient norms",
     line=("ptx/grad_norm_ratio",),
+    span=(0.0, None),
     level=1.0,
     caption="‖γ·∇ of the pretraining loss‖ over ‖∇ of the surrogate‖: far above 1 the texts steer, far below not.",
     remedy="needs ptx/grad_norm_ratio in metrics.csv, which is logged where both gradients are measured apart",
 )
 
 
+NEXT_TOKEN = Quantity(
+    name="loss",
+    title="Next-token loss",
+    y="nats per token",
+    line=("train/loss",),
+    points=("eval/loss", "test/loss"),
+    x=STEPS,
+    caption="Held-out rising while training falls is overfitting; InstructGPT went on all the same, for the reward.",
+    remedy="needs train/loss or eval/loss in metrics.csv of an SFTModule",
+)
+
+
 def length_bias(runs: Sequence[Run]) -> Figure | Missing:
-    """Whether longer responses of the same rollout score higher."""
+    """Correlate length and score over the responses of each rollout."""
     marks: list[Mark] = []
-    for place, run in enumerate(runs):
+    for run in runs:
         names = ("training", "held out") if len(runs) == 1 else (run.name, f"{run.name}, held out")
         trained, tested = _correlations(run.rollouts), _correlations(run.held_out)
         if trained:
-            marks.append(line_of(trained, {}, None, label=names[0], color=color(place)))
+            marks.append(line_of(trained, {}, None, label=names[0], color=run.color))
         if tested:
-            marks.append(Points(label=names[1], x=tested.x, y=tested.y, color=color(place)))
+            marks.append(Points(label=names[1], x=tested.x, y=tested.y, color=run.color))
     title = "Correlation of score and length"
     if not marks:
         return Missing(title=title, remedy="needs rollouts.jsonl or samples.jsonl, in which length and score both vary")

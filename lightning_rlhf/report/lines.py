@@ -1,4 +1,4 @@
-"""Lines of a log that may have been cut off: the last one is left out if it is torn, any other is an error."""
+"""Lines of a log of which the last may be torn; any other that is broken is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Number from 1, text, and whether the line is whole: only a file's last one may lack its line break.
+    """Number from 1, text, and whether the line is whole: a file's last one may lack its line break.
 
     Raises:
         ValueError: a line is not UTF-8.

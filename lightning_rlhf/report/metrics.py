@@ -44,12 +44,8 @@ class Metrics:
         return self.series.get(name, Series())
 
     def first(self, *names: str) -> Series:
-        """That of the first name under which something was logged."""
+        """The series of the first name under which something was logged."""
         return next((self[name] for name in names if self[name]), Series())
-
-    def below(self, prefix: str) -> dict[str, Series]:
-        """Series whose names begin with `prefix`, by the rest of their names."""
-        return {name.removeprefix(prefix): found for name, found in self.series.items() if name.startswith(prefix)}
 
 
 def read_metrics(paths: Sequence[Path]) -> Metrics:
@@ -80,7 +76,7 @@ def read_metrics(paths: Sequence[Path]) -> Metrics:
 
 
 def first_step(path: Path) -> float:
-    """Of the earliest row; infinite where there is none."""
+    """Step of the earliest row; infinite where there is none."""
     return min((step for step, _ in _rows(path)), default=float("inf"))
 
 

@@ -1,5 +1,26 @@
-// Search, filter and sort the pairs; their state is the address, so that a view can be sent to somebody.
 "use strict";
+// The numbers nearest to where one points in a figure.
+const tip = document.getElementById("tip");
+const short = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))).replace("-", "−") : value);
+for (const figure of document.querySelectorAll("figure[data-dots]")) {
+  const dots = JSON.parse(figure.dataset.dots);
+  const svg = figure.querySelector("svg");
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const away = ([left, top]) => Math.hypot(box.left + left * box.width - event.clientX, box.top + top * box.height - event.clientY);
+    const near = dots.reduce((best, dot) => (away(dot) < away(best) ? dot : best), dots[0]);
+    tip.hidden = !near || away(near) > 40;
+    if (tip.hidden) return;
+    const [left, top, label, x, y, low, high] = near;
+    tip.textContent = `${label ? label + "\n" : ""}${short(x)}: ${short(y)}${low === null ? "" : ` (${short(low)} to ${short(high)})`}`;
+    const at = box.left + left * box.width;
+    tip.style.left = `${Math.max(4, Math.min(at + 10, innerWidth - tip.offsetWidth - 4))}px`;
+    tip.style.top = `${Math.max(4, box.top + top * box.height - tip.offsetHeight - 8)}px`;
+  });
+  svg.addEventListener("pointerleave", () => (tip.hidden = true));
+}
+
+// Search, filter and sort the pairs; their state is the address, so that a view can be sent to somebody.
 const controls = document.getElementById("controls");
 if (controls) {
   const list = document.getElementById("pairs");

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.palette import color
-from lightning_rlhf.report.summary import Change
+from lightning_rlhf.report.draw import Drawing
+from lightning_rlhf.report.figure import Missing
+from lightning_rlhf.report.header import facts
+from lightning_rlhf.report.runs import Run
+from lightning_rlhf.report.settings import differing
+from lightning_rlhf.report.summary import ROWS, Change, changes
+from lightning_rlhf.report.verdict import number, verdict
 from lightning_rlhf.text.escape import html
-
-WIDE = ("frontier",)
-"""Figures that take a whole line of the page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,46 +25,33 @@ class Section:
 
     Attributes:
         title: of the part.
-        figures: each with its SVG.
+        figures: drawn.
         missing: figures that the logs do not give.
     """
 
     title: str
-    figures: Sequence[tuple[Figure, str]]
+    figures: Sequence[Drawing]
     missing: Sequence[Missing]
 
 
-def page(
-    title: str,
-    *,
-    names: Sequence[str],
-    changes: Sequence[Change],
-    settings: Mapping[str, Sequence[str]],
-    sections: Sequence[Section],
-    samples: str,
-    notes: Sequence[str],
-) -> str:
-    """The document.
+def page(title: str, *, runs: Sequence[Run], sections: Sequence[Section], samples: str) -> str:
+    """Compose the document.
 
     Args:
         title: of the page, plain text.
-        names: of the runs, plain text.
-        changes: for the table at the top.
-        settings: that differ between runs: key → a value for each run.
+        runs: for the header and the tables.
         sections: of figures.
         samples: HTML of the responses side by side, or of what would give them.
-        notes: plain text, one sentence each.
     """
-    places = {name: color(place) for place, name in enumerate(names)}
-    runs = "".join(f'<li style="--run: {places[name]}">{html(name)}</li>' for name in names)
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    cards = "".join(_card(run, named=len(runs) > 1) for run in runs)
     body = "\n".join(
         [
-            f'<header><h1>{html(title)}</h1><ul class="runs">{runs}</ul></header>',
-            _list("notes", "How the logs were read", [html(note) for note in notes]),
-            _summary(changes, places),
+            f'<header><h1>{html(title)}</h1><div class="runs">{cards}</div></header>',
+            _list("notes", "How the logs were read", [html(note) for run in runs for note in run.notes]),
+            _summary(runs),
             *map(_section, sections),
-            _settings(settings, names),
+            _settings(runs),
             f"<section><h2>Samples</h2>{samples}</section>",
         ]
     )
@@ -80,6 +69,7 @@ def page(
 <main>
 {body}
 </main>
+<div id="tip" hidden></div>
 <script>{script}</script>
 </body>
 </html>
@@ -87,7 +77,7 @@ def page(
 
 
 def _policy(style: str, script: str) -> str:
-    """Only this style sheet and this script, by their hashes: a tag that got past the escaping still can't run."""
+    """Allow only this style sheet and this script, by their hashes, so that a tag past the escaping can't run."""
 
     def known(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -103,31 +93,66 @@ def _list(kind: str, title: str, entries: Sequence[str]) -> str:
     return f'<div class="{kind}"><p>{title}:</p><ul>{"".join(f"<li>{entry}</li>" for entry in entries)}</ul></div>'
 
 
-def _summary(changes: Sequence[Change], places: Mapping[str, str]) -> str:
-    if not changes:
+def _card(run: Run, *, named: bool) -> str:
+    """Verdict and facts of a run."""
+    judged = verdict(run)
+    name = f"<h2>{html(run.name)}</h2>" * named
+    said = f'<p class="verdict">{html(judged.said)}</p>' * bool(judged.said)
+    doubts = "".join(f'<p class="doubt">{html(doubt)}</p>' for doubt in judged.doubts)
+    known = "".join(f"<div><dt>{html(key)}</dt><dd>{html(text)}</dd></div>" for key, text in facts(run).items())
+    return f'<article class="card" style="--run: {run.color}">{name}{said}{doubts}<dl>{known}</dl></article>'
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    found = [changes(run) for run in runs]
+    rows = [
+        (
+            f'<td title="{html(_keys(what, found))}: {html(meaning)}">{html(what)}</td>',
+            [_move(of_run.get(what)) for of_run in found],
+        )
+        for what, _, _, meaning in ROWS
+        if any(what in of_run for of_run in found)
+    ]
+    if not rows:
         return ""
-    several = len(places) > 1
-    rows, before = [], ""
-    for change in changes:
-        what = html(change.what) if change.what != before else ""
-        before = change.what
-        of_run = f'<td class="name">{html(change.run)}</td>' if several else ""
-        numbers = "".join(f"<td>{number(value)}</td>" for value in (change.first, change.last))
-        delta = f"<td>{number(change.last - change.first, '+')}</td>" if len(change.series.x) > 1 else "<td></td>"
-        spark = f'<td style="--run: {places[change.run]}">{_sparkline(change.series.y)}</td>'
-        rows.append(f"<tr><td>{what}</td>{of_run}{numbers}{delta}{spark}</tr>")
-    run = '<th class="name">run</th>' if several else ""
-    head = f"<tr><th></th>{run}<th>start</th><th>end</th><th>change</th><th></th></tr>"
-    caption = "Held out: first and last evaluation. Training: means over the first and the last tenth."
+    caption = (
+        "Start → end, and the change. Held out: first and last evaluation. Training: means over the first and the last "
+        "tenth. Rest on a name for its key and meaning."
+    )
     return (
-        f'<section><h2>Start and end</h2><div class="card scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}'
-        f'</tbody></table><p class="caption">{caption}</p></div></section>'
+        f'<section><h2>Start and end</h2><div class="card">{_table(runs, rows)}<p class="caption">{caption}</p></div>'
+        "</section>"
     )
 
 
-def number(value: float, sign: str = "") -> str:
-    """Three digits that count; a real minus."""
-    return f"{value:{sign}.3g}".replace("-", "−")
+def _keys(what: str, found: Sequence[Mapping[str, Change]]) -> str:
+    return ", ".join(dict.fromkeys(of_run[what].key for of_run in found if what in of_run))
+
+
+def _table(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A row for each thing, a column for each run."""
+    head = "".join(f'<th style="--run: {run.color}">{html(run.name)}</th>' for run in runs)
+    body = "".join(
+        f"<tr>{first}"
+        + "".join(f'<td style="--run: {run.color}">{cell}</td>' for run, cell in zip(runs, cells, strict=True))
+        + "</tr>"
+        for first, cells in rows
+    )
+    return (
+        f'<div class="scroll"><table style="--runs: {len(runs)}"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _move(change: Change | None) -> str:
+    if change is None:
+        return ""
+    if change.moved is None:
+        return f'<span class="move"><b>{number(change.last)}</b></span>'
+    return (
+        f'<span class="move"><span>{number(change.first)} → <b>{number(change.last)}</b></span>'
+        f'<span class="faint">{number(change.moved, "+")}</span>{_sparkline(change.series.y)}</span>'
+    )
 
 
 def _sparkline(values: Sequence[float]) -> str:
@@ -143,26 +168,29 @@ def _sparkline(values: Sequence[float]) -> str:
 
 
 def _section(section: Section) -> str:
-    figures = "".join(
-        f'<figure class="card{" wide" * (figure.name in WIDE)}"><h3>{html(figure.title)}</h3>{svg}'
-        f'<figcaption class="caption">{html(figure.caption)}</figcaption></figure>'
-        for figure, svg in section.figures
-    )
+    figures = "".join(map(_figure, section.figures))
     missing = _list(
         "missing", "Not in the logs", [f"{html(gap.title)}: {html(gap.remedy)}." for gap in section.missing]
     )
     return f'<section><h2>{html(section.title)}</h2><div class="figures">{figures}</div>{missing}</section>'
 
 
-def _settings(settings: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
+def _figure(drawn: Drawing) -> str:
+    """A figure with its numbers, for the page's script to show where one points."""
+    dots = html(json.dumps(drawn.dots))
+    return (
+        f'<figure class="card" data-dots="{dots}"><h3>{html(drawn.figure.title)}</h3>{drawn.svg}'
+        f'<figcaption class="caption">{html(drawn.figure.caption)}</figcaption></figure>'
+    )
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    known = [run for run in runs if run.settings]
+    settings = differing({run.name: run.settings for run in known})
     if not settings:
         return ""
-    head = "".join(f"<th>{html(name)}</th>" for name in ["", *names])
-    rows = "".join(
-        f"<tr><td>{html(key)}</td>{''.join(f'<td>{html(value)}</td>' for value in values)}</tr>"
+    rows = [
+        (f"<td>{html(key).replace('.', '.<wbr>')}</td>", [html(value) for value in values])
         for key, values in settings.items()
-    )
-    return (
-        f'<section><h2>Where the settings differ</h2><div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
-    )
+    ]
+    return f'<section><h2>Where the settings differ</h2><div class="card">{_table(known, rows)}</div></section>'

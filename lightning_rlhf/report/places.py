@@ -1,4 +1,4 @@
-"""Which files below the folders that were named belong to one run."""
+"""Files of one run, among those below the folders that were named."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 VERSION = re.compile(r"version_(\d+)")
 """The folders that CSVLogger begins one after the other."""
-OTHERS = ("rollouts.jsonl", "samples.jsonl", "config.yaml")
+OTHERS = ("rollouts.jsonl", "samples.jsonl", "config.yaml", "hparams.yaml")
 """Beside `metrics.csv`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run's files are.
+    """Files of a run.
 
     Attributes:
         folder: as it was named.
@@ -43,7 +43,7 @@ class Place:
 
 
 def find_places(folder: Path) -> list[Place]:
-    """The runs in a folder and below it.
+    """Find the runs in a folder and below it.
 
     Raises:
         ValueError: there is no such folder, or no log in it.
@@ -80,7 +80,7 @@ def _grouped(paths: Iterable[Path], root_of: Callable[[Path], Path]) -> dict[Pat
 
 
 def _order(path: Path) -> tuple[str, int, str]:
-    """Versions by number: the tenth comes after the ninth."""
+    """Key that sorts versions by number: the tenth comes after the ninth."""
     version = VERSION.fullmatch(path.parent.name)
     return (path.parent.parent.as_posix(), int(version[1]), path.name) if version else (path.parent.as_posix(), -1, "")
 
@@ -91,7 +91,7 @@ def _root(path: Path, folder: Path) -> Path:
 
 
 def _owner(path: Path, roots: Sequence[Path], folder: Path) -> Path:
-    """The innermost run around a file; the only run there is; or a run of which only this is known."""
+    """The innermost run around a file, or the only run there is, or a new one."""
     around = [root for root in roots if path.is_relative_to(root)]
     if around:
         return max(around, key=lambda root: len(root.parts))

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Line, Mark, Points
+from lightning_rlhf.report.figure import Figure, Line, Mark, Missing, Points
 from lightning_rlhf.report.metrics import Series
-from lightning_rlhf.report.palette import color
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, thinned
 
@@ -21,7 +19,7 @@ Columns = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """What to draw, and from which of the logs.
+    """A figure to be, and the logged names that it shows.
 
     Attributes:
         name: of the figure's files.
@@ -51,11 +49,11 @@ class Quantity:
     interval: Callable[[Sequence[float]], Interval] | None = None
     x: str = ROLLOUTS
     level: float | None = None
-    span: tuple[float, float] | None = None
+    span: tuple[float, float | None] | None = None
 
     def __call__(self, runs: Sequence[Run]) -> Figure | Missing:
         """The figure of some runs, as much of it as their logs hold."""
-        marks = [mark for place, run in enumerate(runs) for mark in self._marks(run, place, alone=len(runs) == 1)]
+        marks = [mark for run in runs for mark in self._marks(run, alone=len(runs) == 1)]
         if not marks:
             return Missing(title=self.title, remedy=self.remedy)
         return Figure(
@@ -69,7 +67,7 @@ class Quantity:
             span=self.span,
         )
 
-    def _marks(self, run: Run, place: int, *, alone: bool) -> list[Mark]:
+    def _marks(self, run: Run, *, alone: bool) -> list[Mark]:
         trained = run.rollouts.column(self.column) if self.column else {}
         tested = run.held_out.column(self.column) if self.column else {}
         line = run.metrics.first(*self.line) or by_iteration(trained, fmean)
@@ -77,12 +75,12 @@ class Quantity:
         names = self.labels if alone else (run.name, f"{run.name}, {self.labels[1]}")
         marks: list[Mark] = []
         if line:
-            marks.append(line_of(line, trained, self.interval, label=names[0], color=color(place)))
+            marks.append(line_of(line, trained, self.interval, label=names[0], color=run.color))
         if points:
             points = thinned(points)
             bars = _intervals(points, tested, self.interval)
             label = names[1] if line or alone else run.name
-            marks.append(Points(label=label, x=points.x, y=points.y, color=color(place), intervals=bars))
+            marks.append(Points(label=label, x=points.x, y=points.y, color=run.color, intervals=bars))
         return marks
 
 
@@ -115,7 +113,7 @@ def line_of(
 def _intervals(
     series: Series, columns: Columns, interval: Callable[[Sequence[float]], Interval] | None
 ) -> list[Interval]:
-    """One for each point; none where the values of some are not known."""
+    """Intervals of all points; none where the values of some are not known."""
     if interval is None or not all(x in columns for x in series.x):
         return []
     return [interval(columns[int(x)]) for x in series.x]

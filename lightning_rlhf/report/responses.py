@@ -38,7 +38,7 @@ class Responses:
         return tuple(sorted({min(self.numbers), max(self.numbers)}))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a line; one of an earlier iteration than the last line's supersedes what came after it."""
+        """Take in a line, which supersedes later iterations that came before it."""
         iteration = row["iteration"]
         if self.numbers and iteration < next(reversed(self.numbers)):  # a run that went on from a checkpoint
             self.numbers = {i: columns for i, columns in self.numbers.items() if i < iteration}

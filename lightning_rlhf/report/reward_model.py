@@ -1,13 +1,12 @@
-"""What a reward model learned: how often it is right, where, and whether it knows."""
+"""Figures of a reward model: how often it is right, on which pairs, and whether it knows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from lightning_rlhf.report.figure import Figure, Missing
-from lightning_rlhf.report.marks import Bars, Guide, Mark, Points
-from lightning_rlhf.report.palette import FAINT, color
+from lightning_rlhf.report.figure import Bars, Figure, Guide, Mark, Missing, Points
+from lightning_rlhf.report.palette import FAINT
 from lightning_rlhf.report.quantity import STEPS, Quantity
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import share_interval
@@ -55,22 +54,22 @@ LENGTH_CORRELATION = Quantity(
 
 
 def reliability(runs: Sequence[Run]) -> Figure | Missing:
-    """Accuracy against confidence."""
+    """Draw accuracy against confidence."""
     marks: list[Mark] = [
         Guide(label="right as often as sure", x=(0.5, 1.0), y=(0.5, 1.0), color=FAINT),
     ]
-    for place, run in enumerate(runs):
+    for run in runs:
         found = _binned(run, [f"confidence_{name}" for name in CONFIDENCES])
         if found:
-            sure = [_last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in found]
+            sure = [last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in found]
             bars = [share_interval(share, count) for share, count in found.values()]
             shares = [share for share, _ in found.values()]
             label = "held out" if len(runs) == 1 else run.name
-            marks.append(Points(label=label, x=sure, y=shares, color=color(place), intervals=bars))
+            marks.append(Points(label=label, x=sure, y=shares, color=run.color, intervals=bars))
     if len(marks) == 1:
         return Missing(title="Reliability curve", remedy=_REMEDY)
     names = {"name": "reliability", "title": "Reliability curve", "y": "accuracy", "x": "confidence σ(|r_w − r_l|)"}
-    errors = [(run, _last(run, "calibration_error")) for run in runs]
+    errors = [(run, last(run, "calibration_error")) for run in runs]
     told = ", ".join(f"{error:.3f} ({run.name})" for run, error in errors if error is not None)
     caption = (
         "Below the dashed line the model is surer than it is right. Bars: 95 % confidence by the number of pairs."
@@ -80,7 +79,7 @@ def reliability(runs: Sequence[Run]) -> Figure | Missing:
 
 
 def accuracy_by_margin(runs: Sequence[Run]) -> Figure | Missing:
-    """Accuracy by how far apart the two scores are."""
+    """Draw accuracy by how far apart the two scores are."""
     edges = [f"{low:.2g}–{high:.2g}" for low, high in zip(MARGINS, MARGINS[1:], strict=False)]
     return _by_bin(
         runs,
@@ -94,7 +93,7 @@ def accuracy_by_margin(runs: Sequence[Run]) -> Figure | Missing:
 
 
 def accuracy_by_length(runs: Sequence[Run]) -> Figure | Missing:
-    """Accuracy by whether the preferred response is the longer one."""
+    """Draw accuracy by whether the preferred response is the longer one."""
     return _by_bin(
         runs,
         LENGTHS,
@@ -125,7 +124,7 @@ def _by_bin(
                 label="held out" if len(runs) == 1 else run.name,
                 x=[i + width * (place - (len(runs) - 1) / 2) for i in found],
                 y=[share for share, _ in found.values()],
-                color=color(place),
+                color=run.color,
                 categories=categories,
                 width=width,
                 intervals=[share_interval(share, count) for share, count in found.values()],
@@ -140,12 +139,12 @@ def _by_bin(
 
 def _binned(run: Run, bins: Sequence[str]) -> Mapping[int, tuple[float, float]]:
     """Place of the bin → (accuracy, pairs) at the last evaluation, where it had a pair."""
-    found = {i: (_last(run, f"accuracy_{name}"), _last(run, f"pairs_{name}")) for i, name in enumerate(bins)}
+    found = {i: (last(run, f"accuracy_{name}"), last(run, f"pairs_{name}")) for i, name in enumerate(bins)}
     return {i: (share, pairs) for i, (share, pairs) in found.items() if share is not None and pairs}
 
 
-def _last(run: Run, name: str) -> float | None:
-    """A number of the last evaluation; None where that did not log it: a bin without a pair has none."""
+def last(run: Run, name: str) -> float | None:
+    """A number of the last evaluation; None where that did not log it, as of a bin without a pair."""
     for stage in ("eval", "test"):
         series, latest = run.metrics[f"{stage}/{name}"], run.metrics[f"{stage}/accuracy"]
         if series and latest:

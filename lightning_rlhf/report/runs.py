@@ -1,36 +1,41 @@
-"""What the files of a run hold."""
+"""Runs, read from their files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_rlhf.report.metrics import Metrics, first_step, read_metrics
-from lightning_rlhf.report.places import Place, find_places, names_of
+from lightning_rlhf.report.palette import color
+from lightning_rlhf.report.places import OTHERS, Place, find_places, names_of
 from lightning_rlhf.report.responses import Responses, read_rollouts, read_samples
 from lightning_rlhf.report.settings import read_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What is known of one run.
+    """Logs of one run.
 
     Attributes:
         name: in legends.
+        color: wherever it is drawn.
         metrics: of `metrics.csv`.
         rollouts: of `rollouts.jsonl`; empty where there is none.
         samples: of `samples.jsonl`, by stage; empty where there is none.
-        settings: of `config.yaml`, dotted key → value.
+        settings: of `config.yaml` or `hparams.yaml`, dotted key → value.
+        written: when its first settings and its last metrics were, seconds since 1970; None where a file lacks.
         notes: what a reader of the report must know of how the files were read.
     """
 
     name: str
+    color: str = color(0)
     metrics: Metrics = field(default_factory=Metrics)
     rollouts: Responses = field(default_factory=Responses)
     samples: Mapping[str, Responses] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+    written: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -40,18 +45,23 @@ class Run:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether it trained a reward model."""
+        """True of a run that trained a reward model."""
         return bool(self.metrics.first("eval/accuracy", "eval/margin", "test/accuracy"))
 
     @property
     def is_rl(self) -> bool:
-        """Whether it trained a policy on a reward."""
+        """True of a run that trained a policy on a reward."""
         scored = self.metrics.first("objective/scores", "eval/reward", "test/reward")
         return bool(scored or self.rollouts.numbers or self.samples)
 
+    @property
+    def stage(self) -> int:
+        """Place among the stages: 0 fine-tuning, 1 reward model, 2 RL."""
+        return 2 if self.is_rl else int(self.is_reward_model)
+
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs in some folders, named by folder.
+    """Runs in some folders, named by folder, by stage and then by name.
 
     Logs of one CSVLogger (`version_0`, `version_1`, …) are one run where each begins at a later step than the one
     before began: it went on from a checkpoint. One that begins anew is another run, and only the newest is taken; to
@@ -64,16 +74,17 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         ValueError: a folder holds none of them, or what it holds can't be read; names file and line.
     """
     places = [place for folder in dict.fromkeys(Path(folder) for folder in folders) for place in find_places(folder)]
-    return [_read(place, name) for place, name in zip(places, names_of(places), strict=True)]
+    runs = [_read(place, name) for place, name in zip(places, names_of(places), strict=True)]
+    runs.sort(key=lambda run: (run.stage, run.name))
+    return [replace(run, color=color(place)) for place, run in enumerate(runs)]
 
 
 def _read(place: Place, name: str) -> Run:
     logs, older = _chain(place.logs)
     gone = {path.parent for path in older}
-    found = {
-        kind: [path for path in place.others if path.name == kind and path.parent not in gone]
-        for kind in ("rollouts.jsonl", "samples.jsonl", "config.yaml")
-    }
+    found = {kind: [path for path in place.others if path.name == kind and path.parent not in gone] for kind in OTHERS}
+    begun = [path.stat().st_mtime for path in (found["config.yaml"] or found["hparams.yaml"])[:1]]
+    ended = [path.stat().st_mtime for path in logs[-1:]]
     notes = [
         f"{name}: {path} is left out, an older run in the same folder; name its folder to see it" for path in older
     ]
@@ -86,7 +97,8 @@ def _read(place: Place, name: str) -> Run:
         metrics=read_metrics(logs),
         rollouts=read_rollouts(found["rollouts.jsonl"]),
         samples=read_samples(found["samples.jsonl"]),
-        settings=read_settings(found["config.yaml"][-1:]),
+        settings=read_settings(found["config.yaml"], found["hparams.yaml"]),
+        written=(begun[0], ended[0]) if begun and ended else None,
         notes=tuple(notes),
     )
 

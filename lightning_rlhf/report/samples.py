@@ -1,4 +1,4 @@
-"""The same held-out prompts before and after training, side by side."""
+"""Responses to the same held-out prompts, before and after training, side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One evaluation of one run.
+    """One evaluation of a run, or of several that agree in it.
 
     Attributes:
         title: above its responses.
@@ -32,14 +32,20 @@ class Column:
 
 
 def columns_of(runs: Sequence[Run]) -> list[Column]:
-    """The first and the last evaluation of each run, by prompt; of a prompt that occurs twice, by its occurrence."""
-    columns = []
+    """First and last evaluation of each run, by prompt, one that several have in common once."""
+    found: dict[str, tuple[list[str], str, dict[str, Sample]]] = {}
     for run in runs:
-        rows, name = run.held_out.rows, "" if len(runs) == 1 else f"{run.name}, "
+        rows = run.held_out.rows
         for iteration in run.held_out.ends if rows else ():
             when = "before training" if iteration == 0 else f"after {iteration} rollouts"
-            columns.append(Column(f"{name}{when}", _by_prompt(rows[iteration])))
-    return columns
+            samples = _by_prompt(rows[iteration])
+            said = json.dumps([when, [(key, row.get("response"), row["score"]) for key, row in samples.items()]])
+            found.setdefault(said, ([], when, samples))[0].append(run.name)
+    alone = [run.name for run in runs if run.held_out.rows]
+    return [
+        Column(when if names == alone else f"{', '.join(names)}, {when}", samples)
+        for names, when, samples in found.values()
+    ]
 
 
 def _by_prompt(rows: Sequence[Sample]) -> dict[str, Sample]:
@@ -52,7 +58,7 @@ def _by_prompt(rows: Sequence[Sample]) -> dict[str, Sample]:
     return found
 
 
-def section(columns: Sequence[Column]) -> str:
+def pairs(columns: Sequence[Column]) -> str:
     """Controls and pairs as HTML, all text escaped; without its script every pair is shown."""
     prompts = list(dict.fromkeys(key for column in columns for key in column.samples))
     shown = prompts[:MOST]
@@ -61,7 +67,7 @@ def section(columns: Sequence[Column]) -> str:
         f'<label><input type="checkbox" data-column="{i}" checked> {html(column.title)}</label>'
         for i, column in enumerate(columns)
     )
-    pairs = "\n".join(_pair(place, key, columns) for place, key in enumerate(shown))
+    articles = "\n".join(_pair(place, key, columns) for place, key in enumerate(shown))
     return f"""<p class="caption">The policy's answers to held-out prompts, first and last evaluation.{note}</p>
 <form class="controls" id="controls" hidden>
 <input type="search" name="q" placeholder="search prompts and responses" aria-label="search prompts and responses">
@@ -74,7 +80,7 @@ def section(columns: Sequence[Column]) -> str:
 <output id="count"></output>
 </form>
 <div id="pairs">
-{pairs}
+{articles}
 </div>"""
 
 

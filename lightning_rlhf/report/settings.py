@@ -1,4 +1,4 @@
-"""`config.yaml` of a run, as dotted keys and short texts: what to compare runs by."""
+"""Settings of a run, as dotted keys and short texts: what to compare runs by."""
 
 from __future__ import annotations
 
@@ -14,27 +14,35 @@ LARGEST = 10_000
 """Values of a config, far more than any has."""
 
 
-def read_settings(paths: Sequence[Path]) -> dict[str, str]:
-    """The settings of the last of some files; nothing where there is no file.
+def read_settings(configs: Sequence[Path], hparams: Sequence[Path] = ()) -> dict[str, str]:
+    """Read the last `config.yaml`, or what `hparams.yaml` has of the module where there is none.
 
     Raises:
-        ValueError: it is no YAML mapping.
+        ValueError: the config is no YAML mapping; hparams, which any module writes, are passed over instead.
     """
-    if not paths:
-        return {}
+    if configs:
+        return _read(configs[-1])
     try:
-        found = yaml.safe_load(paths[-1].read_text(encoding="utf-8"))
+        found = _read(hparams[-1]) if hparams else {}
+    except ValueError:
+        return {}
+    return {f"model.{key}": value for key, value in found.items() if not key.startswith("_")}
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
         _check_size(found)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{paths[-1]} is no YAML ({reason}): restore it, or remove it to go on without") from error
+        raise ValueError(f"{path} is no YAML ({reason}): restore it, or remove it to go on without") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{paths[-1]} holds no settings but {type(found).__name__}: remove it to go on without")
+        raise ValueError(f"{path} holds no settings but {type(found).__name__}: remove it to go on without")
     return {key: value for key, value in _flat(found) if not key.startswith(NOISE)}
 
 
 def _check_size(value: Any) -> None:
-    """Return if a value, with what it holds, is of the size of a config.
+    """Refuse a value that, with what it holds, is larger than any config.
 
     Raises:
         ValueError: it is larger, as where an alias contains itself or repeats too often.
@@ -62,7 +70,22 @@ def differing(settings: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        return [pair for name, inner in value.items() for pair in _flat(inner, f"{key}.{name}" if key else str(name))]
-    short = key.replace(".init_args", "").replace(".class_path", "")
-    return [(short, str(value).rpartition(".")[2] if key.endswith("class_path") else str(value))]
+    """Each value under its dotted key, a class as its name with its arguments below."""
+    if not isinstance(value, dict) or not value:
+        return [(key, _text(value))]
+    if "class_path" in value:
+        arguments = value.get("init_args") or {}
+        return [(key, _text({"class_path": value["class_path"]})), *(_flat(arguments, key) if arguments else ())]
+    return [pair for name, inner in value.items() for pair in _flat(inner, f"{key}.{name}" if key else str(name))]
+
+
+def _text(value: Any) -> str:
+    """A value in a line, a class as the call that makes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if not isinstance(value, dict) or "class_path" not in value:
+        return str(value)
+    name, arguments = str(value["class_path"]).rpartition(".")[2], value.get("init_args")
+    if not isinstance(arguments, dict) or not arguments:
+        return name
+    return f"{name}({', '.join(f'{key}={_text(inner)}' for key, inner in arguments.items() if inner is not None)})"

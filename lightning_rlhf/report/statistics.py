@@ -21,7 +21,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def deciles(values: Sequence[float]) -> Interval:
-    """Between which the middle 80 % of the values lie."""
+    """Ends of the middle 80 % of the values."""
     if len(values) < 2:
         return values[0], values[0]
     cut = quantiles(values, n=10, method="inclusive")
@@ -37,7 +37,7 @@ def share_interval(share: float, count: float) -> Interval:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None where one does not vary."""
+    """Pearson's correlation; None where one does not vary."""
     if len(x) < 3 or len(x) != len(y):
         return None
     a, b = fmean(x), fmean(y)

@@ -1,35 +1,71 @@
-"""The first thing to read: each number where the run began and where it ended."""
+"""Each number where a run began and where it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_rlhf.report.metrics import Series
+from lightning_rlhf.report.metrics import EVALUATIONS, Series
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import by_iteration, thinned
 
+SCORE, KL = "mean r(x, y), after the shaping rules", "mean Σ_t log π_old − log π_ref of a response: KL(π_old‖π_ref)"
+LENGTH, ENDED = "mean tokens of a response, its end token included", "share of responses that ended"
 ROWS = (
-    ("held-out reward", ("eval/reward", "test/reward"), "score"),
-    ("held-out KL to the reference, nats", ("eval/kl", "test/kl"), "kl"),
-    ("held-out length, tokens", ("eval/response_length", "test/response_length"), "length"),
-    ("held-out pretraining loss, nats per token", ("eval/ptx_loss", "test/ptx_loss"), ""),
-    ("reward", ("objective/scores",), ""),
-    ("KL to the reference, nats", ("objective/kl",), ""),
-    ("length, tokens", ("objective/response_length",), ""),
-    ("responses that end", ("objective/eos_rate",), ""),
-    ("entropy of the next token, nats", ("policy/entropy_avg",), ""),
-    ("clip fraction", ("policy/clipfrac_avg",), ""),
-    ("seconds of a step", ("time/step",), ""),
-    ("accuracy on held-out pairs", ("eval/accuracy", "test/accuracy"), ""),
-    ("calibration error", ("eval/calibration_error", "test/calibration_error"), ""),
-    ("held-out loss", ("eval/loss", "test/loss"), ""),
-    ("training loss", ("train/loss",), ""),
+    ("held-out reward", ("eval/reward", "test/reward"), "score", SCORE),
+    ("held-out KL to the reference, nats", ("eval/kl", "test/kl"), "kl", KL),
+    ("held-out responses that end", ("eval/eos_rate", "test/eos_rate"), "ended", ENDED),
+    ("held-out length, tokens", ("eval/response_length", "test/response_length"), "length", LENGTH),
+    (
+        "held-out pretraining loss, nats per token",
+        ("eval/ptx_loss", "test/ptx_loss"),
+        "",
+        "mean −log π(token) of the held-out texts",
+    ),
+    ("reward", ("objective/scores",), "", SCORE),
+    ("KL to the reference, nats", ("objective/kl",), "", KL),
+    ("length, tokens", ("objective/response_length",), "", LENGTH),
+    ("responses that end", ("objective/eos_rate",), "", ENDED),
+    (
+        "entropy of the next token, nats",
+        ("policy/entropy_avg",),
+        "",
+        "mean entropy of the next token, under the weights that sample",
+    ),
+    (
+        "clip fraction",
+        ("policy/clipfrac_avg",),
+        "",
+        "share of actions whose ratio or weight was clipped; surrogates that clip",
+    ),
+    ("seconds of a step", ("time/step",), "", "the whole rollout with its update"),
+    (
+        "accuracy on held-out pairs",
+        ("eval/accuracy", "test/accuracy"),
+        "",
+        "share of pairs whose preferred response scores higher",
+    ),
+    (
+        "calibration error",
+        ("eval/calibration_error", "test/calibration_error"),
+        "",
+        "Σ_bins pairs of the bin / pairs · ∣accuracy − mean confidence∣",
+    ),
+    (
+        "held-out loss",
+        ("eval/loss", "test/loss"),
+        "",
+        "stages 1 and 2: mean −log π(token); mean ranking loss of a prompt",
+    ),
+    (
+        "training loss",
+        ("train/loss",),
+        "",
+        "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts",
+    ),
 )
-"""What, logged names, and the column of `samples.jsonl` that has the state before training too."""
-EDGE = 10
-"""Of a series of training rows, the tenth at either end is averaged: a single rollout is noise."""
+"""In words, logged names, the column of `samples.jsonl` that has the state before training too, and the glossary's
+meaning, word for word: importing it would load the modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +73,37 @@ class Change:
     """A number over a run.
 
     Attributes:
-        what: in words, with its unit.
-        run: name.
+        key: it is logged under.
         first: where it began.
         last: where it ended.
         series: all of it, thinned.
     """
 
-    what: str
-    run: str
+    key: str
     first: float
     last: float
     series: Series
 
+    @property
+    def moved(self) -> float | None:
+        """End less start; None where it was measured once."""
+        return self.last - self.first if len(self.series.x) > 1 else None
 
-def changes(runs: Sequence[Run]) -> list[Change]:
-    """Those that were logged, by number and then by run."""
-    found = []
-    for what, names, column in ROWS:
-        for run in runs:
-            counted = by_iteration(run.held_out.column(column)) if column else Series()
-            series = counted or run.metrics.first(*names)
-            if series:
-                size = 1 if names[0].startswith("eval/") else max(len(series.y) // EDGE, 1)
-                first, last = fmean(series.y[:size]), fmean(series.y[-size:])
-                found.append(Change(what, run.name, first, last, thinned(series, 80)))
+
+def changes(run: Run) -> dict[str, Change]:
+    """Numbers that were logged, in words → from where to where."""
+    found = {}
+    for what, names, column, _ in ROWS:
+        counted = by_iteration(run.held_out.column(column)) if column else Series()
+        name = next((name for name in names if run.metrics[name]), names[0])
+        series = counted or run.metrics[name]
+        if series:
+            size = edge(len(series.y)) if not name.startswith(EVALUATIONS) else 1
+            first, last = fmean(series.y[:size]), fmean(series.y[-size:])
+            found[what] = Change(name, first, last, thinned(series, 80))
     return found
+
+
+def edge(count: int) -> int:
+    """Number of training rows at either end that are averaged, a tenth, as a single rollout is noise."""
+    return max(count // 10, 1)

@@ -163,3 +163,28 @@ def test_browser_searches_sorts_and_runs_no_text(rl_run: Callable[..., Path], tm
     assert "a needle here" in found
     assert "1 of 3" in found
     assert ordered.index("onerror") < ordered.index("a needle here") < ordered.index(">plain<")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_browser_shows_the_number_one_points_at(rl_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A second script points at the first and the last number; the page's policy would not let it run."""
+    point = """<script>
+      const figure = [...document.querySelectorAll("figure")].find((one) => one.textContent.includes("Clip fraction"));
+      const svg = figure.querySelector("svg"), dots = JSON.parse(figure.dataset.dots);
+      for (const [left, top] of [dots[0], dots[7]]) {
+        const box = svg.getBoundingClientRect();
+        const place = { clientX: box.left + left * box.width + 3, clientY: box.top + top * box.height - 3 };
+        svg.dispatchEvent(new PointerEvent("pointermove", place));
+        document.body.append(`[${document.getElementById("tip").textContent}]`);
+      }
+      svg.dispatchEvent(new PointerEvent("pointermove", { clientX: -500, clientY: -500 }));
+      document.body.append(`[far: ${document.getElementById("tip").hidden}]`);
+    </script>"""
+    page = write_report([rl_run()], output=tmp_path / "out")
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>", f"{point}</body>"), encoding="utf-8")
+    shown = seen(page, tmp_path / "profile")
+    assert "[training\n0: 0]" in shown
+    assert "[training\n7: 0.7]" in shown
+    assert "[far: true]" in shown
