@@ -136,12 +136,12 @@ class Rollout:
             "tokens": slice(first, self.prompt_width + width),
             "attention_mask": slice(first, self.prompt_width + width),
         }
-        found: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         for field in fields(self):
             whole = getattr(self, field.name)
             part = None if whole is None else whole[index]
-            found[field.name] = part if part is None or part.ndim == 1 else part[:, cut.get(field.name, slice(width))]
-        return Rollout(**found)
+            parts[field.name] = part if part is None or part.ndim == 1 else part[:, cut.get(field.name, slice(width))]
+        return Rollout(**parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +190,7 @@ class Outcome:
         scores: after them, (B,), reward units.
         parts: what the reward is made of, by name, (B,) each.
         is_real: responses that count, (B,), bool; fillers of an evaluation do not.
-        advantages: mean over each response's actions, (B,), reward units; None where nothing is learned.
+        advantages: mean over each response's actions, (B,), reward units; None if nothing is learned.
     """
 
     rollout: Rollout
@@ -217,5 +217,5 @@ class Outcome:
         columns |= {"kl": (rollout.logprobs - rollout.ref_logprobs).sum(1), "entropy": -rollout.logprobs.sum(1)}
         columns |= {} if self.advantages is None else {"advantage": self.advantages}
         lists = {name: column.tolist() for name, column in columns.items()}
-        finite = {name: [x if math.isfinite(x) else None for x in found] for name, found in lists.items()}
+        finite = {name: [x if math.isfinite(x) else None for x in values] for name, values in lists.items()}
         return [dict(zip(finite, row, strict=True)) for row in zip(*finite.values(), strict=True)]

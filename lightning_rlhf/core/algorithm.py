@@ -182,7 +182,7 @@ class Algorithm(Adaptive):
         Args:
             kl: mean over responses of Σ_t log π_old − log π_ref, nats.
             reward: mean over responses of r − β·log(π_old/π_ref), reward units.
-            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None where the surrogate is not adaptive.
+            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None if the surrogate is not adaptive.
             episodes: responses of the rollout, of all processes.
         """
         return replace(

@@ -187,7 +187,7 @@ def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Drop
 def _exchange(
     prompt: Prompt, answer: Answer, arguments: Mapping[str, Any], encoder: Encoder, tally: DropReport
 ) -> Exchange | None:
-    """Prompt and answer as tokens, or None where they are too long to be tokenized."""
+    """Prompt and answer as tokens, or None if they are too long to be tokenized."""
     if tally.exceeded(encoder, prompt, answer):
         return None
     exchange = encoder.exchange(prompt, answer, arguments)

@@ -53,7 +53,7 @@ def prompt_of(row: Row, columns: ColumnNames) -> Prompt:
 
 
 def prompt_key(row: Row, columns: ColumnNames) -> str | None:
-    """The key that holds the row's prompt; None where it has to be found in a dialogue.
+    """The key that holds the row's prompt; None if it has to be found in a dialogue.
 
     Raises:
         ValueError: several might.

@@ -29,7 +29,7 @@ class HubData:
 
 
 def hub_data(source: str) -> HubData | None:
-    """What `OWNER/NAME:SPLIT` names, or None where `source` is a path.
+    """What `OWNER/NAME:SPLIT` names, or None if `source` is a path.
 
     It is one where it has another form, where it exists, and where OWNER is a folder here: a misspelt path must not ask
     the network.

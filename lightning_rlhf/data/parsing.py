@@ -18,7 +18,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def parse_line(line: bytes, *, first: bool = False) -> dict[str, Any] | None:
-    """The object of a line, or None where the line is blank.
+    """The object of a line, or None if the line is blank.
 
     Args:
         line: UTF-8; a byte order mark is left out where it is `first`.

@@ -27,8 +27,8 @@ class Ranking:
         prompt: what they answer.
         responses: K answers, texts or the messages that follow the prompt.
         places: K numbers, lower is better, equal are ties.
-        strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
-        systems: who wrote each, K names; None where the row has none.
+        strength: the labeler's ratings, K finite numbers, higher is better; None if the row has none.
+        systems: who wrote each, K names; None if the row has none.
     """
 
     prompt: Prompt

@@ -26,9 +26,9 @@ class Answers:
         prompts: the batch; its `counts` says which rows count.
         policy: one response of the policy to each, with log π and log π_ref.
         scores: of these, after shaping, (B,), reward units.
-        reference: K responses of the reference to each, in consecutive rows; None where no evaluation reads any.
+        reference: K responses of the reference to each, in consecutive rows; None if no evaluation reads any.
         reference_scores: of these, after shaping, (B, K).
-        tokenizer: for text; None where the policy has none.
+        tokenizer: for text; None if the policy has none.
         score: `(reward, rollout)` to the scores of another reward, agreed on by all processes.
         agreed: whether something is true on every process.
     """

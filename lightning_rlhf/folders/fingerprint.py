@@ -48,7 +48,7 @@ def _files(folder: Path, weights: str) -> Iterator[Path]:
 
 
 def _values(file: Path) -> dict[str, Any] | None:
-    """A config's values, nested ones as text; None where it is no JSON object."""
+    """A config's values, nested ones as text; None if it is no JSON object."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         plain = {key: value for key, value in config.items() if key not in UNREAD}

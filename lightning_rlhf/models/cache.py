@@ -101,13 +101,13 @@ def bare(network: nn.Module) -> nn.Module:
 
 
 def cache_name(network: nn.Module) -> str | None:
-    """What the network's forward calls its cache, which transformers renamed; None where it takes none."""
+    """What the network's forward calls its cache, which transformers renamed; None if it takes none."""
     names = inspect.signature(bare(network).forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def why_no_cache(network: nn.Module) -> str | None:
-    """Why the network's cache cannot be cut by rows and columns; None where it can."""
+    """Why the network's cache cannot be cut by rows and columns; None if it can."""
     config = bare(network).config
     if cache_name(network) is None:
         return "its forward takes no key-value cache"

@@ -36,7 +36,7 @@ class PolicyModel(nn.Module):
 
     Args:
         network: the language model.
-        tokenizer: for its end and padding tokens and for export; None where the caller handles token ids only.
+        tokenizer: for its end and padding tokens and for export; None if the caller handles token ids only.
     """
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

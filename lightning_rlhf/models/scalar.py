@@ -45,7 +45,7 @@ class ScalarModel(nn.Module):
     Args:
         network: a transformers sequence-classification model with one label, bare or in a PEFT adapter. Its pooling,
             which looks for the padding id, is not used.
-        tokenizer: for export and for text; None where the caller handles token ids only.
+        tokenizer: for export and for text; None if the caller handles token ids only.
     """
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -41,7 +41,7 @@ class UnreadWeights:
     places: dict[str, tuple[str, str]]
     """By name of the parameter: the file, and the name there."""
     doubt: str | None = None
-    """Why they cannot be read one by one; None where they can."""
+    """Why they cannot be read one by one; None if they can."""
     others: tuple[str, ...] = ()
     """Names in the files that are none of the network's."""
 

@@ -24,7 +24,7 @@ class Scores(NamedTuple):
     Attributes:
         total: r_φ(x, y), (B,), reward units.
         parts: what it is made of, by name, (B,) each: for logs only.
-        raw: the total before shaping rules, (B,); None where none were applied.
+        raw: the total before shaping rules, (B,); None if none were applied.
     """
 
     total: Tensor
@@ -42,7 +42,7 @@ class Reward(ABC):
         """Called once before training: build networks here.
 
         Args:
-            tokenizer: the policy's; None where the policy was built without one.
+            tokenizer: the policy's; None if the policy was built without one.
         """
         self.tokenizer = tokenizer
 

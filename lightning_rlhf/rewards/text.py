@@ -51,7 +51,7 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def columns_of(rows: Sequence[Row], *, but: set[str]) -> dict[str, list[Any]]:
-    """The records' columns by name, None where a record has none; those that arrive otherwise are left out."""
+    """The records' columns by name, None if a record has none; those that arrive otherwise are left out."""
     names = sorted({name for row in rows for name in row} - but)
     return {name: [row.get(name) for row in rows] for name in names}
 

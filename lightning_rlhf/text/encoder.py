@@ -189,7 +189,7 @@ class Encoder:
         return self._ended(self._opened(text))
 
     def _dialogue(self, prompt: Prompt, arguments: Mapping[str, Any] | None) -> list[Message] | None:
-        """The messages that the template writes, or None where the prompt is plain text."""
+        """The messages that the template writes, or None if the prompt is plain text."""
         if self.prompt_role is not None or not isinstance(prompt, str):
             return as_dialogue(prompt, self.prompt_role or "user")
         lost = [*(arguments or {}), *self.template.arguments]

@@ -30,7 +30,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the special token that the chat template writes after an answer, such as `<|im_end|>`.
 
     Returns:
-        None where it writes none, takes no question with its answer, or is not there.
+        None if it writes none, takes no question with its answer, or is not there.
     """
     after = after_turn(tokenizer)
     tokens = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []

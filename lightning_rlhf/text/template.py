@@ -147,7 +147,7 @@ class ChatTemplate:
 
 
 def doubled(prompt: str, response: str) -> str | None:
-    """The response without the opening tag that the prompt already ends in, or None where it doesn't begin with it."""
+    """The response without the opening tag that the prompt already ends in, or None if it doesn't begin with it."""
     opening = _TAG.search(prompt)
     if opening is None or not response.lstrip().startswith(opening[0].rstrip()):
         return None
