@@ -1,4 +1,4 @@
-"""How responses are sampled."""
+"""Sampling parameters."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class SamplingParams:
     temperature: float = 1.0
     """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Weights that sample. None: the dtype training computes in (bfloat16 under bf16-mixed), copied once a rollout."""
+    """Dtype of the weights that sample. None: that of training (bfloat16 under bf16-mixed), copied once a rollout."""
     seed: int = 0
-    """Of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
+    """Seed of the random numbers. They are a function of (seed, iteration, row), whatever the number of processes."""
 
     def __post_init__(self) -> None:
         samples = self.samples_per_prompt
@@ -61,9 +61,9 @@ class SamplingParams:
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:
-    """Random numbers in [0, 1), one per token, that depend on nothing but their names.
+    """Random numbers in [0, 1), one per token, that depend only on the arguments.
 
-    They are the names' SHAKE-128, 53 bits each: torch's generators tell only 2³² seeds apart on a CPU.
+    They are the SHAKE-128 of the arguments, 53 bits each: torch's generators tell only 2³² seeds apart on a CPU.
 
     Args:
         seed: of the run.

@@ -39,16 +39,14 @@ class ReferenceAnswers:
             batch_idx: their place in the evaluation, which names the random numbers.
             samples: K.
         """
-        answers, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
-        cached = answers is not None and answers.scores.shape[1] == samples and answers.rows == batch.rows
-        if not responder.ranks.all(
-            cached and torch.equal(answers.tokens, tokens)
-        ):  # or else some would wait for others
+        entry, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
+        cached = entry is not None and entry.scores.shape[1] == samples and entry.rows == batch.rows
+        if not responder.ranks.all(cached and torch.equal(entry.tokens, tokens)):  # or else some would wait for others
             rollout = responder.respond_as_reference(batch, samples=samples, iteration=batch_idx)
             scores = responder.score(rollout, batch, iteration=batch_idx).total.view(-1, samples)
-            answers = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
-            self._kept[batch_idx] = answers
-        return _moved(answers.rollout, batch.tokens.device), answers.scores.to(batch.tokens.device)
+            entry = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
+            self._kept[batch_idx] = entry
+        return _moved(entry.rollout, batch.tokens.device), entry.scores.to(batch.tokens.device)
 
 
 def _moved(rollout: Rollout, device: torch.device | str) -> Rollout:

@@ -25,8 +25,8 @@ BRITISH = re.compile(
     "licence|maximis|minimis|modell|neighbour|normalis|optimis|organis|penalis|quantis|randomis|regularis|serialis|"
     "standardis|summaris|tokenis|utilis|vectoris|visualis"
 )
-ASIDE = re.compile(r"`[^`]*`|,? ?\([^()]*\)")
-"""Code, and parentheses with the comma before them, which introduces a shape."""
+ASIDE = re.compile(r"`[^`]*`|,? ?[\[(][^()\[\]]*[\])]")
+"""Code, intervals, and parentheses with the comma before them, which introduces a shape."""
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -48,7 +48,7 @@ def faults_of_line(line: str) -> Iterator[str]:
     word = re.match(r"\w*", line)[0].lower()
     if word in BANNED:
         yield f"begins with a clause: {line}"
-    if ASIDE.sub("", ASIDE.sub("", line)).count(",") > 1:
+    if ASIDE.sub("", ASIDE.sub("", line)).count(",") > 1:  # twice: one parenthesis may hold another
         yield f"more than one comma: {line}"
 
 
@@ -102,5 +102,6 @@ def test_plain_lines_pass() -> None:
         "Tensors of a rollout.",
         "Log-probs of each token, (B, R), in nats (Ouyang et al. 2022, eq. 2).",
         "The keys `a`, `b` and `c`, in order.",
+        "Random numbers in [0, 1), one per token.",
     ]
     assert not [fault for line in lines for fault in faults_of_line(line)]
