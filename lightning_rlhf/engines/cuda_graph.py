@@ -99,7 +99,7 @@ class RecordedPass:
         return self._used == self._mask.shape[1]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Append a token to every row, (n,), int64; returns the next logits, (n, V), until the next call."""
+        """Append a token to every row, (n,), int64; returns the next logits (n, V) until the next call."""
         self._tokens.copy_(tokens.unsqueeze(1))
         self._used += 1
         return self._first() if self._replay is None else self._replay()

@@ -61,7 +61,7 @@ class SamplingParams:
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:
-    """Random numbers in [0, 1), one per token, that depend only on the arguments.
+    """Random numbers in [0, 1), one per token; they depend only on the arguments.
 
     They are the SHAKE-128 of the arguments, 53 bits each: torch's generators tell only 2³² seeds apart on a CPU.
 
