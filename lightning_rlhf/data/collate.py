@@ -55,7 +55,7 @@ def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[
 
 
 def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Pad the rows on one side to (B, L) int64, with the mask of real tokens, (B, L), bool."""
+    """Pad the rows on one side, (B, L) int64; returns them with the mask of real tokens, (B, L) bool."""
     lengths = torch.tensor([len(row) for row in rows])
     columns = torch.arange(int(lengths.max()))
     mask = columns >= len(columns) - lengths[:, None] if left else columns < lengths[:, None]

@@ -40,7 +40,7 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
         for name in identifiers(node):
             if BRITISH.search(name.lower()):
                 yield node.lineno, f"British spelling: {name}"
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == "found":
+        if "found" in locals_of(node):
             yield node.lineno, "a local called `found`: name what it holds"
 
 
@@ -61,6 +61,13 @@ def identifiers(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
         return [node.id if isinstance(node, ast.Name) else node.attr]
     return []
+
+
+def locals_of(node: ast.AST) -> list[str]:
+    """Names that a node assigns to, and those of the arguments of a lambda."""
+    if isinstance(node, ast.Lambda):
+        return [argument.arg for argument in node.args.args]
+    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
 
 
 def files() -> list[Path]:
@@ -88,6 +95,7 @@ def test_prose_is_plain(file: Path) -> None:
         ("self.behaviour = 1", "British spelling: behaviour"),
         ("for found in rows: ...", "a local called `found`"),
         ("a, found = 1, 2", "a local called `found`"),
+        ("key = lambda found: found[0]", "a local called `found`"),
     ],
 )
 def test_each_fault_is_reported(source: str, fault: str) -> None:
@@ -101,7 +109,7 @@ def test_plain_lines_pass() -> None:
         "Return True if x is y.",
         "Tensors of a rollout.",
         "Log-probs of each token, (B, R), in nats (Ouyang et al. 2022, eq. 2).",
-        "The keys `a`, `b` and `c`, in order.",
+        "The keys `a, b` and `c`, in order.",
         "Random numbers in [0, 1), one per token.",
     ]
     assert not [fault for line in lines for fault in faults_of_line(line)]
