@@ -76,7 +76,7 @@ class Algorithm(Adaptive):
 
     @property
     def kl(self) -> KLController:
-        """Controller of β."""
+        """Controller of β, the price of the KL."""
         return self.beta if isinstance(self.beta, KLController) else FixedKL(coef=self.beta)
 
     @property

@@ -60,7 +60,7 @@ class NoBaseline(Baseline):
     """Zero baseline: the advantage is r − β·log(π/π_SFT), unbiased; its variance grows with the mean reward."""
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """Return zeros."""
+        """Return a baseline of 0 for each response."""
         return torch.zeros_like(totals)
 
 
@@ -152,5 +152,5 @@ class LearnedValue(Baseline):
         return True
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """Return V(x)."""
+        """Return V(x) for each response, (B,)."""
         return values

@@ -74,7 +74,7 @@ class NoScale(GroupScale):
     """Unit 1, so that the advantage is the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
 
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """Return ones."""
+        """Return a unit of 1 for each response."""
         return torch.ones_like(totals)
 
 

@@ -33,7 +33,7 @@ class K1(KLEstimator):
     """Estimator log π − log ρ. As a loss its gradient is 0 in expectation."""
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """Compute `kl.k1`."""
+        """Estimate the KL by `kl.k1`."""
         return k1(log_ratio)
 
 
@@ -45,7 +45,7 @@ class K2(KLEstimator):
     """
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """Compute `kl.k2`."""
+        """Estimate the KL by `kl.k2`."""
         return k2(log_ratio)
 
 
@@ -58,7 +58,7 @@ class K3(KLEstimator):
     """
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """Compute `kl.k3`."""
+        """Estimate the KL by `kl.k3`."""
         return k3(log_ratio)
 
 
@@ -94,11 +94,11 @@ class KLInReward(ReferenceKL):
     """
 
     def in_reward(self, kl_ref: Tensor) -> Tensor:
-        """Return k1."""
+        """Return k1 of each action."""
         return k1(kl_ref)
 
     def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
-        """Return zeros."""
+        """Return zeros, because the KL is in the reward."""
         return torch.zeros_like(level.total(ref_logprobs, response))
 
 
@@ -118,7 +118,7 @@ class KLInLoss(ReferenceKL):
     estimator: KLEstimator = field(default_factory=K2)
     """Estimator k2 or k3."""
     level: ActionLevel | None = None
-    """At what the estimate is made: the token, or the whole response, where k2's gradient is exact; None: the action.
+    """Level of the estimate: the token, or the whole response, where k2's gradient is exact; None: the action.
     The estimate of a response is shared out evenly over its tokens, those of tokens sum to a response's."""
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class KLInLoss(ReferenceKL):
             )
 
     def in_reward(self, kl_ref: Tensor) -> Tensor:
-        """Return zeros."""
+        """Return zeros, because the KL is in the loss."""
         return torch.zeros_like(kl_ref)
 
     def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:

@@ -17,7 +17,7 @@ def length_controlled(preferences: Tensor, differences: Tensor, *, ridge: float 
     P(policy preferred) = σ(θ + φ·tanh(Δ/std(Δ))), fitted by the cross-entropy, which preferences between 0 and 1 enter
     as they are. Of the paper's three terms these are the model's quality and the length; the third, a difficulty of
     each instruction, needs many models' answers to the same instructions and is left out, and so is the paper's
-    regularisation towards models that were told to be brief or verbose. Where lengths do not tell winners from losers,
+    regularization towards models that were told to be brief or verbose. Where lengths do not tell winners from losers,
     φ = 0 and the result is the plain win rate; so it is where all differences are equal, and length can't be told from
     quality.
 

@@ -65,7 +65,7 @@ class TruncatedIS(MismatchIS):
         check_positive(cap=self.cap)
 
     def correction(self, ratio: Tensor) -> Tensor:
-        """Compute min(w, C)."""
+        """Truncate the weights to min(w, C)."""
         return ratio.clamp(max=self.cap)
 
 

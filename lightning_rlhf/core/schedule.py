@@ -48,7 +48,7 @@ class ConstantSchedule(Schedule):
     """Constant peak after the warm-up (Ouyang et al. 2022, C.4)."""
 
     def decay(self, progress: float) -> float:
-        """Return 1."""
+        """Return the constant factor 1."""
         return 1.0
 
 

@@ -117,7 +117,7 @@ class LengthPenalty(Shaping):
         check_positive(coef=self.coef)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """Compute score − coef·|y|."""
+        """Compute score − coef·|y| for each response."""
         return scores - self.coef * lengths.to(scores.dtype)
 
 
@@ -144,9 +144,9 @@ class ClipScore(Shaping):
     """Score clamped to [low, high], so that no single response steers a batch."""
 
     low: float = -5.0
-    """Reward units, below `high`."""
+    """Lower bound, reward units, below `high`."""
     high: float = 5.0
-    """Reward units."""
+    """Upper bound, reward units."""
 
     def __post_init__(self) -> None:
         if not self.low < self.high:

@@ -85,5 +85,5 @@ class ImportanceSampling(Surrogate):
     """
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """Compute −ρÂ."""
+        """Compute −ρÂ for each action."""
         return PerAction(-importance_ratio(log_ratio) * advantages, {})

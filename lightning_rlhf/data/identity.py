@@ -23,7 +23,7 @@ class HashedRecords(Sequence[Located]):
         self._hash = hashlib.blake2b(digest_size=8)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Number of rows in the records."""
         return len(self._records)
 
     @overload

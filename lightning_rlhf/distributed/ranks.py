@@ -27,7 +27,7 @@ class Ranks:
 
     @property
     def world(self) -> int:
-        """Number of processes."""
+        """Number of processes in the run."""
         trainer = self._module._trainer
         return 1 if trainer is None else trainer.world_size
 

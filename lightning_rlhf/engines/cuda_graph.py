@@ -46,7 +46,7 @@ def recordable(network: nn.Module) -> bool:
 
 
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a step as a CUDA graph and return a function that replays it; the step is not run here.
+    """Record a step as a CUDA graph without running it and return a function that replays it.
 
     Raises:
         RuntimeError: the step waits for the GPU, or does something else that cannot be recorded.

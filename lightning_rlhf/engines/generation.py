@@ -1,4 +1,4 @@
-"""Sampling parameters."""
+"""Parameters of the sampling of responses."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Watch:
     Counting stays on the device, which is synchronized only for a report.
 
     Args:
-        tell: told now and then, and once at the end of each rollout.
+        tell: called now and then, and once at the end of each rollout.
         every: seconds from one telling to the next, at least.
 
     Raises:

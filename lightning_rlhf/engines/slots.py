@@ -17,7 +17,7 @@ from lightning_rlhf.models.cache import cache_name, growing_cache
 class Slots:
     """Rows in the process of decoding.
 
-    Every row's newest token stands in the last column; what a row lacks on the left is masked. On a GPU a pass is
+    Every row's newest token is in the last column; columns that a row lacks on the left are masked. On a GPU a pass is
     recorded once the rows are settled, and rows and columns then stay until they change again.
 
     Args:

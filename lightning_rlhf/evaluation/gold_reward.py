@@ -48,7 +48,7 @@ class GoldReward(Evaluator):
 
     @property
     def rewards(self) -> tuple[Reward, ...]:
-        """List the gold reward."""
+        """List the gold reward as the evaluator's own."""
         return (self.reward,)
 
     def of_answers(self, answers: Answers) -> Columns:

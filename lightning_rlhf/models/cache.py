@@ -50,7 +50,7 @@ class GrowingLayer(DynamicLayer):
 class FixedLayer(DynamicLayer):
     """Keys and values of one layer in buffers of fixed address and width, as CUDA graphs need.
 
-    It says that the newest token stands in the last column, so that the mask alone hides what lies after it.
+    It reports the newest token in the last column, so that the mask alone hides what lies after it.
 
     Args:
         layer: whose keys and values it goes on from.

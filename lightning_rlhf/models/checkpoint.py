@@ -38,7 +38,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a Lightning checkpoint on the CPU; tensors are memory-mapped and read on use.
 
     Raises:
-        ValueError: the file is torn, holds pickled objects, is no checkpoint, or one of Lightning 1.
+        ValueError: the file is truncated, holds pickled objects, is no checkpoint, or one of Lightning 1.
     """
     path = expanduser(path)
     if not is_zipfile(path):

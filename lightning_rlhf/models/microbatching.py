@@ -41,7 +41,7 @@ def batches_of(mask: Tensor, *, tokens: int) -> list[tuple[Tensor, slice]]:
 
     Args:
         mask: real tokens, (B, L), bool, one run in each row.
-        tokens: the most tokens of a batch, padding included; a longer row goes alone.
+        tokens: the most tokens of a batch, padding included; a longer row is a batch of its own.
 
     Returns:
         row numbers, int64, that together are 0 to B − 1, and their columns.

@@ -47,7 +47,7 @@ DEEPSPEED = {
 
 
 def guard(strategy: Strategy) -> None:
-    """Make a strategy check a checkpoint's folder before it loads it, or report that it cannot be read here."""
+    """Make a strategy check a checkpoint's folder before it loads it, or report that it is unreadable."""
     if not isinstance(strategy.load_checkpoint, partial):
         strategy.load_checkpoint = partial(_load, strategy.load_checkpoint)  # type: ignore[method-assign]
 
@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
     """Raise unless the files that FSDP2, FSDP1 or DeepSpeed would unpickle hold plain values and tensors.
 
     Raises:
-        ValueError: one holds something else, is torn, or lies outside the folder.
+        ValueError: one holds something else, is truncated, or lies outside the folder.
     """
     for name in ("latest", "latest_universal"):  # where DeepSpeed writes which folder inside is meant
         if (folder / name).is_file():

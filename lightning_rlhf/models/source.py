@@ -186,7 +186,7 @@ class ModelSource:
             )
 
     def _place(self) -> dict[str, bool]:
-        """Return `local_files_only`, which is False only for a hub name.
+        """Return `local_files_only`, which is False for a hub name alone.
 
         Raises:
             ValueError: there is no such folder or file.

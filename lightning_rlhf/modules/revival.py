@@ -34,7 +34,7 @@ class CheckedRevival:
         An argument of the module among `options` takes the place of the checkpoint's, which is then not looked at.
 
         Raises:
-            ValueError: the file is torn or pickled, asks to run code that came with a model, or names a class of a
+            ValueError: the file is truncated or pickled, asks to run code that came with a model, or names a class of a
                 package that is not imported: whoever trusts it imports it first.
         """
         if options.get("hparams_file") is not None:

@@ -34,7 +34,7 @@ class ComposedReward(Reward):
         self.members = {name: as_reward(member) for name, member in members.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Prepare every member."""
+        """Prepare every member reward for training."""
         super().prepare(tokenizer)
         for member in self.members.values():
             member.prepare(tokenizer)

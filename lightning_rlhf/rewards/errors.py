@@ -56,7 +56,7 @@ def scored_or_told(
 
 
 def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) -> str:
-    """Write the prompts and responses to a file and say where they are."""
+    """Write the prompts and responses to a file and return a sentence with its path."""
     tokens = rollout.tokens[:, rollout.prompt_width :].tolist()
     responses: list[Any] = [row[:length] for row, length in zip(tokens, rollout.lengths.tolist(), strict=True)]
     if reward.tokenizer is not None:

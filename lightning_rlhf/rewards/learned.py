@@ -84,7 +84,7 @@ class LearnedReward(TextReward):
         return True
 
     def networks(self) -> list[nn.Module]:
-        """List the scalar model."""
+        """List the scalar model as the only frozen network."""
         return [] if self.model is None else [self.model]
 
     @torch.no_grad()

@@ -158,7 +158,7 @@ class ModuleReward(Reward):
             self.module.eval().requires_grad_(False)
 
     def networks(self) -> list[nn.Module]:
-        """List the module."""
+        """List the wrapped module as the only frozen network."""
         return [self.module]
 
     @torch.no_grad()
