@@ -16,7 +16,7 @@ from lightning_rlhf.data.sources import Source
 
 
 class ComparisonDataModule(TextDataModule):
-    """Batches of prompts with their K ranked responses (`ComparisonBatch`), never split over batches.
+    """Batches of prompts (`ComparisonBatch`), each with all of its K ranked responses.
 
     Rows are `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses", "scores" |
     "ranks"}` or NeMo-RL's `{"context", "completions"}`, from paths, the hub or objects, as in `PromptDataModule`.

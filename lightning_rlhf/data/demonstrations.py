@@ -17,7 +17,7 @@ from lightning_rlhf.data.sources import Source
 
 
 class DemonstrationDataModule(TextDataModule):
-    """Batches of prompt + response + end token (`TextBatch`), whose prompts are no targets.
+    """Batches of demonstrations (`TextBatch`) with targets on the response and its end token.
 
     Rows are `{"prompt", "response"}`, dialogues under `"messages"`, or documents under `"text"`, which are predicted
     whole, from paths, the hub or objects, as in `PromptDataModule`. Evaluation serves a list of one loader.

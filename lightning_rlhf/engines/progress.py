@@ -35,7 +35,7 @@ class Watch:
 
     Args:
         tell: called now and then, and once at the end of each rollout.
-        every: seconds from one telling to the next, at least.
+        every: least seconds between two calls.
 
     Raises:
         ValueError: `every` is negative.

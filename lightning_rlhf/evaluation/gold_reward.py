@@ -87,7 +87,7 @@ class GoldReward(Evaluator):
         return successor
 
     def _best(self, notes: Columns) -> Columns:
-        """Return gold and proxy of the best evaluation so far, or of the reference if there is none."""
+        """Return gold and proxy of the best evaluation on these prompts, or of the reference if none was better."""
         reference = {"gold": notes["reference_gold"], "proxy": notes["reference_proxy"]}
         if self.best is None or len(self.best["gold"]) != len(notes["gold"]):
             return reference

@@ -70,7 +70,7 @@ def is_off(network: nn.Module) -> bool:
 
 @contextmanager
 def adapter_off(network: nn.Module) -> Iterator[None]:
-    """Context that switches the adapter off and restores the network from before it.
+    """Context that switches the adapter off, so that the network is the one before the adapter.
 
     Raises:
         ValueError: it would not be, because training or the adapter's start changed a weight under the adapter.

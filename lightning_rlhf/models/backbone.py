@@ -1,4 +1,4 @@
-"""Hidden states that predict a response; a prompt shared by several responses is read once."""
+"""Hidden states that predict a response: shared prompts are read once and the last token never."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def unread(source: ModelSource) -> ModelSource:
 
 
 def tell_whole(path: str, reason: str) -> None:
-    """Warn why each process reads all weights, if shards are expected."""
+    """Log why each process reads all weights if shards are expected."""
     if _built.get() is not None:
         logger.info("each process reads all of %s before it keeps its shard: %s", path, reason)
 

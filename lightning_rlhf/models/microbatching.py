@@ -37,7 +37,7 @@ def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list
 
 
 def batches_of(mask: Tensor, *, tokens: int) -> list[tuple[Tensor, slice]]:
-    """Group rows of similar length into batches, longest first with the columns they use.
+    """Group rows of similar length into batches, longest first with their columns.
 
     Args:
         mask: real tokens, (B, L), bool, one run in each row.

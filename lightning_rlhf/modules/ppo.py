@@ -264,7 +264,10 @@ class PPOModule(CheckedRevival, LightningModule):
         return metrics + MeanMetrics.of({"policy/grad_norm": gradient_norm(self, self._grad_norm)})
 
     def counts(self, minibatch: Experience, text: TextBatch | None) -> Tensor:
-        """Return the denominators of a step, (2,): actions and text tokens of all processes, at least 1."""
+        """Return the denominators of a step, (2,): the reduction's and the text tokens, at least 1.
+
+        Both are of all processes.
+        """
         actions = self.algorithm.reduction.count(minibatch.action_mask)
         words = torch.zeros_like(actions) if text is None else text.target.sum()
         return self.ranks.sum(torch.stack([actions, words])).clamp(min=1)
