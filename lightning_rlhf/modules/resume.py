@@ -122,16 +122,16 @@ def with_changes(state: dict[str, Any], changed: list[Difference]) -> dict[str, 
 
 def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
     networks = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
-    present = networks if state is None else {name.partition(".")[0] for name in state}
+    stored = networks if state is None else {name.partition(".")[0] for name in state}
     record = checkpoint.get("rlhf")
     ours = isinstance(record, dict) and isinstance(record.get("settings"), dict)
     writer = record.get("module") if ours else None  # None if the networks' names tell
-    if ours and not networks - present and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):
+    if ours and not networks - stored and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):
         return
     reader = type(module).__name__
     raise ValueError(
         f"the checkpoint was {f'written by {writer}, not by' if writer else 'not written by'} {reader}, which holds "
-        f"{_list(networks)}: it holds {_list(present)}; give a checkpoint of {reader}, or hand a model on as the folder "
+        f"{_list(networks)}: it holds {_list(stored)}; give a checkpoint of {reader}, or hand a model on as the folder "
         "that `save_pretrained` writes"
     )
 
