@@ -1,4 +1,4 @@
-"""What flows through the library, from the data loader to the update.
+"""Data types that pass through the library, from the data loader to the update.
 
 Shapes: B sequences, P prompt tokens, R response tokens, T actions (R per token, 1 per sequence), L text tokens,
 K responses of one prompt. What crosses a data loader is a `NamedTuple` (Lightning moves and casts those); what lives
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 class PromptBatch(NamedTuple):
-    """Prompts, padded on the left so that every response starts at the same column.
+    """Batch of prompts, padded on the left so that every response starts at the same column.
 
     Attributes:
         tokens: (B, P), int64.
@@ -35,12 +35,12 @@ class PromptBatch(NamedTuple):
     rows: list[Row]
 
     def rows_of(self, rollout: Rollout) -> list[Row]:
-        """The raw record of the prompt of each response."""
+        """Return the raw record of the prompt of each response."""
         return [self.rows[i] for i in rollout.prompt_index.tolist()]
 
 
 class TextBatch(NamedTuple):
-    """Texts, padded on the right: demonstrations or pretraining blocks.
+    """Batch of texts, padded on the right: demonstrations or pretraining blocks.
 
     Attributes:
         tokens: (B, L), int64.
@@ -55,7 +55,7 @@ class TextBatch(NamedTuple):
 
 
 class ComparisonBatch(NamedTuple):
-    """K ranked responses to each prompt; every entry is prompt + response + end token, padded on the right.
+    """K ranked responses to each prompt: prompt + response + end token, padded on the right.
 
     Attributes:
         tokens: (B, K, L), int64.
@@ -74,7 +74,7 @@ class ComparisonBatch(NamedTuple):
 
 
 class PPOBatch(TypedDict):
-    """What the prompt loader serves: prompts, and pretraining texts where there is a stream (PPO-ptx)."""
+    """Batch of the prompt loader: prompts, and pretraining texts if there is a stream (PPO-ptx)."""
 
     prompts: PromptBatch
     pretrain: NotRequired[TextBatch]
@@ -82,7 +82,7 @@ class PPOBatch(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Responses sampled from π_old, with what π_old and π_ref say of their tokens.
+    """Responses sampled from π_old with the log-probs of their tokens under π_old and π_ref.
 
     Attributes:
         tokens: prompt and response, (B, P + R), int64.
@@ -112,7 +112,7 @@ class Rollout:
 
     @property
     def prompt_width(self) -> int:
-        """P, the column at which responses begin."""
+        """Number P of prompt columns, after which responses begin."""
         return self.tokens.shape[1] - self.response_mask.shape[1]
 
     @property
@@ -129,24 +129,24 @@ class Rollout:
         return self.tokens.shape[0]
 
     def select(self, index: Tensor) -> Rollout:
-        """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
+        """Select the sequences at `index`, (b,), int64; drops columns of only padding."""
         first = self.prompt_width - max(int(self.prompt_lengths[index].max()), 1)
         width = max(int(self.lengths[index].max()), 1)
         cut = {
             "tokens": slice(first, self.prompt_width + width),
             "attention_mask": slice(first, self.prompt_width + width),
         }
-        found: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         for field in fields(self):
             whole = getattr(self, field.name)
             part = None if whole is None else whole[index]
-            found[field.name] = part if part is None or part.ndim == 1 else part[:, cut.get(field.name, slice(width))]
-        return Rollout(**found)
+            parts[field.name] = part if part is None or part.ndim == 1 else part[:, cut.get(field.name, slice(width))]
+        return Rollout(**parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A rollout with its credit: what the update learns from.
+    """Rollout with its rewards and advantages, the input of the update.
 
     Attributes:
         rollout: B sequences.
@@ -168,20 +168,20 @@ class Experience:
         return len(self.rollout)
 
     def select(self, index: Tensor) -> Experience:
-        """The sequences at `index`, (b,), int64, without the columns in which all of them are padded."""
+        """Select the sequences at `index`, (b,), int64; drops columns of only padding."""
         rollout = self.rollout.select(index)
         width = rollout.response_mask.shape[1]  # T is R, or 1
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rollout"}
         return Experience(rollout=rollout, **{name: x[index][:, :width] for name, x in whole.items()})
 
     def unlearned(self) -> Experience:
-        """The same sequences of which no action counts: what a process passes through where it has nothing to learn."""
+        """Mask all actions, for a process that must run a pass without data to learn from."""
         return replace(self, action_mask=torch.zeros_like(self.action_mask))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Scored responses for callbacks to look at: a rollout, or a batch of an evaluation.
+    """Scored responses for callbacks: a rollout or a batch of an evaluation.
 
     Attributes:
         rollout: B responses.
@@ -190,7 +190,7 @@ class Outcome:
         scores: after them, (B,), reward units.
         parts: what the reward is made of, by name, (B,) each.
         is_real: responses that count, (B,), bool; fillers of an evaluation do not.
-        advantages: mean over each response's actions, (B,), reward units; None where nothing is learned.
+        advantages: mean over each response's actions, (B,), reward units; None if nothing is learned.
     """
 
     rollout: Rollout
@@ -202,12 +202,12 @@ class Outcome:
     advantages: Tensor | None = None
 
     def tokens(self) -> list[list[int]]:
-        """Ids of each response, end token included."""
+        """Token ids of each response, end token included."""
         rows, lengths = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.lengths.tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def numbers(self) -> list[dict[str, Any]]:
-        """What was measured of each response, ready for JSON: None stands for what is not finite.
+        """Return the numbers of each response, ready for JSON: None replaces non-finite ones.
 
         kl = Σ_t log π_old − log π_ref and entropy = −Σ_t log π_old, nats; length in tokens.
         """
@@ -217,5 +217,5 @@ class Outcome:
         columns |= {"kl": (rollout.logprobs - rollout.ref_logprobs).sum(1), "entropy": -rollout.logprobs.sum(1)}
         columns |= {} if self.advantages is None else {"advantage": self.advantages}
         lists = {name: column.tolist() for name, column in columns.items()}
-        finite = {name: [x if math.isfinite(x) else None for x in found] for name, found in lists.items()}
+        finite = {name: [x if math.isfinite(x) else None for x in values] for name, values in lists.items()}
         return [dict(zip(finite, row, strict=True)) for row in zip(*finite.values(), strict=True)]

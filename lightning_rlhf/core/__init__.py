@@ -1,4 +1,4 @@
-"""The mathematics: torch only, no lightning, no transformers, no I/O.
+"""Mathematics of RLHF in torch alone, without other packages or I/O.
 
 Every equation is named with its source in the docstring of the function or class that computes it.
 """

@@ -1,4 +1,4 @@
-"""Values that adapt: they never change, they return their successor."""
+"""Immutable values that adapt by returning a successor."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """A frozen setting of which some numbers move during training, its own or those of a setting inside it.
+    """Frozen setting with numbers that move during training, its own or those of a setting inside it.
 
     State is Python floats and not buffers, because precision plugins cast float buffers (bf16: 1.0 · 1.001 = 1.0).
     """
 
     def moving(self) -> tuple[str, ...]:
-        """Names of the own fields that move. None here."""
+        """Names of the object's own fields that move; none by default."""
         return ()
 
     def state(self) -> dict[str, float]:
-        """The numbers that move, by name, those of an inner setting as `field.name`: what a checkpoint holds."""
+        """Return the moving numbers by name for a checkpoint, those of an inner setting as `field.name`."""
         own = {name: getattr(self, name) for name in self.moving()}
         return own | {f"{outer}.{name}": x for outer, inner in self._inner() for name, x in inner.state().items()}
 
     def restored(self, state: dict[str, float]) -> Self:
-        """The same setting with the moving numbers of a checkpoint.
+        """Return the same setting with the moving numbers of a checkpoint.
 
         Raises:
             ValueError: `state` names other numbers than this object moves.

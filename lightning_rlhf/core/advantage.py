@@ -1,4 +1,4 @@
-"""Advantages: how much better an action was than expected."""
+"""Advantages: the difference of an action's reward from the expected one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_rlhf.core.masked import AllSum, whiten
 
 
 class AdvantagesAndReturns(NamedTuple):
-    """What an estimator gives.
+    """Advantages of a rollout with the targets of the value network.
 
     Attributes:
         advantages: Â, (B, T), reward units, 0 where masked.
@@ -29,23 +29,23 @@ class AdvantagesAndReturns(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageEstimator(Adaptive, ABC):
-    """Turns rewards into advantages."""
+    """Base class of estimators that turn rewards into advantages."""
 
     @property
     def needs_value(self) -> bool:
-        """Whether V(s) enters, so that a value network must be trained."""
+        """True if V(s) enters, so that a value network must be trained."""
         return False
 
     @property
     def needs_group(self) -> bool:
-        """Whether it compares several responses to one prompt."""
+        """True if several responses to one prompt are compared."""
         return False
 
     @abstractmethod
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """Advantages and returns.
+        """Estimate the advantages and returns of a rollout.
 
         Args:
             rewards: per action, (B, T), 0 where masked.
@@ -56,7 +56,7 @@ class AdvantageEstimator(Adaptive, ABC):
         """
 
     def adapted(self, mean: float) -> Self:
-        """The estimator of the next rollout.
+        """Return the estimator of the next rollout.
 
         Args:
             mean: over the rollout's responses, of all processes, of their whole reward r − β·log(π_old/π_ref).
@@ -68,7 +68,7 @@ class AdvantageEstimator(Adaptive, ABC):
 
 
 def on_every_action(x: Tensor, mask: Tensor) -> Tensor:
-    """A number per response, (B,), on each of its actions, (B, T); 0 where masked."""
+    """Copy a number per response, (B,), to each of its actions, (B, T); 0 where masked."""
     return torch.where(mask, x.unsqueeze(1), torch.zeros_like(x).unsqueeze(1))
 
 
@@ -81,34 +81,34 @@ class BanditAdvantage(AdvantageEstimator):
     """
 
     baseline: Baseline = field(default_factory=NoBaseline)
-    """b(x)."""
+    """The baseline b(x)."""
 
     @property
     def needs_value(self) -> bool:
-        """As the baseline."""
+        """True if the baseline needs a value network."""
         return self.baseline.needs_value
 
     @property
     def needs_group(self) -> bool:
-        """As the baseline."""
+        """True if the baseline compares several responses to one prompt."""
         return self.baseline.needs_group
 
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """Σ_t r_t − b(x) on every action."""
+        """Compute Σ_t r_t − b(x) on every action."""
         totals = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(1)
         centered = totals - self.baseline(totals, values[:, 0], groups=groups, all_sum=all_sum)
         return AdvantagesAndReturns(on_every_action(centered, mask), on_every_action(totals, mask))
 
     def adapted(self, mean: float) -> Self:
-        """With the baseline's successor."""
+        """Return the estimator with the baseline of the next rollout."""
         return replace(self, baseline=self.baseline.adapted(mean))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GAE(AdvantageEstimator):
-    """Generalised advantage estimation (Schulman et al. 2016; PPO eqs. 11-12).
+    """Generalized advantage estimation (Schulman et al. 2016; PPO eqs. 11-12).
 
     δₜ = rₜ + γ·V(sₜ₊₁) − V(sₜ);  Âₜ = δₜ + γλ·Âₜ₊₁;  R̂ₜ = Âₜ + V(sₜ)
     """
@@ -123,13 +123,13 @@ class GAE(AdvantageEstimator):
 
     @property
     def needs_value(self) -> bool:
-        """True."""
+        """True, because V(s) enters."""
         return True
 
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """Âₜ by a backward sweep; the state after the last action is worth 0."""
+        """Compute Âₜ by a backward sweep; the state after the last action is worth 0."""
         advantages = torch.zeros_like(rewards)
         following = torch.zeros_like(rewards[:, 0])
         next_value = torch.zeros_like(rewards[:, 0])
@@ -157,7 +157,7 @@ class RewardToGo(AdvantageEstimator):
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """The discounted sum of what follows."""
+        """Compute the discounted sum of the rewards from each action on."""
         plain = GAE(gamma=self.gamma, lam=1.0)
         return plain(rewards, torch.zeros_like(rewards), mask, groups=groups, all_sum=all_sum)
 
@@ -170,25 +170,25 @@ class Whitened(AdvantageEstimator):
     """
 
     estimator: AdvantageEstimator = field(default_factory=GAE)
-    """What is whitened; its returns stay as they are."""
+    """Estimator whose advantages are whitened; its returns stay as they are."""
 
     @property
     def needs_value(self) -> bool:
-        """As the inner estimator."""
+        """True if the inner estimator needs a value network."""
         return self.estimator.needs_value
 
     @property
     def needs_group(self) -> bool:
-        """As the inner estimator."""
+        """True if the inner estimator compares several responses to one prompt."""
         return self.estimator.needs_group
 
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """(Â − mean) / √(var + 1e-8)."""
+        """Compute (Â − mean) / √(var + 1e-8)."""
         credit = self.estimator(rewards, values, mask, groups=groups, all_sum=all_sum)
         return credit._replace(advantages=whiten(credit.advantages, mask, all_sum=all_sum))
 
     def adapted(self, mean: float) -> Self:
-        """With the inner estimator's successor."""
+        """Return the estimator with the inner estimator of the next rollout."""
         return replace(self, estimator=self.estimator.adapted(mean))

@@ -1,4 +1,4 @@
-"""Eq. 2 as one value: what an action is, what it earns and what its loss is (Ouyang et al. 2022)."""
+"""Objective of RLHF as one value: actions, their rewards and their loss (Ouyang et al. 2022, eq. 2)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_rlhf.types import Experience, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(Adaptive):
-    """The contextual bandit under PPO: one prompt, one response, one reward (Ouyang et al. 2022, eq. 2).
+    """Contextual bandit under PPO with one reward per response (Ouyang et al. 2022, eq. 2).
 
     Â = r − β·log(π_old/π_ref) − b;  loss = surrogate(π_θ/π_old, Â) + value loss − γ·log π_θ(text)
 
@@ -42,19 +42,19 @@ class Algorithm(Adaptive):
     """
 
     level: ActionLevel = SequenceLevel()
-    """What an action is: the whole response (the bandit) or a token."""
+    """Definition of an action: the whole response (the bandit) or a token."""
     beta: float | KLController = 0.02
     """β ≥ 0, reward units per nat of KL to the reference, or what adapts it. The default is the paper's (C.4)."""
     kl_term: ReferenceKL = KLInReward()
-    """Whether the KL to the reference is charged in the reward or in the loss."""
+    """Place of the KL to the reference: in the reward or in the loss."""
     advantage: AdvantageEstimator = BanditAdvantage()
-    """How rewards become advantages; the default has no baseline."""
+    """Estimator of advantages from rewards; the default has no baseline."""
     surrogate: Surrogate = Clip()
-    """How far an update follows the advantages."""
+    """Policy loss of an update."""
     value_loss: ValueLoss | None = None
-    """Of the value network; None is `ClippedValueLoss()` where the advantage needs one."""
+    """Loss of the value network; None is `ClippedValueLoss()` if the advantage needs one."""
     reduction: Reduction = TokenMean()
-    """From per-action losses to a number."""
+    """Reduction of per-action losses to a number."""
     shaping: Shaping | Sequence[Shaping] | None = None
     """A rule on the score, or several, applied in turn. None: `TruncatedScore()` for a learned reward, whose
     demonstrations score around 0; none for any other."""
@@ -76,31 +76,31 @@ class Algorithm(Adaptive):
 
     @property
     def kl(self) -> KLController:
-        """β and how it moves."""
+        """Controller of β, the price of the KL."""
         return self.beta if isinstance(self.beta, KLController) else FixedKL(coef=self.beta)
 
     @property
     def rules(self) -> tuple[Shaping, ...]:
-        """The shaping rules."""
+        """The shaping rules as a tuple."""
         if self.shaping is None:
             return ()
         return (self.shaping,) if isinstance(self.shaping, Shaping) else tuple(self.shaping)
 
     def with_beta(self, coef: float) -> Self:
-        """The algorithm at another β, which goes on adapting as it did."""
+        """Return the algorithm at another β, which keeps adapting as before."""
         return replace(self, beta=coef if isinstance(self.beta, float | int) else replace(self.beta, coef=coef))
 
     @property
     def needs_value(self) -> bool:
-        """Whether a value network must be trained."""
+        """True if a value network must be trained."""
         return self.advantage.needs_value
 
     def identity(self) -> dict[str, Any]:
-        """Fields by name, β as its controller, so that a number and `FixedKL` of it are one setting of a run."""
+        """Return the fields by name with β as its controller, so that a number equals `FixedKL` of it."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"beta": self.kl}
 
     def for_run(self, *, learned_reward: bool, max_new_tokens: int) -> Self:
-        """Fill in the shaping, the lengths and the value loss that were left to the run.
+        """Fill in the shaping, lengths and value loss that were left to the run.
 
         −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
 
@@ -118,7 +118,7 @@ class Algorithm(Adaptive):
         )
 
     def shaped(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """Scores after the shaping rules, (B,), reward units.
+        """Return the scores after the shaping rules, (B,), in reward units.
 
         Args:
             scores: of the reward, (B,), reward units.
@@ -130,7 +130,7 @@ class Algorithm(Adaptive):
         return scores
 
     def credit(self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local) -> Experience:
-        """Rewards less β·KL to the reference, and the advantages they give.
+        """Subtract β·KL to the reference from the rewards and estimate the advantages.
 
         Args:
             rollout: B responses of π_old.
@@ -154,7 +154,9 @@ class Algorithm(Adaptive):
         )
 
     def action_loss(self, logprobs: Tensor, values: Tensor | None, experience: Experience) -> PerAction:
-        """Surrogate, β·KL in the loss and value loss of each action, (B, T), before the reduction.
+        """Compute the loss of each action before the reduction, (B, T): surrogate + β·KL + value loss.
+
+        The KL is part of it under `KLInLoss` only.
 
         Args:
             logprobs: log π_θ of each response token, (B, R), nats; the gradient flows through it.
@@ -177,12 +179,12 @@ class Algorithm(Adaptive):
         return PerAction(policy_loss + kl_loss + value.loss, stats)
 
     def adapted(self, *, kl: float, reward: float, kl_old: float | None, episodes: int) -> Self:
-        """The algorithm of the next rollout: β, the baseline and the surrogate move.
+        """Return the algorithm of the next rollout after an update of β, baseline and surrogate.
 
         Args:
             kl: mean over responses of Σ_t log π_old − log π_ref, nats.
             reward: mean over responses of r − β·log(π_old/π_ref), reward units.
-            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None where the surrogate is not adaptive.
+            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None if the surrogate is not adaptive.
             episodes: responses of the rollout, of all processes.
         """
         return replace(
@@ -200,7 +202,7 @@ class Algorithm(Adaptive):
 
 
 def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
-    """Raises ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
+    """Raise ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
     while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
     if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPen):

@@ -1,4 +1,4 @@
-"""What a response's reward is compared with: lower variance, the same expected gradient."""
+"""Baselines of a response's reward, which lower the variance of the gradient and keep its expectation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lightning_rlhf.core.masked import AllSum, masked_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(Adaptive, ABC):
-    """b(x), subtracted from the reward of a response to x."""
+    """Baseline b(x), subtracted from the reward of a response to x."""
 
     @property
     def needs_value(self) -> bool:
-        """Whether V(x) enters, so that a value network must be trained."""
+        """True if V(x) enters, so that a value network must be trained."""
         return False
 
     @property
     def needs_group(self) -> bool:
-        """Whether a prompt needs several responses."""
+        """True if a prompt needs several responses."""
         return False
 
     @abstractmethod
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """The baseline of each response.
+        """Compute the baseline of each response.
 
         Args:
             totals: r_φ − β·log(π_old/π_ref) of each response, (B,), reward units.
@@ -44,7 +44,7 @@ class Baseline(Adaptive, ABC):
         """
 
     def adapted(self, mean: float) -> Self:
-        """The baseline of the next rollout.
+        """Return the baseline of the next rollout.
 
         Args:
             mean: of `totals`, over all processes.
@@ -57,28 +57,28 @@ class Baseline(Adaptive, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NoBaseline(Baseline):
-    """b = 0: the advantage is r − β·log(π/π_SFT) itself. Unbiased; its variance grows with the mean reward."""
+    """Zero baseline: the advantage is r − β·log(π/π_SFT), unbiased; its variance grows with the mean reward."""
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """Zeros."""
+        """Return a baseline of 0 for each response."""
         return torch.zeros_like(totals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMean(Baseline):
-    """b = the mean reward of the rollout, over all processes.
+    """Baseline b = the mean reward of the rollout, over all processes.
 
     A response takes part in its own baseline, so the expected gradient shrinks by (n − 1)/n, n responses.
     """
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """The rollout's mean, in every entry."""
+        """Return the rollout's mean in every entry."""
         return masked_mean(totals, torch.ones_like(totals, dtype=torch.bool), all_sum).expand_as(totals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaveOneOut(Baseline):
-    """b_i = the mean reward of the *other* responses to the same prompt (RLOO; Ahmadian et al. 2024).
+    """Baseline b_i = the mean reward of the *other* responses to the prompt (RLOO; Ahmadian et al. 2024).
 
     A response takes no part in its own baseline, so the gradient is unbiased:
     R_i − b_i = k/(k − 1)·(R_i − mean), k responses.
@@ -86,11 +86,11 @@ class LeaveOneOut(Baseline):
 
     @property
     def needs_group(self) -> bool:
-        """True."""
+        """True, because other responses to the prompt enter."""
         return True
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """(Σ_j R_j − R_i) / (k − 1).
+        """Compute (Σ_j R_j − R_i) / (k − 1).
 
         Raises:
             ValueError: a prompt has a single response.
@@ -103,7 +103,7 @@ class LeaveOneOut(Baseline):
 
 @dataclass(frozen=True, kw_only=True)
 class RunningMean(Baseline):
-    """b = the mean reward of past rollouts, exponentially weighted. It knows nothing of the actions: unbiased.
+    """Baseline b = the exponentially weighted mean reward of past rollouts; unbiased, as no action enters.
 
     m ← d·m + (1 − d)·mean;  b = m / (1 − dᵏ) after k rollouts, 0 before the first.
     """
@@ -113,7 +113,7 @@ class RunningMean(Baseline):
     mean: float = 0.0
     """m at the start, reward units."""
     weight: float = 0.0
-    """1 − dᵏ, the weight that m has gathered."""
+    """Accumulated weight 1 − dᵏ of m."""
 
     def __post_init__(self) -> None:
         check_unit_interval(decay=self.decay, weight=self.weight)
@@ -124,15 +124,15 @@ class RunningMean(Baseline):
             raise ValueError(f"`mean` without `weight` counts for nothing: got {self.mean}; set `weight` in (0, 1]")
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """m / (1 − dᵏ), in every entry."""
+        """Return m / (1 − dᵏ) in every entry."""
         return torch.full_like(totals, self.mean / self.weight if self.weight else 0.0)
 
     def moving(self) -> tuple[str, ...]:
-        """m and its weight."""
+        """Names of m and its weight."""
         return ("mean", "weight")
 
     def adapted(self, mean: float) -> Self:
-        """One more rollout taken in.
+        """Return the baseline with one more rollout included.
 
         Raises:
             ValueError: `mean` is not finite.
@@ -144,13 +144,13 @@ class RunningMean(Baseline):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedValue(Baseline):
-    """b = V(x), a value network's guess from the prompt alone: the critic of a contextual bandit. Unbiased."""
+    """Baseline b = V(x) of a value network that sees the prompt alone: the bandit's critic. Unbiased."""
 
     @property
     def needs_value(self) -> bool:
-        """True."""
+        """True, because V(x) enters."""
         return True
 
     def __call__(self, totals: Tensor, values: Tensor, *, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """V(x)."""
+        """Return V(x) for each response, (B,)."""
         return values

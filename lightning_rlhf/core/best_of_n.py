@@ -1,4 +1,4 @@
-"""Best-of-n: the baseline that needs no training. Draw n responses of the reference, keep the one of highest score."""
+"""Best-of-n, a baseline without training: the highest score among n responses of the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_rlhf.core.checks import check_not_negative, check_positive
 
 
 def best_of_n(probabilities: Tensor, scores: Tensor, *, n: int) -> Tensor:
-    """π_bon(y), exactly, over a finite set of responses (Beirami et al. 2024).
+    """Exact distribution π_bon(y) over a finite set of responses (Beirami et al. 2024).
 
     With F(y) the mass of scores ≤ r(y) and F⁻(y) that of scores < r(y), the best of n has the score of y with
     probability F(y)ⁿ − F⁻(y)ⁿ; responses that tie share it by their mass.
@@ -39,7 +39,7 @@ def best_of_n(probabilities: Tensor, scores: Tensor, *, n: int) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n − (n − 1)/n, nats: KL(π_bon‖π_ref) for scores without ties, an upper bound with them (Beirami et al. 2024).
+    """KL(π_bon‖π_ref) = log n − (n − 1)/n in nats; an upper bound if scores tie (Beirami et al. 2024).
 
     Args:
         n: how many are drawn, ≥ 1.
@@ -52,7 +52,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def n_of_kl(kl: float) -> float:
-    """The real n ≥ 1 with log n − (n − 1)/n = kl: how many draws would leave the reference as far behind.
+    """Return the real n ≥ 1 with log n − (n − 1)/n = kl, whose best-of-n is as far from the reference.
 
     Args:
         kl: nats, ≥ 0.
@@ -69,7 +69,7 @@ def n_of_kl(kl: float) -> float:
 
 
 def expected_best(scores: Tensor, *, n: int) -> Tensor:
-    """E[max of n of the N scores, drawn without replacement]: unbiased for the mean score of best-of-n.
+    """Unbiased mean score of best-of-n: E[max of n of the N scores, drawn without replacement].
 
     Σ_i C(i − 1, n − 1)/C(N, n)·s₍ᵢ₎ over the scores in ascending order; the mean for n = 1, the maximum for n = N.
     Of scores pooled over prompts it is an upper bound of the mean over prompts of each one's best of n: E[max] is

@@ -1,4 +1,4 @@
-"""Surrogates that bound the ratio: PPO's CLIP with DAPO's and the dual bounds, and CISPO."""
+"""Surrogates that bound the ratio: PPO's CLIP with its variants and CISPO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 
 @dataclass(frozen=True, kw_only=True)
 class Clip(Surrogate):
-    """−min(ρÂ, clip(ρ, 1 − ε, 1 + ε_high)Â) (PPO eq. 7).
+    """Clipped surrogate −min(ρÂ, clip(ρ, 1 − ε, 1 + ε_high)Â) (PPO eq. 7).
 
     With one action per response ρ is the product of the token ratios and reaches the bounds sooner than a token's.
     """
@@ -33,7 +33,7 @@ class Clip(Surrogate):
             raise ValueError(f"`dual` must be above 1, beyond the ratios an update aims at: got {self.dual}")
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """The pessimistic bound; an action is clipped where the loss has no gradient."""
+        """Compute the pessimistic bound; an action counts as clipped if its loss has no gradient."""
         ratio = importance_ratio(log_ratio)
         plain = -ratio * advantages
         above = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -48,7 +48,7 @@ class Clip(Surrogate):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Surrogate):
-    """−sg[clip(ρ, smallest, largest)]·Â·log π_θ (MiniMax 2025, eqs. 4-5): the *weight* is clipped, not the action.
+    """Surrogate −sg[clip(ρ, smallest, largest)]·Â·log π_θ, which clips the *weight* (MiniMax 2025, eqs. 4-5).
 
     No action loses its gradient, whatever its ratio. With ρ = 1 it is REINFORCE.
     """
@@ -65,7 +65,7 @@ class CISPO(Surrogate):
             raise ValueError(f"`smallest` must not exceed `largest`: got {self.smallest} and {self.largest}")
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """log π_θ is known up to a constant, so the loss is 0 at π_old; its gradient is what counts."""
+        """Compute the loss up to a constant of log π_θ: it is 0 at π_old and only its gradient counts."""
         ratio = importance_ratio(log_ratio.detach())
         weight = ratio.clamp(self.smallest, self.largest)
         return PerAction(-weight * advantages * log_ratio, {"policy/clipfrac_avg": (weight != ratio).to(ratio.dtype)})

@@ -1,4 +1,4 @@
-"""β, the price of a nat of KL to the reference, fixed or adaptive."""
+"""Controllers of β, the fixed or adaptive price of a nat of KL to the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rlhf.core.checks import check_not_negative, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class KLController(Adaptive, ABC):
-    """β of E[r − β·log(π/π_ref)] (Ouyang et al. 2022, eq. 2) and how it moves between rollouts."""
+    """Price β of E[r − β·log(π/π_ref)] (Ouyang et al. 2022, eq. 2), updated between rollouts."""
 
     coef: float = 0.02
     """β ≥ 0, reward units per nat. The default is the paper's (C.4)."""
@@ -23,7 +23,7 @@ class KLController(Adaptive, ABC):
 
     @abstractmethod
     def adapted(self, kl: float, episodes: int) -> Self:
-        """β for the next rollout.
+        """Return β for the next rollout.
 
         Args:
             kl: mean over the rollout's episodes, of all processes, of Σ_t log π_old − log π_ref, nats.
@@ -36,16 +36,16 @@ class KLController(Adaptive, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedKL(KLController):
-    """β never moves (Ouyang et al. 2022)."""
+    """Constant β (Ouyang et al. 2022)."""
 
     def adapted(self, kl: float, episodes: int) -> Self:
-        """The same β."""
+        """Return the same β."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKL(KLController):
-    """β follows a target KL, log-proportionally (Ziegler et al. 2019, §2.2).
+    """Controller that moves β towards a target KL, log-proportionally (Ziegler et al. 2019, §2.2).
 
     e = clip(KL/target − 1, −0.2, 0.2);  β ← β·(1 + e·episodes/horizon)
     """
@@ -61,11 +61,11 @@ class AdaptiveKL(KLController):
         check_positive(coef=self.coef, target=self.target, horizon=self.horizon)
 
     def moving(self) -> tuple[str, ...]:
-        """β."""
+        """Name of β, which moves."""
         return ("coef",)
 
     def adapted(self, kl: float, episodes: int) -> Self:
-        """β·(1 + e·episodes/horizon): larger after a KL above the target, smaller after one below.
+        """Return β·(1 + e·episodes/horizon): larger after a KL above the target, smaller below it.
 
         Raises:
             ValueError: the rollout is so large against `horizon` that β could fall to 0, or `kl` is NaN.

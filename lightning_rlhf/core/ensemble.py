@@ -1,4 +1,4 @@
-"""One score of several reward models, which do not err on the same responses (Coste et al. 2023)."""
+"""Combination of reward models that err on different responses (Coste et al. 2023)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_rlhf.core.checks import check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Combination(ABC):
-    """From the scores of n members to one."""
+    """Base class of maps from the scores of n members to one."""
 
     @abstractmethod
     def __call__(self, scores: Tensor) -> Tensor:
-        """One score per response, (B,), reward units.
+        """Combine the members' scores to one per response, (B,), in reward units.
 
         Args:
             scores: of each member, (n, B), reward units.
@@ -25,25 +25,25 @@ class Combination(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanReward(Combination):
-    """(1/n) Σ_i r_i."""
+    """Mean reward (1/n) Σ_i r_i."""
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Mean over the members."""
+        """Average over the members."""
         return scores.mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorstReward(Combination):
-    """min_i r_i: what the most critical member says (worst-case optimization, WCO)."""
+    """Smallest reward min_i r_i, that of the most critical member (worst-case optimization, WCO)."""
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Smallest over the members."""
+        """Take the minimum over the members."""
         return scores.amin(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UncertaintyWeighted(Combination):
-    """mean − λ·variance over the members, biased variance (uncertainty-weighted optimization, UWO)."""
+    """Reward mean − λ·variance, with the biased variance (uncertainty-weighted optimization, UWO)."""
 
     coef: float = 0.1
     """λ > 0, per reward unit."""
@@ -52,5 +52,5 @@ class UncertaintyWeighted(Combination):
         check_positive(coef=self.coef)
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Mean less λ times the variance."""
+        """Subtract λ times the variance from the mean."""
         return scores.mean(0) - self.coef * scores.var(0, correction=0)

@@ -16,11 +16,11 @@ from lightning_rlhf.core.masked import AllSum, masked_variance
 
 @dataclass(frozen=True, kw_only=True)
 class GroupScale(ABC):
-    """The unit in which a response's distance from its group's mean is measured."""
+    """Base class of units for a response's distance from its group's mean."""
 
     @abstractmethod
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """The unit of each response, (B,), reward units, > 0.
+        """Compute the unit of each response, (B,), in reward units > 0.
 
         Args:
             totals: reward of each response, (B,), reward units.
@@ -31,7 +31,7 @@ class GroupScale(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupStd(GroupScale):
-    """The standard deviation of the group, unbiased, plus a guard (Shao et al. 2024, §4.1.2).
+    """Unbiased standard deviation of the group plus a guard (Shao et al. 2024, §4.1.2).
 
     It makes advantages blind to the scale of the reward, and weighs easy and hard prompts up (Liu et al. 2025, §3.1).
     The β of a KL in the loss is then in standard deviations of the reward (`KLInLoss`).
@@ -44,13 +44,13 @@ class GroupStd(GroupScale):
         check_positive(guard=self.guard)
 
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """std + guard, one number per group."""
+        """Compute std + guard of each group."""
         return group_std(totals, groups) + self.guard
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStd(GroupScale):
-    """The standard deviation of all rewards of the rollout, unbiased, over all processes (Liu et al. 2025, 2508.08221).
+    """Unbiased standard deviation of the rollout's rewards over all processes (Liu et al. 2025, 2508.08221).
 
     One unit serves all prompts, so that none is weighed up for having a small spread.
     """
@@ -62,7 +62,7 @@ class BatchStd(GroupScale):
         check_positive(guard=self.guard)
 
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """One number in every entry."""
+        """Return the same number in every entry."""
         everything = torch.ones_like(groups, dtype=torch.bool)
         count = all_sum(everything.sum().to(totals.dtype))
         squares = count * masked_variance(totals, everything, all_sum)
@@ -71,16 +71,16 @@ class BatchStd(GroupScale):
 
 @dataclass(frozen=True, kw_only=True)
 class NoScale(GroupScale):
-    """1: the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
+    """Unit 1, so that the advantage is the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
 
     def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
-        """Ones."""
+        """Return a unit of 1 for each response."""
         return torch.ones_like(totals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupAdvantage(AdvantageEstimator):
-    """Âᵢ = (Rᵢ − mean of the group) / unit, the same for every action of a response (GRPO; Shao et al. 2024).
+    """Advantage Âᵢ = (Rᵢ − mean of the group) / unit of every action (GRPO; Shao et al. 2024).
 
     With `GroupStd` it is GRPO's, with `NoScale` Dr. GRPO's. A group whose responses all earn the same gives 0. The
     mean counts the response itself, so without a unit and with the KL in the reward the expected gradient is (k − 1)/k
@@ -88,17 +88,17 @@ class GroupAdvantage(AdvantageEstimator):
     """
 
     scale: GroupScale = field(default_factory=GroupStd)
-    """The unit."""
+    """Unit of the distance."""
 
     @property
     def needs_group(self) -> bool:
-        """True."""
+        """True, because the group's responses are compared."""
         return True
 
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """Distance from the group's mean in units of `scale`.
+        """Compute the distance from the group's mean in units of `scale`.
 
         Raises:
             ValueError: a prompt has a single response.

@@ -1,4 +1,4 @@
-"""Statistics of the responses to one prompt, told apart by group ids and never by position."""
+"""Statistics of the responses to one prompt, identified by group ids and not by position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_sum(x: Tensor, groups: Tensor) -> Tensor:
-    """Σ of each entry's group, in every entry of it.
+    """Sum over each entry's group, in every entry of it.
 
     The sum is written as a masked one and not as a scatter, which on GPUs adds in another order at every run.
 
@@ -29,7 +29,7 @@ def group_sum(x: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_size(groups: Tensor) -> Tensor:
-    """How many entries each entry's group has, (B,), int64."""
+    """Number of entries in each entry's group, (B,), int64."""
     return group_sum(torch.ones_like(groups), groups)
 
 
@@ -39,7 +39,7 @@ def group_mean(x: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_std(x: Tensor, groups: Tensor) -> Tensor:
-    """√(Σ(x − mean)² / (n − 1)) of each entry's group, (B,); exactly 0 where all entries of a group are equal."""
+    """Standard deviation √(Σ(x − mean)² / (n − 1)) of each entry's group, (B,); exactly 0 if all are equal."""
     mean = group_mean(x, groups)
     differs = group_sum((x != group_first(x, groups)).to(x.dtype), groups) > 0
     squares = group_sum((x - mean).square(), groups)
@@ -48,5 +48,5 @@ def group_std(x: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_first(x: Tensor, groups: Tensor) -> Tensor:
-    """One entry of each entry's group, the same for all of it, (B,)."""
+    """One entry of each entry's group, (B,), the same for all of it."""
     return x[(groups.unsqueeze(0) == groups.unsqueeze(1)).to(torch.uint8).argmax(1)]

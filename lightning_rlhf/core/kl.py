@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 LARGEST_LOG_RATIO = 40.0
-"""Above it a ratio of probabilities is held, so that neither it nor its square overflows float32."""
+"""Cap of log-ratios, so that neither a ratio nor its square overflows float32."""
 
 
 def held(log_ratio: Tensor) -> Tensor:
-    """`log_ratio` where it is at most 40, and 40 above, with a gradient of 1 in both: who ran off is still pulled back.
+    """Cap `log_ratio` at 40, with a gradient of 1 on both sides: ratios beyond the cap keep their gradient.
 
     Args:
         log_ratio: any shape, nats.
@@ -27,7 +27,7 @@ def held(log_ratio: Tensor) -> Tensor:
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """log π(a) − log ρ(a), a ~ π: unbiased, signed.
+    """Estimator k1 = log π(a) − log ρ(a) for a ~ π: unbiased and signed.
 
     Args:
         log_ratio: log π(a) − log ρ(a), any shape, nats.
@@ -39,7 +39,7 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """½ (log π(a) − log ρ(a))², a ~ π: biased, low variance, ≥ 0.
+    """Estimator k2 = ½ (log π(a) − log ρ(a))² for a ~ π: biased, of low variance and ≥ 0.
 
     Args:
         log_ratio: log π(a) − log ρ(a), any shape, nats.
@@ -51,7 +51,9 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """ρ(a)/π(a) − 1 + log π(a) − log ρ(a), a ~ π: unbiased, ≥ 0, its ratio held at e⁴⁰.
+    """Estimator k3 = ρ(a)/π(a) − 1 + log π(a) − log ρ(a) for a ~ π: unbiased and ≥ 0.
+
+    The ratio is capped at e⁴⁰.
 
     Args:
         log_ratio: log π(a) − log ρ(a), any shape, nats.

@@ -1,4 +1,4 @@
-"""Where the KL to the reference enters eq. 2: in the reward, detached, or in the loss, differentiated."""
+"""Place of the KL to the reference in eq. 2: the reward (detached) or the loss (differentiated)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_rlhf.core.level import ActionLevel
 
 @dataclass(frozen=True, kw_only=True)
 class KLEstimator(ABC):
-    """An estimate of KL(π‖ρ) from log π(a) − log ρ(a) at samples of π."""
+    """Estimator of KL(π‖ρ) from log π(a) − log ρ(a) at samples of π."""
 
     @abstractmethod
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """The estimate at each sample.
+        """Estimate the KL at each sample.
 
         Args:
             log_ratio: log π(a) − log ρ(a), any shape, nats.
@@ -30,41 +30,45 @@ class KLEstimator(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class K1(KLEstimator):
-    """log π − log ρ. As a loss its gradient is 0 in expectation."""
+    """Estimator log π − log ρ. As a loss its gradient is 0 in expectation."""
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """`kl.k1`."""
+        """Estimate the KL by `kl.k1`."""
         return k1(log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class K2(KLEstimator):
-    """½(log π − log ρ)². As a loss, of whole responses at π_old, its gradient is KL(π‖ρ)'s (Tang & Munos 2025)."""
+    """Estimator ½(log π − log ρ)². Its gradient as a loss is KL(π‖ρ)'s (Tang & Munos 2025).
+
+    This holds for whole responses at π_old.
+    """
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """`kl.k2`."""
+        """Estimate the KL by `kl.k2`."""
         return k2(log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class K3(KLEstimator):
-    """ρ/π − 1 + log π − log ρ, GRPO's. As a loss its gradient is the *forward* KL(ρ‖π)'s (Tang & Munos 2025).
+    """Estimator ρ/π − 1 + log π − log ρ of GRPO. Its gradient as a loss is the *forward* KL(ρ‖π)'s (Tang & Munos 2025).
 
-    Of whole responses at π_old; of tokens it is that of the next token's KL at the states that π_old reaches.
+    This holds for whole responses at π_old; for tokens it is that of the next token's KL at the states that π_old
+    reaches.
     """
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """`kl.k3`."""
+        """Estimate the KL by `kl.k3`."""
         return k3(log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceKL(ABC):
-    """The KL to the reference, before its price β, as it enters the reward and the loss."""
+    """Base class of the KL to the reference before its price β, in the reward and in the loss."""
 
     @abstractmethod
     def in_reward(self, kl_ref: Tensor) -> Tensor:
-        """What is charged in the reward of each action, (B, T), nats.
+        """Return the KL charged in the reward of each action, (B, T), nats.
 
         Args:
             kl_ref: log π_old − log π_ref of each action, (B, T), nats.
@@ -72,7 +76,7 @@ class ReferenceKL(ABC):
 
     @abstractmethod
     def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
-        """What is added to the loss of each action, (B, T), nats.
+        """Return the KL added to the loss of each action, (B, T), nats.
 
         Args:
             logprobs: log π_θ per token, (B, R), nats; the gradient flows through it.
@@ -84,23 +88,23 @@ class ReferenceKL(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class KLInReward(ReferenceKL):
-    """r − β·(log π_old − log π_ref), detached (Ouyang et al. 2022, eq. 2): k1, whose gradient there is that of the KL.
+    """Detached reward r − β·(log π_old − log π_ref): k1, with the gradient of the KL (Ouyang et al. 2022, eq. 2).
 
-    Per token or per response as the actions are.
+    The KL is per token or per response as the actions are.
     """
 
     def in_reward(self, kl_ref: Tensor) -> Tensor:
-        """k1."""
+        """Return k1 of each action."""
         return k1(kl_ref)
 
     def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
-        """Zeros."""
+        """Return zeros, because the KL is in the reward."""
         return torch.zeros_like(level.total(ref_logprobs, response))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLInLoss(ReferenceKL):
-    """β·KL(π_θ‖π_ref) beside the surrogate (GRPO; Shao et al. 2024, eq. 3); the reward stays the score.
+    """Loss β·KL(π_θ‖π_ref) beside the surrogate (GRPO; Shao et al. 2024, eq. 3); the reward stays the score.
 
     What shrinks or scales the advantage does not reach it. Beside a mean that counts the response itself (`BatchMean`,
     `GroupAdvantage` with `NoScale`) β counts k/(k − 1) times, k responses to a mean; beside a unit of spread
@@ -112,9 +116,9 @@ class KLInLoss(ReferenceKL):
     """
 
     estimator: KLEstimator = field(default_factory=K2)
-    """k2 or k3."""
+    """Estimator k2 or k3."""
     level: ActionLevel | None = None
-    """At what the estimate is made: the token, or the whole response, where k2's gradient is exact; None: the action.
+    """Level of the estimate: the token, or the whole response, where k2's gradient is exact; None: the action.
     The estimate of a response is shared out evenly over its tokens, those of tokens sum to a response's."""
 
     def __post_init__(self) -> None:
@@ -125,11 +129,11 @@ class KLInLoss(ReferenceKL):
             )
 
     def in_reward(self, kl_ref: Tensor) -> Tensor:
-        """Zeros."""
+        """Return zeros, because the KL is in the loss."""
         return torch.zeros_like(kl_ref)
 
     def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
-        """The estimate of every action, a token's or a response's."""
+        """Estimate the KL of every action, a token's or a response's."""
         at = self.level or level
         estimate = self.estimator(at.total(logprobs - ref_logprobs, response))
         return level.total(at.spread(estimate, response), response)

@@ -1,4 +1,4 @@
-"""KLPEN: PPO's other surrogate, a price on leaving the old policy instead of a bound."""
+"""Surrogate KLPEN of PPO: a price on the distance from the old policy instead of a bound."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_rlhf.core.kl import k3
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 
 PENALTY_BOUNDS = (1e-6, 1e6)
-"""Between them an adaptive penalty moves: halving for ever would end at 0, which no doubling leaves."""
+"""Bounds of an adaptive penalty. Otherwise halving for ever would end at 0, which no doubling leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLPen(Surrogate):
-    """−ρÂ + b·KL(π_old‖π_θ), the penalty adapted to a target (PPO eq. 8 and §4).
+    """Surrogate −ρÂ + b·KL(π_old‖π_θ) with a penalty adapted to a target (PPO eq. 8 and §4).
 
     The KL is to the *old* policy: 0 with gradient 0 at the start of every update and re-centered at each rollout, so
     it does not move the optimum and does not repeat the KL to SFT in the reward. It is estimated by k3 = ρ − 1 − log ρ
@@ -42,11 +42,11 @@ class KLPen(Surrogate):
 
     @property
     def adaptive(self) -> bool:
-        """True where there is a target."""
+        """True if there is a target."""
         return self.target is not None
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """−ρÂ + b·k3."""
+        """Compute −ρÂ + b·k3."""
         kl_old = k3(-log_ratio)
         return PerAction(
             -importance_ratio(log_ratio) * advantages + self.coef * kl_old,
@@ -54,11 +54,11 @@ class KLPen(Surrogate):
         )
 
     def moving(self) -> tuple[str, ...]:
-        """The penalty coefficient b where it adapts."""
+        """Name of the penalty coefficient b if it adapts."""
         return () if self.target is None else ("coef",)
 
     def adapted(self, kl_old: float) -> Self:
-        """b halved, doubled or kept, within `PENALTY_BOUNDS`.
+        """Halve, double or keep b within `PENALTY_BOUNDS`.
 
         Raises:
             ValueError: `kl_old` is not finite.

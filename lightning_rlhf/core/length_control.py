@@ -1,4 +1,4 @@
-"""The win rate a policy would have at equal lengths: a judge that likes long answers is not to be won by length."""
+"""Win rate at equal lengths, which a judge's liking for long answers cannot raise."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 STEPS = 100
-"""Newton steps at most; a few are enough."""
+"""Most Newton steps; a few are enough."""
 HALVINGS = 40
-"""Of a step that would not lower the loss."""
+"""Most halvings of a step that would not lower the loss."""
 
 
 def length_controlled(preferences: Tensor, differences: Tensor, *, ridge: float = 1e-3) -> float:
-    """σ(θ): the win rate at length difference 0, by logistic regression (Dubois et al. 2024, eq. 2).
+    """Win rate σ(θ) at length difference 0, by logistic regression (Dubois et al. 2024, eq. 2).
 
     P(policy preferred) = σ(θ + φ·tanh(Δ/std(Δ))), fitted by the cross-entropy, which preferences between 0 and 1 enter
     as they are. Of the paper's three terms these are the model's quality and the length; the third, a difficulty of
     each instruction, needs many models' answers to the same instructions and is left out, and so is the paper's
-    regularisation towards models that were told to be brief or verbose. Where lengths do not tell winners from losers,
+    regularization towards models that were told to be brief or verbose. Where lengths do not tell winners from losers,
     φ = 0 and the result is the plain win rate; so it is where all differences are equal, and length can't be told from
     quality.
 
@@ -43,13 +43,18 @@ def length_controlled(preferences: Tensor, differences: Tensor, *, ridge: float 
 
 
 def standardized(differences: Tensor) -> Tensor:
-    """tanh(Δ/std(Δ)), (N,), not centered, so that 0 stays 0; std is Bessel's, 1 where all differences are equal."""
+    """Scale differences to tanh(Δ/std(Δ)), (N,), uncentered so that 0 stays 0.
+
+    std is Bessel's; 1 if all differences are equal.
+    """
     spread = differences.std() if len(differences) > 1 else differences.new_zeros(())
     return torch.tanh(differences / torch.where(spread > 0, spread, 1.0))
 
 
 def fitted(wins: Tensor, x: Tensor, *, ridge: float) -> Tensor:
-    """(θ, φ) at the minimum of mean cross-entropy of σ(θ + φ·x) + ½·ridge·φ², by Newton's method with halved steps.
+    """Fit (θ, φ) of σ(θ + φ·x) by Newton's method with halved steps.
+
+    The minimum is that of the mean cross-entropy + ½·ridge·φ².
 
     Args:
         wins: (N,), in [0, 1], with a mean in between.

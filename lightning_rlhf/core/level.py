@@ -1,4 +1,4 @@
-"""What one action is: a token, or the whole response (the contextual bandit), and what its ratio is."""
+"""Level of an action and its ratio: a token or the whole response (the contextual bandit)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ActionLevel(ABC):
-    """Turns per-token quantities (B, R) into per-action quantities (B, T).
+    """Map from per-token quantities (B, R) to per-action quantities (B, T).
 
     The losses see (B, T) and nothing else, so the bandit is a shape and no branch.
     """
 
     @abstractmethod
     def mask(self, response: Tensor) -> Tensor:
-        """Actions that count, (B, T), bool.
+        """Mask of the actions that count, (B, T), bool.
 
         Args:
             response: tokens the policy chose, (B, R), bool.
@@ -26,7 +26,7 @@ class ActionLevel(ABC):
 
     @abstractmethod
     def total(self, x: Tensor, response: Tensor) -> Tensor:
-        """An additive quantity (log-probs, KL) of each action, (B, T).
+        """Sum an additive quantity (log-probs, KL) over each action, (B, T).
 
         Args:
             x: per token, (B, R).
@@ -35,7 +35,7 @@ class ActionLevel(ABC):
 
     @abstractmethod
     def state_value(self, values: Tensor, response: Tensor) -> Tensor:
-        """V of the state in which each action is chosen, (B, T).
+        """Value V of the state in which each action is chosen, (B, T).
 
         Args:
             values: V before each token, (B, R), reward units.
@@ -43,7 +43,7 @@ class ActionLevel(ABC):
         """
 
     def spread(self, x: Tensor, response: Tensor) -> Tensor:
-        """A quantity of each action handed back to its tokens in equal parts, (B, R): `total` undoes it.
+        """Divide a quantity of each action equally over its tokens, (B, R): `total` undoes it.
 
         Args:
             x: per action, (B, T).
@@ -68,15 +68,15 @@ class TokenLevel(ActionLevel):
     """One action per token, T = R: the Markov decision process of token-level PPO."""
 
     def mask(self, response: Tensor) -> Tensor:
-        """The response's tokens."""
+        """Mask of the response's tokens."""
         return response
 
     def total(self, x: Tensor, response: Tensor) -> Tensor:
-        """`x`, 0 outside the response."""
+        """Return `x` with 0 outside the response."""
         return torch.where(response, x, torch.zeros_like(x))
 
     def state_value(self, values: Tensor, response: Tensor) -> Tensor:
-        """V before each token, 0 outside the response."""
+        """Value V before each token; 0 outside the response."""
         return torch.where(response, values, torch.zeros_like(values))
 
 
@@ -88,21 +88,21 @@ class SequenceLevel(ActionLevel):
     """
 
     def mask(self, response: Tensor) -> Tensor:
-        """(B, 1), True for every response of at least one token."""
+        """Mask, (B, 1), that is True for every response of at least one token."""
         return response.any(1, keepdim=True)
 
     def total(self, x: Tensor, response: Tensor) -> Tensor:
-        """Σ_t x over the response, (B, 1)."""
+        """Sum Σ_t x over the response, (B, 1)."""
         return torch.where(response, x, torch.zeros_like(x)).sum(1, keepdim=True)
 
     def state_value(self, values: Tensor, response: Tensor) -> Tensor:
-        """V at the prompt's last token, (B, 1): what is known before the response."""
+        """Value V at the prompt's last token, (B, 1), before the response."""
         return values[:, :1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometricLevel(SequenceLevel):
-    """The whole response, its ratio normalized by its length (GSPO; Zheng et al. 2025, eq. 7).
+    """Whole response with its ratio normalized by its length (GSPO; Zheng et al. 2025, eq. 7).
 
     log s = (1/|y|) Σ_t log π_θ(y_t)/π_old(y_t): the geometric mean of the token ratios. Rewards and KL stay those of
     the whole response. The ratio moves far less than a token's, so the paper clips at 3e-4 below and 4e-4 above.
@@ -110,5 +110,5 @@ class GeometricLevel(SequenceLevel):
     """
 
     def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
-        """Mean over the response's tokens, (B, 1), nats per token."""
+        """Average the log-ratio over the response's tokens, (B, 1), nats per token."""
         return self.total(logprobs - old_logprobs, response) / response.sum(1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Log-probs straight from hidden states: the (N, V) logits exist only a block of rows at a time."""
+"""Log-probs computed from hidden states, with only a block of rows of the (N, V) logits in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from lightning_rlhf.core.logprobs import full_precision
 
 BLOCK = 2**24
-"""Logits that exist at one time: 64 MiB in float32."""
+"""Number of logits in memory at one time: 64 MiB in float32."""
 
 
 def linear_logprobs(
@@ -24,7 +24,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     block: int = BLOCK,
 ) -> Tensor:
-    """log π(token) = z_token − log Σ exp z, z = (W·h + b)/τ, for N hidden states h.
+    """Return log π(token) = z_token − log Σ exp z for N hidden states h with logits z = (W·h + b)/τ.
 
     The backward computes each block's logits again instead of keeping them, so that memory does not grow with N·V. The
     product is made in autocast's dtype where it is on, all else in float32 or more.
@@ -53,8 +53,8 @@ def linear_logprobs(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = max(block // weight.shape[0], 1)
     with torch.autocast(device, enabled=False):
-        found: Tensor = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)  # type: ignore[no-untyped-call]
-    return found
+        logprobs: Tensor = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)  # type: ignore[no-untyped-call]
+    return logprobs
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -69,17 +69,21 @@ class _LinearLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
         rows: int,
     ) -> Tensor:
-        found = []
+        parts = []
         matrix, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         for states, chosen in zip(torch.split(hidden.to(dtype), rows), torch.split(tokens, rows), strict=True):
             scaled = full_precision(linear(states, matrix, shift))
             top = scaled.amax(1, keepdim=True)
             total = scaled.sub_(top).div_(temperature).logsumexp(1)  # or a common offset would cost digits
-            found.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, top.squeeze(1), total]))
-        columns: Tensor = torch.cat(found, 1)
-        logprobs, tops, totals = columns[0], columns[1], columns[2]
+            parts.append(torch.stack([scaled.gather(1, chosen.unsqueeze(1)).squeeze(1) - total, top.squeeze(1), total]))
+        columns: Tensor = torch.cat(parts, 1)
+        logprobs = columns[0]
+        tops = columns[1]
+        totals = columns[2]
         ctx.save_for_backward(hidden, weight, bias, tokens, tops, totals)
-        ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
+        ctx.temperature = temperature
+        ctx.dtype = dtype
+        ctx.rows = rows
         return logprobs
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What logits say of chosen tokens, at the temperature they were sampled with."""
+"""Log-probs of chosen tokens and entropy at the temperature of sampling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 if it came so: the dtype of log-probs, ratios and losses."""
+    """Cast `x` to float32 unless it is float64, the dtypes of log-probs and losses."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the entries that count: sums, means, variances and whitening under a mask."""
+"""Statistics of the unmasked entries: sums, means and variances."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 AllSum = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all processes. On one process it is `local`."""
+"""Function that sums a tensor over all processes. On one process it is `local`."""
 
 
 def local(x: Tensor) -> Tensor:
-    """The tensor itself: the sum over all processes where there is one."""
+    """Return the tensor itself, the sum over all processes if there is one."""
     return x
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Σ x over the entries that count; what stands in masked slots, NaN included, has no influence.
+    """Sum x over the entries that count; masked entries have no influence, even NaN.
 
     Args:
         x: any shape.
@@ -66,7 +66,7 @@ def masked_variance(x: Tensor, mask: Tensor, all_sum: AllSum = local) -> Tensor:
 def whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, epsilon: float = 1e-8, all_sum: AllSum = local
 ) -> Tensor:
-    """(x − mean) / √(var + ε), biased variance, over the entries that count of all processes.
+    """Whiten to (x − mean) / √(var + ε) over the entries that count of all processes; var is biased.
 
     Ziegler et al. 2019, code: advantages are shifted to mean 0, rewards keep their mean (`shift_mean=False`).
 

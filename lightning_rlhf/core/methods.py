@@ -1,4 +1,4 @@
-"""Published methods: `Algorithm` with other defaults."""
+"""Published methods as `Algorithm`s with other defaults."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DrGRPO(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(Algorithm):
-    """GRPO with a higher upper bound, the mean over all tokens, no KL and a penalty on length.
+    """GRPO with a higher upper bound, a mean over all tokens and a length penalty but no KL.
 
     Yu et al. 2025, 2503.14476, without the paper's dynamic sampling.
     """
@@ -94,7 +94,7 @@ class DAPO(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(Algorithm):
-    """Clips the length-normalized ratio of whole responses (Zheng et al. 2025, 2507.18071, §4)."""
+    """Clipping of the length-normalized ratio of whole responses (Zheng et al. 2025, 2507.18071, §4)."""
 
     level: ActionLevel = GeometricLevel()
     beta: float | KLController = 0.0
@@ -106,7 +106,7 @@ class GSPO(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPOMethod(Algorithm):
-    """Bounds the importance weight and keeps every token's gradient (MiniMax 2025, 2506.13585, §3.1)."""
+    """Bound on the importance weight that keeps every token's gradient (MiniMax 2025, 2506.13585, §3.1)."""
 
     level: ActionLevel = TokenLevel()
     beta: float | KLController = 0.0

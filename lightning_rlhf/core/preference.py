@@ -1,4 +1,4 @@
-"""Learning a reward from rankings of K responses to one prompt."""
+"""Losses of a reward model on rankings of K responses to one prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.core.checks import check_not_negative
 
 
 def preferred_pairs(rank: Tensor) -> Tensor:
-    """Which pairs (i, j) of a prompt's responses say "i is preferred to j".
+    """Mask of the pairs (i, j) of a prompt's responses with i preferred to j.
 
     Args:
         rank: (B, K), int64, 0 best, -1 absent. Equal ranks are ties and give no pair.
@@ -26,7 +26,7 @@ def preferred_pairs(rank: Tensor) -> Tensor:
 
 
 def score_margins(scores: Tensor) -> Tensor:
-    """r_i − r_j of every pair of a prompt's responses.
+    """Differences r_i − r_j of every pair of a prompt's responses.
 
     Args:
         scores: (B, K).
@@ -49,11 +49,11 @@ def _pair_mean(values: Tensor, pairs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss(ABC):
-    """Loss of the scores of K ranked responses, one element per prompt."""
+    """Base class of losses of K ranked responses, with one element per prompt."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
-        """The loss of each prompt.
+        """Compute the loss of each prompt.
 
         Args:
             scores: r_θ(x, y_k), (B, K); what stands at absent responses has no influence.
@@ -70,7 +70,7 @@ class PreferenceLoss(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RankingLoss(PreferenceLoss):
-    """−1/C(K,2) Σ log σ(r_w − r_l − m·(s_w − s_l)) over all pairs of a prompt (Ouyang et al. 2022, eq. 1, at m = 0).
+    """Loss −1/C(K,2) Σ log σ(r_w − r_l − m·(s_w − s_l)) (Ouyang et al. 2022, eq. 1, at m = 0).
 
     All pairs of a prompt are one element: K forward passes, and no response is seen K − 1 times per epoch. Tied pairs
     are dropped and the sum divided by the pairs that are left; K may differ from prompt to prompt. The margin asks for
@@ -89,7 +89,7 @@ class RankingLoss(PreferenceLoss):
         check_not_negative(margin=self.margin)
 
     def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
-        """Mean over the prompt's pairs; without a margin `strength` is not read."""
+        """Average over the prompt's pairs; without a margin `strength` is not read."""
         _check_shape("rank", rank, scores)
         pairs, margins = preferred_pairs(rank), score_margins(scores)
         if self.margin > 0:
@@ -97,7 +97,7 @@ class RankingLoss(PreferenceLoss):
         return _pair_mean(-logsigmoid(torch.where(pairs, margins, 0.0)), pairs)
 
     def _gaps(self, scores: Tensor, pairs: Tensor, strength: Tensor | None) -> Tensor:
-        """s_i − s_j, (B, K, K), which must be known wherever there is a pair."""
+        """Rating gaps s_i − s_j, (B, K, K), required wherever there is a pair."""
         strength = torch.full_like(scores, math.nan) if strength is None else strength.to(scores.dtype)
         _check_shape("strength", strength, scores)
         gaps = score_margins(strength)
@@ -122,7 +122,7 @@ class PlackettLuce(PreferenceLoss):
     """
 
     def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
-        """Mean over the prompt's draws; `strength` is not read."""
+        """Average over the prompt's draws; `strength` is not read."""
         _check_shape("rank", rank, scores)
         pairs = preferred_pairs(rank)
         below = torch.where(pairs, -score_margins(scores), -math.inf)
@@ -132,7 +132,7 @@ class PlackettLuce(PreferenceLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class Centered(PreferenceLoss):
-    """A loss plus η·(r_w + r_l)², averaged over the prompt's pairs (Eisenstein et al. 2023).
+    """Another loss plus η·(r_w + r_l)², averaged over the prompt's pairs (Eisenstein et al. 2023).
 
     Preferences leave a constant per prompt free; this fixes it, so that scores of different prompts can be compared.
 
@@ -151,7 +151,7 @@ class Centered(PreferenceLoss):
         check_not_negative(coef=self.coef)
 
     def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:
-        """`loss` plus the centring term."""
+        """Compute `loss` plus the centering term."""
         losses, pairs = self.loss(scores, rank, strength), preferred_pairs(rank)
         sums = torch.where(pairs, scores.unsqueeze(2) + scores.unsqueeze(1), 0.0)
         return losses + self.coef * _pair_mean(sums.square(), pairs)

@@ -1,4 +1,4 @@
-"""The pretraining term of PPO-ptx, and the loss of SFT: next-token prediction."""
+"""Pretraining term of PPO-ptx and loss of SFT: next-token prediction."""
 
 from __future__ import annotations
 

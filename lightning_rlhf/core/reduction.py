@@ -1,4 +1,4 @@
-"""From per-action losses to one number, with the denominator of the whole optimizer step.
+"""Reductions of per-action losses to one number, with the denominator of the whole optimizer step.
 
 A step's loss is Σ `total` / Σ `count`, both over every microbatch and process of the step: so microbatches and
 processes of unequal lengths change nothing.
@@ -30,55 +30,55 @@ class Reduction(ABC):
         return masked_sum(losses, mask)
 
     def for_length(self, max_new_tokens: int) -> Self:
-        """The reduction with the longest response, tokens, where it asks for one."""
+        """Return the reduction with the longest response (in tokens) filled in if it needs one."""
         return self
 
     @abstractmethod
     def count(self, mask: Tensor) -> Tensor:
-        """Denominator of the same rows, scalar, int64."""
+        """Denominator of the same rows, an int64 scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMean(Reduction):
-    """Every action weighs the same: Σ loss / number of actions."""
+    """Mean over actions of equal weight: Σ loss / number of actions."""
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many actions count."""
+        """Number of actions that count."""
         return mask.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeqMeanTokenSum(Reduction):
-    """Every response's *sum* weighs the same: Σ loss / number of responses.
+    """Mean over responses of their *sums*: Σ loss / number of responses.
 
     At token level the only reduction, up to a constant, that is ∇J.
     """
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many responses have an action that counts."""
+        """Number of responses with an action that counts."""
         return mask.any(1).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeqMeanTokenMean(Reduction):
-    """Every response's *mean* weighs the same: Σ (Σ_t loss / |y|) / number of responses (GRPO, eq. 3).
+    """Mean over responses of their *means*: Σ (Σ_t loss / |y|) / number of responses (GRPO, eq. 3).
 
     (Shao et al. 2024.) A token of a long response weighs less, so at token level it is not ∇J where lengths vary
     (Liu et al. 2025, §3.1).
     """
 
     def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Σ over responses of the mean over their actions."""
+        """Sum over responses of the mean over their actions."""
         return masked_sum(losses / mask.sum(1, keepdim=True).clamp(min=1), mask)
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many responses have an action that counts."""
+        """Number of responses with an action that counts."""
         return mask.any(1).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeqMeanTokenSumNorm(Reduction):
-    """Every response's sum over one constant: Σ loss / (length · number of responses) (Dr. GRPO, §3.2).
+    """Mean over responses of sums by one constant: Σ loss / (length · responses) (Dr. GRPO, §3.2).
 
     (Liu et al. 2025.) ∇J up to the constant, at the size of a mean over tokens.
     """
@@ -91,11 +91,11 @@ class SeqMeanTokenSumNorm(Reduction):
             check_positive(length=self.length)
 
     def for_length(self, max_new_tokens: int) -> Self:
-        """The reduction with `length` in tokens."""
+        """Return the reduction with `length` in tokens."""
         return replace(self, length=max_new_tokens if self.length is None else self.length)
 
     def total(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Σ over actions / length.
+        """Sum over actions divided by the length.
 
         Raises:
             ValueError: `length` is still None.
@@ -105,5 +105,5 @@ class SeqMeanTokenSumNorm(Reduction):
         return masked_sum(losses, mask) / self.length
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many responses have an action that counts."""
+        """Number of responses with an action that counts."""
         return mask.any(1).sum()

@@ -1,4 +1,4 @@
-"""The reward of every action: the score of the response less the price of leaving the reference."""
+"""Reward of every action: the response's score less the price of the KL to the reference."""
 
 from __future__ import annotations
 

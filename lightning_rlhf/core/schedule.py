@@ -1,4 +1,4 @@
-"""How the learning rate moves: linear warm-up, then constant, linear or cosine."""
+"""Learning-rate schedules with linear warm-up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Schedule(ABC):
         check_unit_interval(warmup_start=self.warmup_start)
 
     def factor(self, step: int, total: int) -> float:
-        """lr/peak at a step.
+        """Factor lr/peak at a step.
 
         Args:
             step: steps done before this one, ≥ 0.
@@ -36,7 +36,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def decay(self, progress: float) -> float:
-        """Factor after warm-up.
+        """Factor after the warm-up.
 
         Args:
             progress: share of the steps after warm-up that are done, in [0, 1].
@@ -45,16 +45,16 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSchedule(Schedule):
-    """The peak, after warm-up (Ouyang et al. 2022, C.4)."""
+    """Constant peak after the warm-up (Ouyang et al. 2022, C.4)."""
 
     def decay(self, progress: float) -> float:
-        """1."""
+        """Return the constant factor 1."""
         return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSchedule(Schedule):
-    """Linearly from the peak to `floor`."""
+    """Linear decay from the peak to `floor`."""
 
     floor: float = 0.0
     """Factor at the end, in [0, 1]."""
@@ -64,7 +64,7 @@ class LinearSchedule(Schedule):
         check_unit_interval(floor=self.floor)
 
     def decay(self, progress: float) -> float:
-        """1 − (1 − floor)·progress."""
+        """Compute 1 − (1 − floor)·progress."""
         return 1.0 - (1.0 - self.floor) * progress
 
 
@@ -80,5 +80,5 @@ class CosineSchedule(Schedule):
         check_unit_interval(floor=self.floor)
 
     def decay(self, progress: float) -> float:
-        """floor + (1 − floor)·½(1 + cos π·progress)."""
+        """Compute floor + (1 − floor)·½(1 + cos π·progress)."""
         return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""Settings as plain values, so that those of a checkpoint can be compared with today's."""
+"""Settings as plain values, for a comparison with those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 ABSENT = "nothing"
-"""In place of a setting that one side does not have."""
+"""Value of a setting that one side lacks."""
 
 
 def described(setting: Any) -> Any:
-    """A setting as numbers, texts, lists and dictionaries: objects by their class and what they say of themselves.
+    """Describe a setting as plain values, with objects by class and identity.
 
-    That is what their method `identity` returns, or else the fields of a dataclass. What keeps its value to itself,
-    such as a function, is known by its name alone.
+    The plain values are numbers, texts, lists and dictionaries. The identity of an object is the result of its method
+    `identity`, or else the fields of a dataclass. An object with neither, such as a function, is known by its name
+    alone.
     """
     if isinstance(setting, Enum):
         return described(setting.value)
@@ -42,7 +43,7 @@ def described(setting: Any) -> Any:
 
 
 class Difference(NamedTuple):
-    """A setting that a checkpoint and a run have otherwise.
+    """Setting in which a checkpoint and a run differ.
 
     Attributes:
         name: of the setting, outer names first, with dots between.
@@ -55,22 +56,22 @@ class Difference(NamedTuple):
     now: Any
 
     def __str__(self) -> str:
-        """One line."""
+        """Format the difference on one line."""
         return f"{self.name}: {self.before!r} before, {self.now!r} now"
 
     @property
     def is_number(self) -> bool:
-        """Whether only numbers, texts or None stand against each other, and no classes."""
+        """True if both values are numbers, texts or None and no classes."""
         return not self.name.endswith("class") and all(_is_plain(value) for value in (self.before, self.now))
 
     @property
     def is_new(self) -> bool:
-        """Whether one side does not know the setting, as another version of this library does not."""
+        """True if one side lacks the setting, as another version of this library does."""
         return ABSENT in (self.before, self.now)
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[Difference]:
-    """Where two described settings differ."""
+    """Yield the differences of two described settings."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from differences(before.get(key, ABSENT), now.get(key, ABSENT), f"{name}.{key}" if name else key)
@@ -81,7 +82,7 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[Difference]:
 def accept_differences(
     before: Any, now: Any, *, of: str, is_future: Callable[[Difference], bool], writer: str | None = None
 ) -> list[Difference]:
-    """Differences that change the future of a run alone; any other is refused.
+    """Return the differences that change only the future of a run and raise for any other.
 
     Args:
         before: the checkpoint's settings, described.
@@ -96,13 +97,13 @@ def accept_differences(
     Raises:
         ValueError: others, too; all are listed.
     """
-    found = list(differences(before, now))
-    accepted = [difference for difference in found if difference.is_new or is_future(difference)]
-    if len(accepted) < len(found):
+    changes = list(differences(before, now))
+    accepted = [difference for difference in changes if difference.is_new or is_future(difference)]
+    if len(accepted) < len(changes):
         version = f", written by version {writer}" if writer else ""
         raise ValueError(
             f"the checkpoint is of another run{version}: its {of} differs in\n  "
-            + "\n  ".join(map(str, found))
+            + "\n  ".join(map(str, changes))
             + "\nresume with the checkpoint's, or start a new run: leave out --ckpt_path and take another folder for "
             "checkpoints"
         )

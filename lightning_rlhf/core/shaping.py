@@ -1,4 +1,7 @@
-"""What a score becomes before it is a reward: rules on length, missing ends and size, applied in turn."""
+"""Shaping rules that turn a score into a reward, applied in turn.
+
+They act on length, missing ends and size.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from lightning_rlhf.core.checks import check_finite, check_not_negative, check_p
 
 @dataclass(frozen=True, kw_only=True)
 class Shaping(ABC):
-    """A rule for the score of a response."""
+    """Base class of rules for the score of a response."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """Scores after the rule.
+        """Apply the rule to the scores.
 
         Args:
             scores: (B,), float, reward units.
@@ -30,13 +33,13 @@ class Shaping(ABC):
         """
 
     def for_length(self, max_new_tokens: int) -> Self:
-        """The rule with the longest response, tokens, where it asks for one."""
+        """Return the rule with the longest response (in tokens) filled in if it needs one."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedScore(Shaping):
-    """Without end token the score becomes a fixed value (Ziegler et al. 2019, code; Huang et al. 2024, detail 23)."""
+    """Fixed score of a response without end token (Ziegler et al. 2019, code; Huang et al. 2024, detail 23)."""
 
     value: float = -1.0
     """Reward units, after normalization of the reward."""
@@ -45,13 +48,13 @@ class TruncatedScore(Shaping):
         check_finite(value=self.value)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """`value` where the response did not end."""
+        """Return `value` where the response did not end and the score elsewhere."""
         return torch.where(ended, scores, torch.full_like(scores, self.value))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingEOSPenalty(Shaping):
-    """Without end token the score is lowered by a penalty (TRL's `missing_eos_penalty`)."""
+    """Penalty on the score of a response without end token (TRL's `missing_eos_penalty`)."""
 
     penalty: float = 1.0
     """Reward units, ≥ 0; with 0 the score stands as it is."""
@@ -60,13 +63,13 @@ class MissingEOSPenalty(Shaping):
         check_not_negative(penalty=self.penalty)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """score − `penalty` where the response did not end."""
+        """Subtract `penalty` where the response did not end."""
         return torch.where(ended, scores, scores - self.penalty)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftOverlong(Shaping):
-    """A penalty that grows over the last tokens before the limit (DAPO; Yu et al. 2025, eq. 13).
+    """Penalty that grows over the last tokens before the limit (DAPO; Yu et al. 2025, eq. 13).
 
     0 up to `limit` − `buffer` tokens, −penalty·(|y| − limit + buffer)/buffer up to `limit`, −penalty beyond.
     """
@@ -85,12 +88,12 @@ class SoftOverlong(Shaping):
             raise ValueError(f"`buffer` must not exceed `limit`: got {self.buffer} of {self.limit} tokens")
 
     def for_length(self, max_new_tokens: int) -> Self:
-        """The rule with `limit` and `buffer` in tokens."""
+        """Return the rule with `limit` and `buffer` in tokens."""
         limit = max_new_tokens if self.limit is None else self.limit
         return replace(self, limit=limit, buffer=max(limit // 5, 1) if self.buffer is None else self.buffer)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """score − penalty · the share of the buffer that was used.
+        """Subtract `penalty` times the used share of the buffer.
 
         Raises:
             ValueError: `limit` or `buffer` is still None.
@@ -105,7 +108,7 @@ class SoftOverlong(Shaping):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthPenalty(Shaping):
-    """score − coef·|y|: a price on every token, against rewards that like length (Singhal et al. 2023)."""
+    """Price on every token against rewards that like length (Singhal et al. 2023): score − coef·|y|."""
 
     coef: float
     """Reward units per token, > 0."""
@@ -114,13 +117,13 @@ class LengthPenalty(Shaping):
         check_positive(coef=self.coef)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """score − coef·|y|."""
+        """Compute score − coef·|y| for each response."""
         return scores - self.coef * lengths.to(scores.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthNormalized(Shaping):
-    """score · (length / |y|): the score per token, in units of a response of `length` tokens.
+    """Score per token in units of a response of `length` tokens: score · (length / |y|).
 
     A response below 0 gains by being longer: take it for rewards that count something, or shift them above 0 first.
     """
@@ -132,23 +135,23 @@ class LengthNormalized(Shaping):
         check_positive(length=self.length)
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """score · length / |y|."""
+        """Compute score · length / |y|."""
         return scores * (self.length / lengths.to(scores.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScore(Shaping):
-    """The score held in [low, high], so that no single response steers a batch."""
+    """Score clamped to [low, high], so that no single response steers a batch."""
 
     low: float = -5.0
-    """Reward units, below `high`."""
+    """Lower bound, reward units, below `high`."""
     high: float = 5.0
-    """Reward units."""
+    """Upper bound, reward units."""
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"`low` must be below `high`: got {self.low} and {self.high}")
 
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
-        """The nearest value in [low, high]."""
+        """Clamp the score to [low, high]."""
         return scores.clamp(self.low, self.high)

@@ -1,4 +1,4 @@
-"""What an update maximizes of advantages that were measured at π_old: the interface, and the plain ρÂ."""
+"""Surrogates that an update optimizes on advantages at π_old: the interface and the plain ρÂ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.core.kl import held
 
 
 def importance_ratio(log_ratio: Tensor) -> Tensor:
-    """ρ = π_θ(a|s) / π_old(a|s), held at e⁴⁰.
+    """Ratio ρ = π_θ(a|s) / π_old(a|s), capped at e⁴⁰.
 
     Args:
         log_ratio: log π_θ − log π_old, any shape, nats.
@@ -26,7 +26,7 @@ def importance_ratio(log_ratio: Tensor) -> Tensor:
 
 
 class PerAction(NamedTuple):
-    """A loss before it is reduced.
+    """Loss per action before the reduction, with numbers to log.
 
     Attributes:
         loss: to be minimized, (B, T).
@@ -43,12 +43,12 @@ class Surrogate(Adaptive, ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Whether `adapted` wants KL(π_old‖π_θ), which costs one more evaluation of the rollout."""
+        """True if `adapted` needs KL(π_old‖π_θ), which costs one more evaluation of the rollout."""
         return False
 
     @abstractmethod
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """The loss of each action.
+        """Compute the loss of each action.
 
         Args:
             log_ratio: log π_θ(a|s) − log π_old(a|s), (B, T), nats; the gradient flows through it.
@@ -56,7 +56,7 @@ class Surrogate(Adaptive, ABC):
         """
 
     def weights(self, mismatch: Tensor) -> Tensor:
-        """What each action's loss is multiplied with, (B, T): 1, unless a class corrects for who sampled.
+        """Weights of the actions' losses, (B, T): 1 unless a class corrects for the sampler.
 
         Args:
             mismatch: log π_old − log π_sampler of each action, (B, T), nats: the trainer's forward pass against the
@@ -65,7 +65,7 @@ class Surrogate(Adaptive, ABC):
         return torch.ones_like(mismatch)
 
     def adapted(self, kl_old: float) -> Self:
-        """The surrogate of the next rollout.
+        """Return the surrogate of the next rollout.
 
         Args:
             kl_old: KL(π_old‖π_θ) after the update, mean per action over all processes, nats.
@@ -78,12 +78,12 @@ class Surrogate(Adaptive, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceSampling(Surrogate):
-    """−ρÂ: importance sampling and nothing else (PPO eq. 6, "conservative policy iteration").
+    """Plain importance-sampling surrogate −ρÂ (PPO eq. 6, "conservative policy iteration").
 
-    At π_old its gradient is REINFORCE's. E_old[ρÂ] exceeds J by β·KL(π_θ‖π_old), so many steps on one rollout run off:
+    At π_old its gradient is REINFORCE's. E_old[ρÂ] exceeds J by β·KL(π_θ‖π_old), so many steps on one rollout diverge:
     take it with one inner epoch, or with a small learning rate.
     """
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor) -> PerAction:
-        """−ρÂ."""
+        """Compute −ρÂ for each action."""
         return PerAction(-importance_ratio(log_ratio) * advantages, {})

@@ -1,4 +1,4 @@
-"""The loss of the value network."""
+"""Losses of the value network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_rlhf.core.surrogate import PerAction
 
 @dataclass(frozen=True, kw_only=True)
 class ValueLoss(ABC):
-    """Per-action loss of V, already weighted against the policy's."""
+    """Base class of per-action losses of V, already weighted against the policy's."""
 
     @abstractmethod
     def __call__(self, values: Tensor, old_values: Tensor, returns: Tensor) -> PerAction:
-        """The loss of each action.
+        """Compute the loss of each action.
 
         Args:
             values: V_θ(s), (B, T), reward units; the gradient flows through it.
@@ -29,7 +29,7 @@ class ValueLoss(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedValueLoss(ValueLoss):
-    """c_v · ½ max((V − R̂)², (clip(V, V_old ± ε) − R̂)²) (Ziegler et al. 2019, code)."""
+    """Clipped loss c_v · ½ max((V − R̂)², (clip(V, V_old ± ε) − R̂)²) (Ziegler et al. 2019, code)."""
 
     epsilon: float = 0.2
     """ε > 0, reward units: how far V may move in one update before its gradient stops."""
@@ -40,7 +40,7 @@ class ClippedValueLoss(ValueLoss):
         check_positive(epsilon=self.epsilon, coef=self.coef)
 
     def __call__(self, values: Tensor, old_values: Tensor, returns: Tensor) -> PerAction:
-        """The larger of the plain and the clipped squared error."""
+        """Return the larger of the plain and the clipped squared error."""
         near = torch.clamp(values, old_values - self.epsilon, old_values + self.epsilon)
         plain, bounded = (values - returns).square(), (near - returns).square()
         loss = 0.5 * self.coef * torch.maximum(plain, bounded)

@@ -1,4 +1,4 @@
-"""Rows of text to batches of tokens."""
+"""Data modules that turn rows of text into batches of tokens."""
 
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.comparisons import ComparisonDataModule

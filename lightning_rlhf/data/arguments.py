@@ -1,4 +1,4 @@
-"""Arguments of the chat template that a row brings."""
+"""Arguments of the chat template in a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from lightning_rlhf.types import Row
 
 
 def template_arguments(row: Row, columns: ColumnNames) -> dict[str, Any]:
-    """Tools and other arguments by name, without empty ones; either may be JSON in a text, as flat tables hold them.
+    """Collect the tools and template arguments of a row by name, without empty ones.
+
+    Either may be JSON in a text, as flat tables hold them.
 
     Raises:
         ValueError: `tools` are no list of schemas, or the others no mapping.

@@ -1,4 +1,4 @@
-"""Examples as one padded batch.
+"""Collation of examples into one padded batch.
 
 Each function takes the examples and, for each, whether it counts: one that does not is a repeat that fills the last
 evaluation batch of a rank.
@@ -18,14 +18,14 @@ from lightning_rlhf.types import ComparisonBatch, PromptBatch, TextBatch
 
 
 def collate_prompts(examples: Sequence[PromptExample], counts: Sequence[bool], *, pad: int) -> PromptBatch:
-    """Prompts, padded on the left with `pad`."""
+    """Batch prompts, padded on the left with `pad`."""
     tokens, mask = _padded([example.tokens for example in examples], pad, left=True)
     rows = [example.row for example in examples]
     return PromptBatch(tokens=tokens, mask=mask, is_real=torch.tensor(counts, dtype=torch.bool), rows=rows)
 
 
 def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pad: int) -> TextBatch:
-    """Texts, padded on the right with `pad`; targets are the tokens after each context."""
+    """Batch texts, padded on the right with `pad`; targets are the tokens after each context."""
     tokens, mask = _padded([example.tokens for example in examples], pad)
     context = torch.tensor([example.context for example in examples])
     predicted = torch.arange(mask.shape[1]) >= context[:, None]
@@ -35,9 +35,9 @@ def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pa
 
 
 def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[bool], *, pad: int) -> ComparisonBatch:
-    """Ranked responses, padded on the right with `pad`; absent ones have rank -1, a filler's are all tied.
+    """Batch ranked responses, padded on the right with `pad`; absent ones have rank -1.
 
-    A rating is NaN where a response is absent or its row has none.
+    A filler's responses are all tied. A rating is NaN where a response is absent or its row has none.
     """
     k = max(len(example.texts) for example in examples)
     texts = [text for example in examples for text in [*example.texts, *[array("i")] * (k - len(example.texts))]]
@@ -55,7 +55,7 @@ def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[
 
 
 def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """The rows as (B, L) int64, padded on one side, and where they are real, (B, L) bool."""
+    """Pad the rows on one side, (B, L) int64; returns them with the mask of real tokens, (B, L) bool."""
     lengths = torch.tensor([len(row) for row in rows])
     columns = torch.arange(int(lengths.max()))
     mask = columns >= len(columns) - lengths[:, None] if left else columns < lengths[:, None]

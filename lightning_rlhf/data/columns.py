@@ -1,4 +1,4 @@
-"""Names of the keys in a JSONL file."""
+"""Column names of a JSONL file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnNames:
-    """Which key of a record holds what, so that a file need not be rewritten to be read.
+    """Names of the keys of a record, so that a file can be read without being rewritten.
 
     Args:
         prompt: the prompt, a text or a list of messages.

@@ -1,4 +1,4 @@
-"""Ranked responses, for the reward model."""
+"""Data module of ranked responses for the reward model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_rlhf.data.sources import Source
 
 
 class ComparisonDataModule(TextDataModule):
-    """Batches of prompts with K ranked responses each, `ComparisonBatch`; all K of a prompt are in one batch.
+    """Batches of prompts (`ComparisonBatch`), each with all of its K ranked responses.
 
     Rows are `{"prompt", "chosen", "rejected"}` (the prompt may be implicit), `{"prompt", "responses", "scores" |
     "ranks"}` or NeMo-RL's `{"context", "completions"}`, from paths, the hub or objects, as in `PromptDataModule`.
@@ -70,11 +70,14 @@ class ComparisonDataModule(TextDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.train, self.val, self.test, self.demonstrations = train, val, test, demonstrations
+        self.train = train
+        self.val = val
+        self.test = test
+        self.demonstrations = demonstrations
         self.max_tokens = at_least(2, max_tokens=max_tokens)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: `fit`, `validate` or `test`.
+        """Read the rows of a stage (`fit`, `validate` or `test`).
 
         Raises:
             ValueError: its files were not named or cannot be read.
@@ -86,19 +89,19 @@ class ComparisonDataModule(TextDataModule):
             self.load("demonstrations", demonstration_examples, limit="max_tokens")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Comparisons."""
+        """Build the loader of training comparisons."""
         return self.training_loader(self.training_stream("train", collate_comparisons, batch_size=self.batch_size))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Comparisons, then demonstrations; nothing where there is no `val`."""
+        """Build the loaders of comparisons and demonstrations; empty without `val`."""
         return [] if self.val is None else self._evaluation("val")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Comparisons, then demonstrations."""
+        """Build the loaders of test comparisons and demonstrations."""
         return self._evaluation("test")
 
     def demonstration_dataloader(self) -> DataLoader[Any]:
-        """Demonstrations, each once over the processes.
+        """Build a loader of the demonstrations, each once over all processes.
 
         Raises:
             ValueError: `demonstrations` was not given.

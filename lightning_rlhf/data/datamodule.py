@@ -1,4 +1,4 @@
-"""What the data modules share: files to examples once, examples to loaders."""
+"""Base class of the data modules: reads files into examples once and serves examples by loaders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENS = "tokens, as the chat template writes them today"
 
 
 class TextDataModule(LightningDataModule):
-    """Rows from where the arguments say, read and tokenized when a stage first needs them, served by step number.
+    """Base class for rows that are read and tokenized when a stage first needs them, served by step number.
 
     Args:
         tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
@@ -74,12 +74,12 @@ class TextDataModule(LightningDataModule):
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows dropped, by argument name."""
+        """Reports of dropped rows by argument name."""
         return {name: tally.dropped for name, tally in self.tallies.items()}
 
     @property
     def encoder(self) -> Encoder:
-        """Text to tokens, with the given tokenizer or that of the module being trained.
+        """Encoder of text with the given tokenizer or that of the module being trained.
 
         Raises:
             ValueError: there is neither.
@@ -100,7 +100,7 @@ class TextDataModule(LightningDataModule):
         return self._encoder
 
     def load(self, name: str, read: Reader, *, limit: str, required: bool = False) -> None:
-        """Reads and tokenises the rows of argument `name`, once.
+        """Read and tokenize the rows of argument `name` once.
 
         Args:
             name: the argument that says where they are.
@@ -124,14 +124,14 @@ class TextDataModule(LightningDataModule):
             self._digests[name] = {"content": records.digest, TOKENS: digest_of_tokens(self._examples[name])}
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the order of the rows; the position in it is the loader's."""
+        """Return the digests and settings that decide the order of the rows; the loader saves its position."""
         _, world = self._place()
         rows = {name: len(self._examples[name]) for name in self._digests}
         digests = {kind: {name: digest[kind] for name, digest in self._digests.items()} for kind in ("content", TOKENS)}
         return {"seed": self.seed, "batch_size of all processes": self.batch_size * world, "rows": rows} | digests
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to train on with other rows, or the same in another order.
+        """Raise if the checkpoint was trained on other rows or in another order.
 
         The same rows may have become other tokens, or other rows may be too long: a warning says so.
 
@@ -154,11 +154,11 @@ class TextDataModule(LightningDataModule):
         return Stream(examples, order, partial(collate, pad=self.encoder.pad))
 
     def training_loader(self, stream: Stream | JointStream) -> ResumableLoader:
-        """A loader of `stream` whose position is saved with a checkpoint."""
+        """Build a loader of `stream` whose position is saved with a checkpoint."""
         return make_loader(ResumableLoader, stream, num_workers=self.num_workers)
 
     def evaluation_loader(self, name: str, collate: Collate) -> DataLoader[Any]:
-        """Every example of `name` once over the processes, in the order of the file."""
+        """Build a loader of every example of `name`, once over all processes in file order."""
         rank, world = self._place()
         examples = self._loaded(name)
         order = FileOrder(len(examples), batch_size=self.eval_batch_size, rank=rank, world=world)
@@ -173,13 +173,13 @@ class TextDataModule(LightningDataModule):
         return self._examples[name]
 
     def _place(self) -> tuple[int, int]:
-        """This process among those that share the data, and how many there are."""
+        """Rank of this process among those that share the data, with their number."""
         place = None if self.trainer is None else self.trainer.distributed_sampler_kwargs  # None on a single device
         return (0, 1) if place is None else (place["rank"], place["num_replicas"])
 
 
 def at_least(least: int, *, most: int = MOST, **argument: int) -> int:
-    """The one keyword argument, if it is large enough, and no larger than makes sense.
+    """Return the one keyword argument if it is large enough, and no larger than makes sense.
 
     Raises:
         ValueError: it is not; names it.

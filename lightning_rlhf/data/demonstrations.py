@@ -1,4 +1,4 @@
-"""Demonstrations to imitate, for supervised fine-tuning."""
+"""Data module of demonstrations for supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_rlhf.data.sources import Source
 
 
 class DemonstrationDataModule(TextDataModule):
-    """Batches of prompt + response + end token, `TextBatch`, whose targets are the response and the end token.
+    """Batches of demonstrations (`TextBatch`) with targets on the response and its end token.
 
     Rows are `{"prompt", "response"}`, dialogues under `"messages"`, or documents under `"text"`, which are predicted
     whole, from paths, the hub or objects, as in `PromptDataModule`. Evaluation serves a list of one loader.
@@ -68,12 +68,14 @@ class DemonstrationDataModule(TextDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.train, self.val, self.test = train, val, test
+        self.train = train
+        self.val = val
+        self.test = test
         self.loss_on_prompt = loss_on_prompt
         self.max_tokens = at_least(2, max_tokens=max_tokens)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: `fit`, `validate` or `test`.
+        """Read the rows of a stage (`fit`, `validate` or `test`).
 
         Raises:
             ValueError: its files were not named or cannot be read.
@@ -84,13 +86,13 @@ class DemonstrationDataModule(TextDataModule):
             self.load(name, read, limit="max_tokens", required=name == needed[0])
 
     def train_dataloader(self) -> ResumableLoader:
-        """Demonstrations."""
+        """Build the loader of training demonstrations."""
         return self.training_loader(self.training_stream("train", collate_texts, batch_size=self.batch_size))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Demonstrations; nothing where there is no `val`."""
+        """Build the loader of validation demonstrations; empty without `val`."""
         return [] if self.val is None else [self.evaluation_loader("val", collate_texts)]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Demonstrations."""
+        """Build the loader of test demonstrations."""
         return [self.evaluation_loader("test", collate_texts)]

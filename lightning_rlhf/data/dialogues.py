@@ -1,4 +1,4 @@
-"""Where in a dialogue the prompt ends and the answer begins."""
+"""Splitting of a dialogue into prompt and answer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_rlhf.text import Message, Prompt, as_dialogue, checked_answer
 Answer: TypeAlias = str | list[Message]
 """The text of a response; or messages, the assistant's first and last."""
 _ASSISTANT = "\n\nAssistant:"
-"""Opens a turn of the assistant in the dialogues that Bai et al. 2022 wrote as plain text."""
+"""Start of an assistant's turn in the plain-text dialogues of Bai et al. 2022."""
 
 
 def answered(prompt: Prompt, values: Sequence[Any], keys: Sequence[str]) -> tuple[Prompt, list[Answer]]:
-    """A prompt and the answers to it.
+    """Split off the prompt from the dialogues that hold its answers.
 
     Answers may be texts, the messages that follow the prompt, or whole dialogues. A text prompt that whole dialogues
-    repeat is one of their messages, so the prompt is then what they begin with (as TRL takes it).
+    repeat is one of their messages, so the prompt is then their common beginning (as TRL takes it).
 
     Args:
         prompt: what they answer.
@@ -42,7 +42,7 @@ def answered(prompt: Prompt, values: Sequence[Any], keys: Sequence[str]) -> tupl
 
 
 def shared_messages(dialogues: Sequence[list[Message]]) -> list[Message]:
-    """The longest common beginning after which every dialogue goes on with the assistant's turn; maybe none."""
+    """Longest common prefix of dialogues after which each continues with the assistant's turn; may be empty."""
     longest = min(map(len, dialogues)) - 1
     same = next((n for n in range(longest) if any(d[n] != dialogues[0][n] for d in dialogues)), longest)
     turns = (n for n in range(same, 0, -1) if all(d[n]["role"] == "assistant" for d in dialogues))
@@ -50,7 +50,7 @@ def shared_messages(dialogues: Sequence[list[Message]]) -> list[Message]:
 
 
 def shared_text(chosen: str, rejected: str) -> str:
-    r"""The prompt of two dialogues in plain text; maybe none.
+    r"""Prompt of two dialogues in plain text; may be empty.
 
     Up to the last `\n\nAssistant:` that both have in common (Bai et al. 2022), for their answers may begin alike;
     without one, the longest common beginning, its last space left to the responses (TRL's `extract_prompt`).

@@ -1,4 +1,4 @@
-"""Count of what was read and what was dropped."""
+"""Counts of the rows read and dropped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DropReport:
-    """What became of the rows of one set of files.
+    """Statistics of the rows of one set of files.
 
     Attributes:
         name: the argument that named the files.
@@ -44,22 +44,22 @@ class DropReport:
 
     @property
     def dropped(self) -> int:
-        """Rows dropped, for whatever reason."""
+        """Number of rows dropped for any reason."""
         return self.long_rows + self.tied_rows
 
     def fits(self, length: int) -> bool:
-        """Whether `length` tokens are within the limit; remembers the longest."""
+        """Return True if `length` tokens are within the limit; records the longest."""
         self.longest = max(self.longest, length)
         return length <= self.limit
 
     def exceeded(self, encoder: Encoder, *parts: Prompt) -> bool:
-        """Whether the parts are too long together, told by their characters; counts them if so."""
+        """Return True if the parts are together too long by their characters; counts them if so."""
         exceeded = encoder.exceeds(self.limit, *parts)
         self.uncounted += exceeded
         return exceeded
 
     def report(self) -> None:
-        """Warns, on rank 0, of what was dropped or mended.
+        """Warn of dropped or mended rows on rank 0.
 
         Raises:
             ValueError: every row was dropped.

@@ -1,4 +1,4 @@
-"""Rows as tokens, ready for a batch; over-long rows are dropped and counted, never cut."""
+"""Tokenized rows ready for a batch; over-long rows are dropped and counted, never cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_rlhf.types import Row
 
 @dataclass(frozen=True, slots=True)
 class PromptExample:
-    """A prompt to respond to.
+    """Tokens of a prompt to respond to.
 
     Attributes:
         tokens: at least one.
@@ -34,14 +34,14 @@ class PromptExample:
 
     @property
     def row(self) -> Row:
-        """The raw row, its prompt under `prompt` whatever the file calls it; that of a table is read now."""
+        """Raw row with its prompt under `prompt`, whatever its key; a table's row is read now."""
         row = self.record.row
         return {**row, "prompt": prompt_of(row, self.columns)}
 
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """A text to predict.
+    """Tokens of a text to predict.
 
     Attributes:
         tokens: at least two.
@@ -54,7 +54,7 @@ class TextExample:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonExample:
-    """K ranked responses to one prompt.
+    """Tokens of K ranked responses to one prompt.
 
     Attributes:
         texts: prompt + response + end token, K of them, at least two.
@@ -72,7 +72,7 @@ class ComparisonExample:
 def prompt_examples(
     records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
 ) -> list[PromptExample]:
-    """The prompts of the records that fit `tally.limit` tokens.
+    """Tokenize the prompts of the records that fit `tally.limit` tokens.
 
     Raises:
         ValueError: a record is no prompt (names file and line), or none is left.
@@ -100,7 +100,9 @@ def demonstration_examples(
     *,
     loss_on_prompt: bool = False,
 ) -> list[TextExample]:
-    """Prompt + response + end token, or a document to be predicted whole, of the records that fit `tally.limit` tokens.
+    """Tokenize the demonstrations and documents of the records that fit `tally.limit` tokens.
+
+    A demonstration is prompt + response + end token; a document is predicted whole.
 
     Args:
         records: what was read.
@@ -131,7 +133,9 @@ def demonstration_examples(
 def comparison_examples(
     records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
 ) -> list[ComparisonExample]:
-    """The rankings of the records, without responses over `tally.limit` tokens (prompt and end token included).
+    """Tokenize the rankings of the records, without responses over `tally.limit` tokens.
+
+    The limit covers the prompt and the end token.
 
     Raises:
         ValueError: a record is no ranking (names file and line), or none is left.
@@ -155,7 +159,9 @@ def comparison_examples(
 def pretraining_blocks(
     records: Sequence[Located], encoder: Encoder, columns: ColumnNames, *, block: int
 ) -> list[TextExample]:
-    """Documents end to end, cut every `block` tokens; a shorter last block is kept if it has a token to predict.
+    """Concatenate documents and cut them every `block` tokens.
+
+    A shorter last block is kept if it has a token to predict.
 
     Raises:
         ValueError: a record is no document (names file and line), or all of them make fewer than 2 tokens.
@@ -187,7 +193,7 @@ def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Drop
 def _exchange(
     prompt: Prompt, answer: Answer, arguments: Mapping[str, Any], encoder: Encoder, tally: DropReport
 ) -> Exchange | None:
-    """Prompt and answer as tokens, or None where they are too long to be tokenized."""
+    """Tokenize prompt and answer; returns None if they are too long to be tokenized."""
     if tally.exceeded(encoder, prompt, answer):
         return None
     exchange = encoder.exchange(prompt, answer, arguments)
@@ -200,11 +206,11 @@ def _comparison(
 ) -> ComparisonExample:
     exchanges = [_exchange(ranking.prompt, answer, arguments, encoder, tally) for answer in ranking.responses]
     texts = [array("i") if exchange is None else exchange.prompt + exchange.response for exchange in exchanges]
-    kept = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]
+    indices = [index for index, text in enumerate(texts) if text and tally.fits(len(text))]
     tally.responses += len(texts)
-    tally.long_responses += len(texts) - len(kept)
-    order = sorted({ranking.places[index] for index in kept})
-    ranks = [order.index(ranking.places[index]) for index in kept]
-    strength = None if ranking.strength is None else [ranking.strength[index] for index in kept]
-    systems = None if ranking.systems is None else [ranking.systems[index] for index in kept]
-    return ComparisonExample([texts[index] for index in kept], ranks, strength, systems)
+    tally.long_responses += len(texts) - len(indices)
+    order = sorted({ranking.places[index] for index in indices})
+    ranks = [order.index(ranking.places[index]) for index in indices]
+    strength = None if ranking.strength is None else [ranking.strength[index] for index in indices]
+    systems = None if ranking.systems is None else [ranking.systems[index] for index in indices]
+    return ComparisonExample([texts[index] for index in indices], ranks, strength, systems)

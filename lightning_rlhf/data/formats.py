@@ -1,4 +1,6 @@
-"""What a record says: a prompt, a demonstration or a document, under our keys or those of TRL, OpenRLHF and NeMo-RL.
+"""Readers of a record: a prompt, a demonstration or a document under our keys or those of other libraries.
+
+The other libraries are TRL, OpenRLHF and NeMo-RL.
 
 A key named with `ColumnNames` is read and no other. Under the default names our key comes first, then those of the
 others; two of theirs in one row are an error, never a guess.
@@ -22,16 +24,16 @@ ANSWER_KEYS = ("completion", "output", "messages")
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the answer to imitate."""
+    """Prompt with the answer to imitate."""
 
     prompt: Prompt
     response: Answer
 
 
 def prompt_of(row: Row, columns: ColumnNames) -> Prompt:
-    """The prompt to respond to, of any row that has one.
+    """Return the prompt to respond to, of any row that has one.
 
-    That of `prompt_key`, or what comes before the answers of a dialogue (`messages`), of a pair (`chosen`, `rejected`)
+    It is the value of `prompt_key`, or else the beginning of a dialogue (`messages`), of a pair (`chosen`, `rejected`)
     or of ranked `completions` (`context`).
 
     Raises:
@@ -40,7 +42,9 @@ def prompt_of(row: Row, columns: ColumnNames) -> Prompt:
     key = prompt_key(row, columns)
     if key is not None:
         return checked_prompt(value_of(row, key, "prompt"), key)
-    dialogue, pair, ranked = "messages" in row, columns.chosen in row and columns.rejected in row, "completions" in row
+    dialogue = "messages" in row
+    pair = columns.chosen in row and columns.rejected in row
+    ranked = "completions" in row
     one_of({"messages": dialogue, columns.chosen: pair, "completions": ranked}, "the prompt", "prompt")
     if dialogue:
         messages = checked_messages(row["messages"], "messages")
@@ -53,20 +57,20 @@ def prompt_of(row: Row, columns: ColumnNames) -> Prompt:
 
 
 def prompt_key(row: Row, columns: ColumnNames) -> str | None:
-    """The key that holds the row's prompt; None where it has to be found in a dialogue.
+    """Return the key of the row's prompt; returns None if it has to be found in a dialogue.
 
     Raises:
         ValueError: several might.
     """
     if columns.prompt in row or columns.prompt != ColumnNames.prompt:  # a key that was named on purpose must be there
         return columns.prompt
-    found = {key: key in row for key in PROMPT_KEYS}
-    beside = {"instruction": "instruction" in row and any(found.values())}  # Alpaca's: `input` is half of its prompt
-    return one_of(found | beside, "the prompt", "prompt")
+    present = {key: key in row for key in PROMPT_KEYS}
+    beside = {"instruction": "instruction" in row and any(present.values())}  # Alpaca's: `input` is half of its prompt
+    return one_of(present | beside, "the prompt", "prompt")
 
 
 def text_of(row: Row, columns: ColumnNames) -> str:
-    """The document of `{"text"}`.
+    """Return the document of `{"text"}`.
 
     Raises:
         ValueError: the key is missing or is no text.
@@ -78,13 +82,13 @@ def text_of(row: Row, columns: ColumnNames) -> str:
 
 
 def is_document(row: Row, columns: ColumnNames) -> bool:
-    """Whether a row of demonstrations has a text and no prompt or answer (TRL's language modelling)."""
+    """Return True if a row of demonstrations has a text and no prompt or answer (TRL's language modeling)."""
     named = {columns.prompt, columns.response, *PROMPT_KEYS, *ANSWER_KEYS}
     return columns.text in row and not named & row.keys()
 
 
 def demonstration_of(row: Row, columns: ColumnNames) -> Demonstration:
-    """The demonstration of a prompt and its answer, or of a dialogue that ends with one.
+    """Return the demonstration of a prompt and its answer, or of a dialogue that ends with one.
 
     Raises:
         ValueError: a key is missing or has another type, several might be meant, or `label` calls the answer bad.
@@ -103,7 +107,7 @@ def demonstration_of(row: Row, columns: ColumnNames) -> Demonstration:
 
 
 def split_pair(row: Row, columns: ColumnNames) -> tuple[Prompt, Any, Any]:
-    """The implicit prompt of two dialogues, and what follows it in each.
+    """Return the implicit prompt of two dialogues and the rest of each.
 
     Raises:
         ValueError: they have nothing in common that could be a prompt.
@@ -130,7 +134,7 @@ def split_pair(row: Row, columns: ColumnNames) -> tuple[Prompt, Any, Any]:
 
 
 def value_of(row: Row, key: str, column: str) -> Any:
-    """The value of a key.
+    """Return the value of a key.
 
     Raises:
         ValueError: the row does not have it.
@@ -143,7 +147,7 @@ def value_of(row: Row, key: str, column: str) -> Any:
 
 
 def one_of(found: dict[str, bool], what: str, column: str) -> str | None:
-    """The one key that was found, or None.
+    """Return the one key that is present; returns None if there is none.
 
     Raises:
         ValueError: there are several.

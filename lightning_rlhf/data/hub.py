@@ -1,4 +1,4 @@
-"""A dataset by its name on the hub."""
+"""Name of a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(?P<split>
 
 @dataclass(frozen=True, kw_only=True)
 class HubData:
-    """One split of a dataset, as `datasets.load_dataset` finds it: the only source of rows that may ask the network.
+    """One split of a dataset for `datasets.load_dataset`, the only source of rows that may use the network.
 
     Args:
         path: OWNER/NAME on the hub, or a folder that holds a copy of such a dataset.
@@ -24,17 +24,17 @@ class HubData:
     name: str | None = None
 
     def __str__(self) -> str:
-        """`OWNER/NAME:SPLIT`, with `/CONFIGURATION` where one is named: how errors call it."""
+        """Format as `OWNER/NAME:SPLIT` for errors, with `/CONFIGURATION` if there is one."""
         return f"{self.path}{f'/{self.name}' if self.name else ''}:{self.split}"
 
 
 def hub_data(source: str) -> HubData | None:
-    """What `OWNER/NAME:SPLIT` names, or None where `source` is a path.
+    """Parse `OWNER/NAME:SPLIT`; returns None if `source` is a path.
 
-    It is one where it has another form, where it exists, and where OWNER is a folder here: a misspelt path must not ask
-    the network.
+    A source is a path if it has another form, if it exists or if OWNER is a local folder. Otherwise a misspelt path
+    would ask the network.
     """
-    found = _NAMED.fullmatch(source)
-    if found is None or Path(source).exists() or Path(found["path"]).parent.is_dir():
+    match = _NAMED.fullmatch(source)
+    if match is None or Path(source).exists() or Path(match["path"]).parent.is_dir():
         return None
-    return HubData(path=found["path"], split=found["split"])
+    return HubData(path=match["path"], split=match["split"])

@@ -1,4 +1,4 @@
-"""Digests of rows and of their tokens, by which other data are told from a checkpoint's."""
+"""Digests of rows and of their tokens, which identify the data of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rlhf.data.records import Located
 
 
 class HashedRecords(Sequence[Located]):
-    """Records whose rows are hashed while they are read.
+    """Records whose rows are hashed as they are read.
 
     Args:
         records: what is read.
@@ -23,7 +23,7 @@ class HashedRecords(Sequence[Located]):
         self._hash = hashlib.blake2b(digest_size=8)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows in the records."""
         return len(self._records)
 
     @overload
@@ -33,11 +33,11 @@ class HashedRecords(Sequence[Located]):
     def __getitem__(self, place: slice) -> Sequence[Located]: ...
 
     def __getitem__(self, place: int | slice) -> Any:
-        """A record, which is not hashed."""
+        """Return a record without hashing it."""
         return self._records[place]
 
     def __iter__(self) -> Iterator[Located]:
-        """Each record, in order."""
+        """Yield each record in order and hash its row."""
         for record in self._records:
             with record.located():
                 self._hash.update(json.dumps(record.row, sort_keys=True, default=str).encode() + b"\n")
@@ -45,12 +45,12 @@ class HashedRecords(Sequence[Located]):
 
     @property
     def digest(self) -> str:
-        """Of all rows that were read."""
+        """Return the digest of all rows read so far."""
         return self._hash.hexdigest()
 
 
 def digest_of_tokens(examples: Iterable[Any]) -> str:
-    """Digest of the tokens of prompts, texts or comparisons."""
+    """Return the digest of the tokens of prompts, texts or comparisons."""
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
         texts: Sequence[array[int]] = example.texts if hasattr(example, "texts") else [example.tokens]

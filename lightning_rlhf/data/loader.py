@@ -1,4 +1,4 @@
-"""Data loaders over streams of batches, one of which resumes where it stopped."""
+"""Data loaders over streams of batches, with one that resumes at its saved position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loader = TypeVar("Loader", bound="DataLoader[Any]")
 
 
 def make_loader(kind: type[Loader], stream: Stream | JointStream, *, num_workers: int = 0) -> Loader:
-    """A loader of `kind` that serves the batches of `stream` as they are.
+    """Build a loader of `kind` that serves the batches of `stream` unchanged.
 
     It draws from a generator of its own, so that starting an epoch leaves the global random state alone.
     """
@@ -31,7 +31,7 @@ def make_loader(kind: type[Loader], stream: Stream | JointStream, *, num_workers
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose position Lightning saves and restores: a resumed epoch goes on with the next unseen batch.
+    """Loader whose position Lightning saves, so that a resumed epoch continues with the next unseen batch.
 
     Batches are counted as they are handed out, not as workers prefetch them. The sampler is a `BatchSchedule`.
     """
@@ -41,7 +41,7 @@ class ResumableLoader(DataLoader[Any]):
     _resuming = False  # whether the next iteration starts from that position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches of the sampler's epoch; its body starts with the first batch, after Lightning's `set_epoch`."""
+        """Yield the batches of the sampler's epoch, starting after Lightning's `set_epoch`."""
         epoch = getattr(self.sampler, "epoch", 0)
         if not (self._resuming and self._epoch == epoch):
             self._epoch, self._served = epoch, 0
@@ -54,7 +54,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def _next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, or `_END`.
+        """Return the next batch or `_END`.
 
         Raises:
             RuntimeError: a worker died.
@@ -70,13 +70,13 @@ class ResumableLoader(DataLoader[Any]):
             ) from error
 
     def state_dict(self) -> dict[str, int]:
-        """The position: epoch, batches of it already handed out, and batches of a whole epoch."""
+        """Return the position: epoch, batches served in it and batches per epoch."""
         if self._served >= len(self):
             return {"epoch": self._epoch + 1, "served": 0, "steps": len(self)}
         return {"epoch": self._epoch, "served": self._served, "steps": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration go on from `state`.
+        """Make the next iteration continue from `state`.
 
         Raises:
             ValueError: it points into the middle of an epoch of another length.
@@ -87,7 +87,9 @@ class ResumableLoader(DataLoader[Any]):
                 f"{len(self)}: resume with the same data, batch size and number of processes, or from a checkpoint "
                 "written at the end of an epoch"
             )
-        self._epoch, self._served, self._resuming = state["epoch"], state["served"], True
+        self._epoch = state["epoch"]
+        self._served = state["served"]
+        self._resuming = True
         if isinstance(self.sampler, BatchSchedule):
             self.sampler.set_epoch(self._epoch)
 

@@ -1,4 +1,4 @@
-"""One line of a JSONL file as an object; what is ambiguous, or could not be written back, is refused."""
+"""Strict parser of one JSONL line; ambiguous or irreversible JSON is refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _KINDS = {
     b"PK\x03\x04": "a zip archive: unpack it",
     b"PAR1": "a Parquet file: end its name in .parquet",
 }
-"""Beginnings of files that are no JSONL."""
+"""Magic bytes of files that are no JSONL."""
 _BOM = b"\xef\xbb\xbf"
 
 
 def parse_line(line: bytes, *, first: bool = False) -> dict[str, Any] | None:
-    """The object of a line, or None where the line is blank.
+    """Parse the object of a line; returns None if the line is blank.
 
     Args:
         line: UTF-8; a byte order mark is left out where it is `first`.

@@ -1,4 +1,4 @@
-"""Prompts to respond to, with an endless stream of pretraining text beside them (PPO-ptx)."""
+"""Data module of prompts, with an endless stream of pretraining text beside them (PPO-ptx)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_rlhf.text import Encoder
 
 
 class PromptDataModule(TextDataModule):
-    """Batches of prompts for PPO, `{"prompts": PromptBatch}`, and `"pretrain": TextBatch` where `pretrain` is given.
+    """Batches `{"prompts": PromptBatch}` for PPO, with `"pretrain": TextBatch` if `pretrain` is set.
 
     Prompts are rows with `{"prompt"}`, other keys kept for the reward; pretraining rows have `{"text"}`. Each may come
     from paths (JSONL, Parquet, CSV, patterns, saved datasets), from the hub (OWNER/NAME:SPLIT, `HubData`) or, in
@@ -84,14 +84,17 @@ class PromptDataModule(TextDataModule):
             seed=seed,
         )
         check_positive(pretrain_ratio=pretrain_ratio)
-        self.train, self.val, self.test, self.predict = train, val, test, predict
+        self.train = train
+        self.val = val
+        self.test = test
+        self.predict = predict
         self.pretrain, self.val_pretrain = pretrain, val_pretrain
         self.pretrain_ratio = pretrain_ratio
         self.max_prompt_tokens = at_least(1, max_prompt_tokens=max_prompt_tokens)
         self.text_tokens = at_least(2, text_tokens=text_tokens)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: `fit`, `validate`, `test` or `predict`.
+        """Read the rows of a stage (`fit`, `validate`, `test` or `predict`).
 
         Raises:
             ValueError: its files were not named or cannot be read.
@@ -109,7 +112,7 @@ class PromptDataModule(TextDataModule):
             self._load_texts("val_pretrain")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Prompts, and in step with them `pretrain_ratio` texts per episode.
+        """Build the loader of prompts with `pretrain_ratio` texts per episode.
 
         Raises:
             ValueError: that is less than one text per rollout.
@@ -128,15 +131,15 @@ class PromptDataModule(TextDataModule):
         return self.training_loader(JointStream(streams))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Prompts where there are `val`, then texts where there are `val_pretrain`."""
+        """Build the loaders of `val` prompts and `val_pretrain` texts if they are set."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Prompts, then texts."""
+        """Build the loaders of test prompts and texts."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Prompts."""
+        """Build the loader of prompts for prediction."""
         return self.evaluation_loader(self._predicted, collate_prompts)
 
     @property

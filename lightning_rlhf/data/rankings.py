@@ -1,4 +1,4 @@
-"""What a record of comparisons says: K responses to one prompt, and which is better."""
+"""Readers of a record of comparisons: K responses to one prompt with their ranking."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_rlhf.text import Prompt, checked_prompt
 from lightning_rlhf.types import Row
 
 PAIR_RATINGS = ("score_chosen", "score_rejected")
-"""The ratings of the two responses in binarised UltraFeedback and its like."""
+"""Keys of the two responses' ratings in binarized UltraFeedback and similar data."""
 _WRITTEN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-"""A number as text."""
+"""Pattern of a number as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """K responses to one prompt.
+    """K ranked responses to one prompt.
 
     Attributes:
         prompt: what they answer.
         responses: K answers, texts or the messages that follow the prompt.
         places: K numbers, lower is better, equal are ties.
-        strength: the labeler's ratings, K finite numbers, higher is better; None where the row has none.
-        systems: who wrote each, K names; None where the row has none.
+        strength: the labeler's ratings, K finite numbers, higher is better; None if the row has none.
+        systems: who wrote each, K names; None if the row has none.
     """
 
     prompt: Prompt
@@ -39,7 +39,7 @@ class Ranking:
 
 
 def ranking_of(row: Row, columns: ColumnNames) -> Ranking:
-    """The ranking of a pair, of K responses with scores or ranks, or of NeMo-RL's completions.
+    """Return the ranking of a pair, of K scored or ranked responses or of NeMo-RL's completions.
 
     `{"prompt", "chosen", "rejected", "margin"}`, the prompt and the margin optional, or `score_chosen` and
     `score_rejected` for the margin; `{"prompt", "responses", "scores" | "ranks", "systems"}`, the last optional;
@@ -155,7 +155,7 @@ def _plain(row: Row, key: str) -> Any:
 
 
 def _rating(value: Any, key: str) -> float:
-    """The number of a cell, which CSV holds as text."""
+    """Parse the number of a cell, which CSV holds as text."""
     return _number(float(value) if isinstance(value, str) and _WRITTEN.fullmatch(value) else value, key)
 
 

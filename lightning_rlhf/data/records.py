@@ -1,4 +1,4 @@
-"""Rows with the place each was read from, and those of JSONL files."""
+"""Rows with their location, and a reader of JSONL files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_rlhf.data.parsing import parse_line
 from lightning_rlhf.types import Row
 
 LONGEST_LINE = 2**26
-"""Bytes. A file without line breaks, or one that unpacks without end, must not fill the memory."""
+"""Most bytes of a line. A file without line breaks, or one that unpacks without end, must not fill the memory."""
 
 
 class Located(ABC):
-    """A row and where it stood.
+    """A row with its location.
 
     Attributes:
         row: the row as it stood there.
@@ -31,11 +31,11 @@ class Located(ABC):
     @property
     @abstractmethod
     def where(self) -> str:
-        """How every error names this row."""
+        """Location of the row for errors."""
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Errors raised inside, with the place of this row in front.
+        """Context that puts the location of this row in front of errors raised inside.
 
         Raises:
             ValueError: the one raised inside, now naming the place; other errors carry the place as a note.
@@ -51,7 +51,7 @@ class Located(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Record(Located):
-    """One JSON object and where it stood.
+    """One JSON object with its location in a file.
 
     Attributes:
         row: the object as it stood in the file.
@@ -65,12 +65,12 @@ class Record(Located):
 
     @property
     def where(self) -> str:
-        """`file, line n`."""
+        """Location as `file, line n`."""
         return f"{self.file}, line {self.line}"
 
 
 def stream_lines(file: str) -> Iterator[Record]:
-    """The records of a JSONL file (UTF-8, `.gz` or plain) one at a time, in its order; blank lines are none.
+    """Yield the records of a JSONL file (UTF-8, `.gz` or plain) in order, skipping blank lines.
 
     Raises:
         ValueError: a line is not UTF-8, not JSON or not an object; names file and line.
@@ -82,7 +82,7 @@ def stream_lines(file: str) -> Iterator[Record]:
 
 
 def read_lines(file: str) -> list[Record]:
-    """The records of a JSONL file, as `stream_lines` gives them.
+    """Read all records of a JSONL file as `stream_lines` yields them.
 
     Raises:
         ValueError: it is empty, or a line is not UTF-8, not JSON or not an object; names file and line.

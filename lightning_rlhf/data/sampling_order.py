@@ -1,4 +1,4 @@
-"""Which rows make up each batch of each rank: a pure function of the step."""
+"""Row numbers of each batch of each rank, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Order(ABC):
-    """Rows of the batch that one rank takes at a step.
+    """Base class of the row numbers that one rank takes at a step.
 
     A window of `batch_size · world` consecutive positions is dealt out in turn: rank r takes positions r, r + world, …,
     so that the ranks together hold what one process with `batch_size · world` would.
@@ -27,13 +27,16 @@ class Order(ABC):
     """
 
     def __init__(self, size: int, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
+        self.size = size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
         self.window = batch_size * world
         self.steps = math.ceil(size / self.window)
 
     @abstractmethod
     def __call__(self, step: int) -> list[int]:
-        """Row numbers of the batch of this rank at `step`, counted from the start of training.
+        """Return the row numbers of this rank's batch at `step`, counted from the start of training.
 
         Returns:
             keys, at least one; `~i` is row i repeated only to fill the batch, and counts nowhere.
@@ -41,7 +44,7 @@ class Order(ABC):
 
 
 class ShuffledOrder(Order):
-    """Training: an endless sequence of permutations, read without a gap, so that no row is left out or favoured.
+    """Endless sequence of permutations for training, read without a gap so that rows are used equally.
 
     Permutation p depends on (seed, stream, p) alone. The last batch of an epoch runs on into the next permutation.
 
@@ -62,7 +65,7 @@ class ShuffledOrder(Order):
         self._cached: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int) -> list[int]:
-        """Row numbers of the batch of this rank at `step`; step s of epoch e is `e · steps + s`."""
+        """Return the row numbers of this rank's batch at `step`; step s of epoch e is `e · steps + s`."""
         first = step * self.window
         return [self._row(position) for position in range(first + self.rank, first + self.window, self.world)]
 
@@ -79,13 +82,13 @@ class ShuffledOrder(Order):
 
 
 class FileOrder(Order):
-    """Evaluation: every row once over the ranks, in the order of the file, the same in each epoch.
+    """Order of evaluation: every row once over the ranks in file order, the same in each epoch.
 
     A rank that the last window leaves empty gets one row again as a filler, for every rank must make as many steps.
     """
 
     def __call__(self, step: int) -> list[int]:
-        """Row numbers of the batch of this rank in window `step` modulo `steps`."""
+        """Return the row numbers of this rank's batch in window `step` modulo `steps`."""
         first = step % self.steps * self.window
         last = min(first + self.window, self.size)
         return list(range(first + self.rank, last, self.world)) or [~(last - 1)]

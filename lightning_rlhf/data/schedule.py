@@ -1,4 +1,4 @@
-"""Steps of an epoch, for a sampler."""
+"""Sampler that yields the steps of an epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils.data import DistributedSampler
 
 
 class BatchSchedule(DistributedSampler[int]):
-    """The steps of one epoch, e · steps + start … (e + 1) · steps - 1: whole batches, not rows.
+    """Steps of one epoch, e · steps + start … (e + 1) · steps - 1: whole batches and not rows.
 
     A `DistributedSampler` by type only: that is how Lightning knows to put no sampler of its own in its place. The
     batch of a step already belongs to one rank, so every rank has the same steps.
@@ -26,10 +26,10 @@ class BatchSchedule(DistributedSampler[int]):
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
-        """Steps of the epoch last given to `set_epoch`."""
+        """Yield the steps of the epoch last given to `set_epoch`."""
         first = self.epoch * self.steps
         return iter(range(first + self.start, first + self.steps))
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, also where the epoch is resumed in its middle."""
+        """Number of batches of a whole epoch, even if the epoch is resumed in its middle."""
         return self.steps

@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved datasets, the hub, or objects in Python."""
+"""Sources of rows: files, the hub or Python objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:  # what a config can hold; where it may also be a class, jsonargparse open
     Source = str | dict[str, str] | list[str | dict[str, str]] | None
 """An argument `train`, `val`, …: paths, hub data, several of either, or rows; None for nothing."""
 _READERS: dict[str, Callable[[str], Sequence[Located]]] = {".parquet": read_parquet, ".csv": read_cells}
-"""What reads a file by its ending; any other holds lines of JSON."""
+"""Reader by file suffix; any other file holds lines of JSON."""
 FORMS = (
     "give the path of a JSONL (plain or .gz), Parquet or CSV file, a pattern such as 'data/*.jsonl', a folder that "
     "`save_to_disk` wrote, or a hub name with its split, OWNER/NAME:SPLIT"
@@ -27,7 +27,7 @@ FORMS = (
 
 
 def read_records(source: Any) -> Sequence[Located]:
-    """The rows of a source, in the order of its parts and lines; those of tables are read when they are asked for.
+    """Read the rows of a source in order; those of tables are read on access.
 
     Args:
         source: a path, a hub name or `HubData` (in a config a mapping of its arguments), or several of these; or a
@@ -51,7 +51,7 @@ def read_records(source: Any) -> Sequence[Located]:
 
 
 def stream_records(path: str) -> Iterator[Located]:
-    """The rows of one path or pattern; those of JSONL one at a time, for files that are too long for memory.
+    """Yield the rows of one path or pattern; JSONL is streamed, because it may exceed the memory.
 
     Raises:
         ValueError: as `read_records`; a JSONL file without records is none.
@@ -61,7 +61,7 @@ def stream_records(path: str) -> Iterator[Located]:
 
 
 def _is_part(part: Any) -> bool:
-    """A path, hub data, or the arguments of hub data; a row has other keys."""
+    """Return True for a path, hub data or the arguments of hub data; a row has other keys."""
     written = isinstance(part, Mapping) and {"path", "split"} <= part.keys() <= {"path", "split", "name"}
     return written or isinstance(part, str | HubData)
 
@@ -75,7 +75,7 @@ def _read_part(part: Any) -> Sequence[Located]:
 
 
 def _expand(path: str) -> list[str]:
-    """The files, or the saved dataset, that a path or pattern names.
+    """List the files or the saved dataset that a path or pattern names.
 
     Raises:
         ValueError: there are none.
@@ -83,13 +83,13 @@ def _expand(path: str) -> list[str]:
     path = expanduser(path)
     if Path(path).is_file() or is_saved(Path(path)):
         return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
-    if not found:
+    files = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    if not files:
         kind = (
             "is a folder" if Path(path).is_dir() else "is no regular file" if Path(path).exists() else "does not exist"
         )
         raise ValueError(f"{path or repr(path)} {kind} (working directory {Path.cwd()}): {FORMS}")
-    return found
+    return files
 
 
 def _read_place(place: str) -> Sequence[Located]:

@@ -1,4 +1,4 @@
-"""Rows of CSV files: every cell is the text it was written as, under the name above it."""
+"""Reader of CSV files: every cell stays text, under the name in the first line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_rlhf.data.records import LONGEST_LINE, Record
 
 
 def read_cells(file: str) -> list[Record]:
-    """The rows of a CSV file (UTF-8, commas, names in the first line), without their empty cells.
+    """Read the rows of a CSV file (UTF-8, commas, names in the first line) without their empty cells.
 
     Args:
         file: its path.
@@ -35,7 +35,7 @@ def read_cells(file: str) -> list[Record]:
 
 
 def _row(names: list[str], cells: list[str], where: str) -> dict[str, str]:
-    """The cells by name; empty ones beyond the last name are those that spreadsheets add."""
+    """Map names to cells; empty cells beyond the last name are ignored, because spreadsheets add them."""
     if len(cells) < len(names) or any(cells[len(names) :]):
         raise ValueError(
             f"{where}: {len(cells)} cells under {len(names)} names ({', '.join(names)[:200]}): put a text with a comma "
@@ -45,7 +45,7 @@ def _row(names: list[str], cells: list[str], where: str) -> dict[str, str]:
 
 
 def _lines(stream: Iterable[str], file: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row and the line it begins in; blank ones are none."""
+    """Yield the cells of each row and the line it begins in, skipping blank rows."""
     reader, line = csv.reader(_texts(stream, file), strict=True), 1
     try:
         for cells in reader:
@@ -70,7 +70,7 @@ def _texts(stream: Iterable[str], file: str) -> Iterator[str]:
 
 @contextmanager
 def _fields_of(size: int) -> Iterator[None]:
-    """Cells of up to `size` characters inside."""
+    """Context that allows cells of up to `size` characters."""
     before = csv.field_size_limit(size)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Batches by step number: what a data loader reads."""
+"""Streams of batches by step number, which a data loader reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_rlhf.data.sampling_order import Order
 
 
 class Stream(Dataset[Any]):
-    """Batches of examples; the key of a batch is its step, counted from the start of training.
+    """Batches of examples, indexed by step from the start of training.
 
     Args:
         examples: rows as tokens.
@@ -25,20 +25,22 @@ class Stream(Dataset[Any]):
         order: Order,
         collate: Callable[[Sequence[Any], Sequence[bool]], Any],
     ) -> None:
-        self.examples, self.order, self.collate = examples, order, collate
+        self.examples = examples
+        self.order = order
+        self.collate = collate
 
     def __len__(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return self.order.steps
 
     def __getitem__(self, step: int) -> Any:
-        """The batch of this rank at `step`."""
+        """Return this rank's batch at `step`."""
         keys = self.order(step)
         return self.collate([self.examples[max(key, ~key)] for key in keys], [key >= 0 for key in keys])
 
 
 class JointStream(Dataset[dict[str, Any]]):
-    """Several streams in step with the first, so that one position says where all of them are.
+    """Several streams in step with the first, so that one position holds for all of them.
 
     Args:
         streams: by name; the first gives the epoch its length, the others never end.
@@ -48,9 +50,9 @@ class JointStream(Dataset[dict[str, Any]]):
         self.streams = dict(streams)
 
     def __len__(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return len(next(iter(self.streams.values())))
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch of each stream at `step`, by name."""
+        """Return each stream's batch at `step`, by name."""
         return {name: stream[step] for name, stream in self.streams.items()}

@@ -1,4 +1,4 @@
-"""Rows of tables: Arrow datasets, which stay on disk and are read row by row, and sequences of mappings."""
+"""Rows of sequences of mappings and of Arrow datasets, which stay on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN = "the given rows"
 
 @dataclass(frozen=True, slots=True)
 class TableRecord(Located):
-    """A row that is fetched each time it is asked for: a table larger than the memory stays where it is.
+    """A row that is fetched on each access, so that a table may exceed the memory.
 
     Attributes:
         table: rows by number.
@@ -32,7 +32,7 @@ class TableRecord(Located):
 
     @property
     def row(self) -> Row:  # type: ignore[override]
-        """The row, without its empty cells: in a table every row has every column.
+        """The row without its empty cells, because in a table every row has every column.
 
         Raises:
             ValueError: it is no mapping with text keys.
@@ -44,12 +44,12 @@ class TableRecord(Located):
 
     @property
     def where(self) -> str:
-        """`file, row n`."""
+        """Location as `file, row n`."""
         return f"{self.file}, row {self.index}"
 
 
 def table_records(table: Any, name: str = GIVEN) -> list[TableRecord]:
-    """A record for each row of a table; the rows stay in it.
+    """Build a record for each row of a table; the rows stay in it.
 
     Args:
         table: a `datasets.Dataset`, or another sequence of mappings.
@@ -76,7 +76,7 @@ def table_records(table: Any, name: str = GIVEN) -> list[TableRecord]:
 
 
 def read_parquet(file: str) -> list[TableRecord]:
-    """The rows of a Parquet file, by way of the memory-mapped copy that `datasets` caches.
+    """Read the rows of a Parquet file through the memory-mapped copy that `datasets` caches.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -89,12 +89,12 @@ def read_parquet(file: str) -> list[TableRecord]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote it."""
+    """Return True if `save_to_disk` wrote the folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def read_saved(folder: str) -> list[TableRecord]:
-    """The rows of a folder that `save_to_disk` wrote, memory-mapped.
+    """Read the rows of a folder that `save_to_disk` wrote, memory-mapped.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -112,7 +112,7 @@ def read_saved(folder: str) -> list[TableRecord]:
 
 
 def read_hub(data: HubData) -> list[TableRecord]:
-    """The rows of a split, from the hub or from the cache of an earlier run.
+    """Read the rows of a split from the hub or from the cache of an earlier run.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -135,9 +135,9 @@ def _library(wanted: str) -> Any:
 
 
 def _stored(table: Any) -> Any:
-    """The table with images, sounds and the like as they are stored, `{"bytes", "path"}`.
+    """Return the table with images and sounds in their stored form, `{"bytes", "path"}`.
 
-    Decoding opens the path of each when its row is read, and a path may be one of another machine's.
+    Because decoding opens the path of each when its row is read, a path of another machine would fail.
     """
     for column, feature in table.features.items():
         undecoded = _undecoded(feature)
@@ -147,7 +147,7 @@ def _stored(table: Any) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    """A copy of a feature of `datasets` in which nothing is decoded."""
+    """Copy a feature of `datasets` without decoding anything in it."""
     if isinstance(feature, Mapping):
         return {name: _undecoded(inner) for name, inner in feature.items()}
     if isinstance(feature, list):
@@ -159,7 +159,7 @@ def _undecoded(feature: Any) -> Any:
 
 @contextmanager
 def _loading(name: str, kind: str) -> Any:
-    """Errors of `datasets` and pyarrow as one sentence.
+    """Context that turns errors of `datasets` and pyarrow into one sentence.
 
     Raises:
         ValueError: the block raised.
@@ -172,7 +172,7 @@ def _loading(name: str, kind: str) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """The value without the keys that Arrow adds, with None, where structs of one column differ in their keys."""
+    """Drop the None values that Arrow adds to structs whose keys differ within a column."""
     if isinstance(value, Mapping):
         return {key: _filled(inner) for key, inner in value.items() if inner is not None}
     return [_filled(inner) for inner in value] if isinstance(value, list | tuple) else value

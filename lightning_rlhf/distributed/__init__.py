@@ -1,1 +1,1 @@
-"""What is asked of Lightning's strategy about other processes."""
+"""Interface to Lightning's strategy for multi-process training."""

@@ -1,4 +1,4 @@
-"""The processes of a run, as Lightning's trainer has them: ranks, sums, agreement, gathered rows."""
+"""Processes of a run under Lightning's trainer, with sums and gathers over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Ranks:
-    """The processes that train a module together; one, where it has no trainer.
+    """Processes that train a module together; only one without a trainer.
 
     Every process must call its collectives, in the same order.
 
@@ -27,7 +27,7 @@ class Ranks:
 
     @property
     def world(self) -> int:
-        """How many processes there are."""
+        """Number of processes in the run."""
         trainer = self._module._trainer
         return 1 if trainer is None else trainer.world_size
 
@@ -37,22 +37,22 @@ class Ranks:
         return self._module.device
 
     def sum(self, x: Tensor) -> Tensor:
-        """Σ over all processes."""
+        """Sum a tensor over all processes."""
         return x if self.world == 1 else self._module.trainer.strategy.reduce(x, reduce_op="sum")
 
     def all(self, decision: bool) -> bool:
-        """True if the decision of every process is True."""
+        """Return True if the decision of every process is True."""
         return not self.sum(torch.tensor(float(not decision), device=self.device))
 
     def largest(self, count: int) -> int:
-        """The largest number that any process has."""
+        """Return the largest count of any process."""
         if self.world == 1:
             return count
         mine = torch.tensor(count, device=self.device)
         return int(self._module.trainer.strategy.reduce(mine, reduce_op="max"))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, those of the first process first, (n, …), on the CPU; each may have others."""
+        """Gather the rows of all processes in rank order, (n, …), on the CPU; counts may differ."""
         if self.world == 1:
             return rows
         counts = self._module.all_gather(torch.tensor(len(rows), device=self.device)).flatten().tolist()
@@ -62,7 +62,7 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)])
 
     def gather_text(self, text: str) -> str:
-        """The texts of all processes end to end, that of the first process first; each may be empty."""
+        """Gather the texts of all processes in rank order; each may be empty."""
         written = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8)  # not every backend sends empty tensors
         return bytes(self.gather(written).tolist()).decode().replace("\0", "")
 

@@ -1,4 +1,4 @@
-"""The one place that asks Lightning's strategy whether each process holds only a part of every weight."""
+"""Sharding of weights as Lightning's strategy asks for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def built_whole(configure_model: Callable[[Module], None]) -> Callable[[Module], None]:
-    """A `configure_model` whose networks become shards in `shard_networks` alone.
+    """Decorate a `configure_model` so that only `shard_networks` shards its networks.
 
     Until then weights are whole under ZeRO-3, as transformers' loading needs them, and absent under FSDP2.
     """
@@ -66,14 +66,15 @@ def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]
 
 
 def is_sharded(module: LightningModule) -> bool:
-    """Whether each process holds only a part of every weight, so that every pass needs all of them."""
+    """Return True if each process holds only a shard of every weight, so that every pass needs all processes."""
     return module.device_mesh is not None or stage_3_of(module) is not None
 
 
 def most_passes(module: LightningModule, count: int) -> int:
-    """The most passes any process needs, where every pass needs all processes; else `count`.
+    """Return the most passes that any process needs if every pass needs all; otherwise `count`.
 
-    It does where weights are sharded, and under DeepSpeed, whose every backward exchanges gradients.
+    Every pass needs all processes if weights are sharded, and under DeepSpeed, whose every backward exchanges
+    gradients.
     """
     if not is_sharded(module) and not isinstance(strategy_of(module), DeepSpeedStrategy):
         return count

@@ -1,4 +1,4 @@
-"""What some of Lightning's strategies do themselves, or cannot do; the latter is said before a network is built."""
+"""Particulars of Lightning's strategies; unsupported ones raise before a network is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARD_BY_FSDP2 = "shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)
 
 
 def check_rl_strategy(module: LightningModule, *, compiles: bool, max_grad_norm: float | None) -> None:
-    """Refuse what PPO cannot train under, and hand DeepSpeed's engine what it does itself.
+    """Raise if PPO cannot train under the strategy, and configure DeepSpeed's engine.
 
     Args:
         module: whose trainer's strategy.
@@ -43,7 +43,7 @@ def check_rl_strategy(module: LightningModule, *, compiles: bool, max_grad_norm:
 
 @contextmanager
 def one_backward(module: LightningModule, optimizer: LightningOptimizer, *, last: bool) -> Iterator[None]:
-    """Around one of the forwards and backwards of an optimizer step, whose gradients add up.
+    """Context of one of several forward and backward passes whose gradients add up in a step.
 
     Args:
         module: whose strategy.
@@ -60,7 +60,7 @@ def one_backward(module: LightningModule, optimizer: LightningOptimizer, *, last
 
 
 def gradient_norm(module: LightningModule, measured: Tensor) -> Tensor:
-    """Norm of all gradients of the last step before clipping: what was measured, or what DeepSpeed's engine says.
+    """Return the norm of all gradients of the last step before clipping, from DeepSpeed's engine if it has it.
 
     Args:
         module: whose strategy.

@@ -1,4 +1,4 @@
-"""DeepSpeed, whose engine owns what other strategies leave to a module: gradients and, at ZeRO stage 3, the weights."""
+"""DeepSpeed's engine, which owns the gradients and at ZeRO stage 3 the weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 
 def strategy_of(module: LightningModule) -> Strategy | None:
-    """The strategy of the module's trainer; None without a trainer."""
+    """Return the strategy of the module's trainer; returns None without a trainer."""
     trainer = module._trainer
     return None if trainer is None else trainer.strategy
 
 
 def stage_3_of(module: LightningModule) -> DeepSpeedStrategy | None:
-    """The module's strategy, where it is DeepSpeed and leaves each process a part of every weight."""
+    """Return the module's strategy if it is DeepSpeed at ZeRO stage 3.
+
+    Each process then holds a part of every weight.
+    """
     strategy = strategy_of(module)
     return strategy if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 else None
 
 
 @contextmanager
 def modules_left_whole() -> Iterator[None]:
-    """Inside it stage 3 does not shard the weights of a module as soon as it is made."""
+    """Context in which ZeRO stage 3 does not shard the weights of new modules."""
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
     shutdown_init_context()
@@ -35,7 +38,7 @@ def modules_left_whole() -> Iterator[None]:
 
 
 def prepare_engine(strategy: DeepSpeedStrategy, max_grad_norm: float | None) -> None:
-    """Tell the engine what PPO needs of it.
+    """Configure the engine for PPO.
 
     Args:
         strategy: before its engine is made.
@@ -47,7 +50,7 @@ def prepare_engine(strategy: DeepSpeedStrategy, max_grad_norm: float | None) -> 
 
 
 def open_backward(strategy: DeepSpeedStrategy, *, last: bool) -> None:
-    """Let the backward to come add to those before it.
+    """Make the next backward add to the gradients of those before it.
 
     The engine closes a backward when its next forward begins. It takes a whole training step for a forward, so that
     without this a second backward would replace the gradients of the first, or be left out.

@@ -1,4 +1,4 @@
-"""What draws tokens: the decode loop and the weights that sample."""
+"""Samplers: the decode loop and the weights it uses."""
 
 from lightning_rlhf.engines.decode import decode
 from lightning_rlhf.engines.draw import inverse_cdf

@@ -1,7 +1,7 @@
-"""A pass over fixed buffers, recorded as a CUDA graph: a GPU gets its thousand small kernels by one launch.
+"""Decoding passes recorded as CUDA graphs, which launch all kernels of a pass at once.
 
-A model of less than some billion weights decodes as fast as Python can launch kernels, several times slower than the
-GPU could.
+A model of less than some billion weights otherwise decodes as fast as Python can launch kernels, several times slower
+than the GPU could.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lightning_rlhf.models.cache import fixed_cache, grown_cache, slides
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
-"""From tokens, mask, positions and cache to the logits of the last position."""
+"""Function of tokens, mask, positions and cache that returns the logits of the last position."""
 WORTH_RECORDING = 8
-"""Passes from which on it pays to record one, which costs about two."""
+"""Number of passes from which recording pays off; it costs about two."""
 AHEAD = 256
-"""Columns for which buffers have room; then a new pass is recorded."""
+"""Number of columns for which buffers have room; then a new pass is recorded."""
 _UNRECORDABLE: set[str] = set()
 
 
 @contextmanager
 def unplanned_attention() -> Iterator[None]:
-    """Inside it attention runs in no kernel that is planned anew, in a tenth of a second, for every number of columns.
+    """Context without attention kernels that are planned anew (in 0.1 s) for each number of columns.
 
     cuDNN's is one, which torch prefers on recent GPUs; a decode has as many numbers of columns as passes.
     """
@@ -40,13 +40,13 @@ def unplanned_attention() -> Iterator[None]:
 
 
 def recordable(network: nn.Module) -> bool:
-    """Whether a pass of the network may be recorded: on a GPU, with no window that slides, and if it never failed."""
+    """Return True if the network's passes can be recorded: on a GPU with no sliding window or earlier failure."""
     on_gpu = next(network.parameters()).device.type == "cuda"
     return on_gpu and type(network).__qualname__ not in _UNRECORDABLE and not slides(network)
 
 
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What does the step again in one launch, over the same memory; the step is not done here.
+    """Record a step as a CUDA graph without running it and return a function that replays it.
 
     Raises:
         RuntimeError: the step waits for the GPU, or does something else that cannot be recorded.
@@ -72,7 +72,7 @@ def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class RecordedPass:
-    """A token for each of the same rows, pass by pass, in buffers whose place and shape never change.
+    """Replayed pass that appends a token to each row, in buffers of fixed address and shape.
 
     Args:
         network: a causal language model that is `recordable`.
@@ -95,17 +95,17 @@ class RecordedPass:
 
     @property
     def full(self) -> bool:
-        """Whether there is no column left."""
+        """True if no column is left."""
         return self._used == self._mask.shape[1]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Append a token to every row, (n,), int64: the logits of the next ones, (n, V), until the next call."""
+        """Append a token to every row, (n,), int64; returns the next logits (n, V) until the next call."""
         self._tokens.copy_(tokens.unsqueeze(1))
         self._used += 1
         return self._first() if self._replay is None else self._replay()
 
     def grown(self) -> tuple[Cache, Tensor]:
-        """The cache, and its mask, as they would be without recording."""
+        """Return the cache and its mask in their unrecorded form."""
         return grown_cache(self._cache, self._used), self._mask[:, : self._used]
 
     def _step(self) -> Tensor:
@@ -115,14 +115,14 @@ class RecordedPass:
         return logits
 
     def _first(self) -> Tensor:
-        """The pass as it is, recorded, and done again to compare; a network that fails is not recorded any more."""
+        """Run the pass, record it and compare a replay; a network that fails is never recorded again."""
         expected = self._step()
         self._column -= 1
         try:
             self._replay = record(self._step)
-            found = self._replay()
-            if torch.allclose(found.float(), expected.float(), rtol=0.05, atol=0.05 * float(expected.abs().max())):
-                return found
+            logits = self._replay()
+            if torch.allclose(logits.float(), expected.float(), rtol=0.05, atol=0.05 * float(expected.abs().max())):
+                return logits
             reason = "a recorded pass gives other logits"
         except (RuntimeError, NotImplementedError, TypeError) as error:
             reason = str(error).splitlines()[0]

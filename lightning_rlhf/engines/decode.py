@@ -1,4 +1,4 @@
-"""The decode loop: prompts are read in one pass, then every open response gets a token per pass.
+"""Decode loop: prompts are read in one pass, then every open response gets a token per pass.
 
 A response that ends leaves its slot and a waiting prompt takes it, so that the passes follow the total length of all
 responses over the slots, and not the longest response of each batch.
@@ -15,9 +15,9 @@ from lightning_rlhf.engines.response_buffer import Record, Sampled
 from lightning_rlhf.engines.slots import Slots
 
 CROWDED = 0.75
-"""Ended rows leave once the open ones are at most this share: to leave, the cache of the others is copied."""
+"""Share of open rows below which ended rows are dropped: dropping copies the cache of the others."""
 SPARSE = 0.5
-"""The same where a pass is recorded, and must be recorded again."""
+"""The same share if a pass is recorded, which must then be recorded again."""
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def decode(
     slots: int | None = None,
     watch: Watch | None = None,
 ) -> Sampled:
-    """Responses to all prompts, `slots` of them at a time.
+    """Sample responses to all prompts, `slots` of them at a time.
 
     Args:
         network: a causal language model whose cache can be cut (`why_no_cache`).
@@ -62,7 +62,10 @@ def decode(
         prompts * samples, length=length, pad_token=pad_token, end_tokens=end_tokens, device=device, watch=watch
     )
     uniforms = None if uniforms is None else uniforms.to(device)
-    room, live, read, passes = slots or prompts * samples, Slots(network), 0, length
+    room = slots or prompts * samples
+    live = Slots(network)
+    read = 0
+    passes = length
     while True:
         if new := min((room - len(live)) // samples, prompts - read):
             rows = torch.arange(read * samples, (read + new) * samples, device=device)
@@ -81,7 +84,7 @@ def decode(
 
 
 def _draw(live: Slots, record: Record, uniforms: Tensor | None, temperature: float) -> Tensor:
-    """A token for every open row, (n,), which may close it; a closed row's token means nothing."""
+    """Draw a token for every open row, (n,), and close the rows that end; tokens of closed rows are ignored."""
     everyone = bool(live.open.all())
     rows, ages, logits = (x if everyone else x[live.open] for x in (live.rows, live.ages, live.logits))
     drawn = draw(logits, None if uniforms is None else uniforms[rows, ages], temperature=temperature)

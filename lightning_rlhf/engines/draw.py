@@ -1,4 +1,4 @@
-"""One token of every row: drawn by its own random number, with the log-prob and entropy that the logits give."""
+"""Sampling of one token per row from its own random number, with log-prob and entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rlhf.core.logprobs import full_precision
 
 
 class Draw(NamedTuple):
-    """What one pass drew.
+    """Tokens drawn in one pass, with their log-probs and entropies.
 
     Attributes:
         token: (B,), int64.
@@ -26,7 +26,7 @@ class Draw(NamedTuple):
 
 
 def draw(logits: Tensor, uniforms: Tensor | None, *, temperature: float) -> Draw:
-    """Tokens from softmax(logits/τ).
+    """Draw tokens from softmax(logits/τ).
 
     log π = log p(token), and H = log Z − Σ p·z with log Z = z(token) − log p(token), so that one softmax serves all.
 
@@ -53,10 +53,10 @@ def draw(logits: Tensor, uniforms: Tensor | None, *, temperature: float) -> Draw
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
-    """Tokens distributed as softmax(logits): the first whose cumulative probability exceeds u.
+    """Draw tokens from softmax(logits): the first whose cumulative probability exceeds u.
 
-    First the block of the vocabulary, then the token in it, so that only one block is summed token by token. The
-    running sums are float64: in float32, over a whole vocabulary, up to 2e-4 of the mass can never be drawn.
+    The block of the vocabulary is chosen first, then the token in it, so that only one block is summed token by token.
+    The running sums are float64: in float32, over a whole vocabulary, up to 2e-4 of the mass can never be drawn.
 
     Args:
         logits: (B, V), already divided by the temperature.
@@ -83,7 +83,7 @@ def _inverse_cdf(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> T
 
 
 def _check_finite(total: Tensor) -> None:
-    """That every row's probabilities have a sum.
+    """Check that every row's probabilities have a finite sum.
 
     Raises:
         ValueError: a logit is NaN or infinite.
@@ -95,7 +95,7 @@ def _check_finite(total: Tensor) -> None:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the first sum above the target, and what of the target is left at that index, (B, 1) each."""
+    """Return the index of the first sum above the target and the rest of the target there, (B, 1) each."""
     below_all = torch.minimum(target, cumulative[:, -1:] * (1 - 2**-52))  # rounding must not run past the last sum
     index = torch.searchsorted(cumulative, below_all, right=True)
     sums = pad(cumulative, (1, 0))

@@ -1,4 +1,4 @@
-"""How responses are sampled."""
+"""Parameters of the sampling of responses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SamplingParams:
     temperature: float = 1.0
     """τ > 0; divides the logits in sampling and in every log-prob. InstructGPT samples at 1."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Weights that sample. None: the dtype training computes in (bfloat16 under bf16-mixed), copied once a rollout."""
+    """Dtype of the weights that sample. None: that of training (bfloat16 under bf16-mixed), copied once a rollout."""
     seed: int | None = None
     """Seed of the random numbers, a function of (seed, iteration, row) whatever the number of processes. None is that
     of `seed_everything`, else 0."""
@@ -64,9 +64,9 @@ class SamplingParams:
 
 
 def row_uniforms(*, seed: int, stream: str, iteration: int, rows: Sequence[int], length: int) -> Tensor:
-    """Random numbers in [0, 1), one per token, that depend on nothing but their names.
+    """Random numbers in [0, 1), one per token; they depend only on the arguments.
 
-    They are the names' SHAKE-128, 53 bits each: torch's generators tell only 2³² seeds apart on a CPU.
+    They are the SHAKE-128 of the arguments, 53 bits each: torch's generators tell only 2³² seeds apart on a CPU.
 
     Args:
         seed: of the run.

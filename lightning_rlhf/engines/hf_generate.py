@@ -1,4 +1,4 @@
-"""Hugging Face's `generate` for networks whose cache the decode loop does not know."""
+"""Sampling with Hugging Face's `generate` for networks whose cache the decode loop does not support."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generate(
     pad_token: int,
     watch: Watch | None = None,
 ) -> Sampled:
-    """Responses as by `decode`: the same tokens from the same random numbers, with nothing but `generate` asked.
+    """Sample responses with `generate`: the same tokens as `decode` from the same random numbers.
 
     Args:
         network: a causal language model with a `generate` method.
@@ -55,14 +55,17 @@ def generate(
 
 
 class _Chooser(LogitsProcessor):
-    """Draws each token itself and leaves `generate` no choice but to take it."""
+    """Logits processor that draws each token itself and forces `generate` to take it."""
 
     def __init__(self, record: Record, uniforms: Tensor | None, *, prompt_width: int, temperature: float) -> None:
-        self.record, self.uniforms, self.prompt_width, self.temperature = record, uniforms, prompt_width, temperature
+        self.record = record
+        self.uniforms = uniforms
+        self.prompt_width = prompt_width
+        self.temperature = temperature
         self.open: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of −∞ but for the drawn tokens."""
+        """Return scores of −∞ except for the drawn tokens."""
         place = input_ids.shape[1] - self.prompt_width
         self.open = torch.ones_like(input_ids[:, 0], dtype=torch.bool) if self.open is None else self.open
         rows = self.open.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""How far a rollout is, told while it is drawn."""
+"""Progress of a rollout while it is sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rlhf.core.checks import check_not_negative
 
 
 class Progress(NamedTuple):
-    """Of the rollout of one process.
+    """State of the rollout of one process.
 
     Attributes:
         done: responses that are complete.
@@ -29,13 +29,13 @@ class Progress(NamedTuple):
 
 
 class Watch:
-    """Follows the rollouts that a `Sampler` draws.
+    """Progress tracker of the rollouts that a `Sampler` draws.
 
-    Counting stays on the device, which is waited for only where something is told.
+    Counting stays on the device, which is synchronized only for a report.
 
     Args:
-        tell: told now and then, and once at the end of each rollout.
-        every: seconds from one telling to the next, at least.
+        tell: called now and then, and once at the end of each rollout.
+        every: least seconds between two calls.
 
     Raises:
         ValueError: `every` is negative.
@@ -46,20 +46,20 @@ class Watch:
         self.tell, self.every = tell, every
 
     def begin(self, total: int, device: torch.device) -> None:
-        """A rollout of `total` responses begins."""
+        """Start a rollout of `total` responses."""
         self._total, self._tokens = total, 0
         self._done = torch.zeros((), dtype=torch.long, device=device)
         self._start = self._told = perf_counter()
 
     def add(self, goes_on: Tensor) -> None:
-        """A token was drawn for each of some responses; whether these go on, (b,), bool."""
+        """Count a token of each of some responses and the responses that ended; `goes_on` is (b,), bool."""
         self._tokens += len(goes_on)
         self._done += (~goes_on).sum()
         if perf_counter() - self._told >= self.every:
             self._tell()
 
     def end(self) -> None:
-        """The rollout is complete."""
+        """Mark the rollout as complete."""
         self._tell()
 
     def _tell(self) -> None:

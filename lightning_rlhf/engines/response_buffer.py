@@ -1,4 +1,4 @@
-"""Responses as they grow, token by token."""
+"""Buffer of responses that grow token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rlhf.types import PromptBatch, Rollout
 
 
 class Sampled(NamedTuple):
-    """Responses as they were drawn.
+    """Sampled responses with their log-probs.
 
     Attributes:
         tokens: (B, R), int64, `pad_token` after the end.
@@ -30,7 +30,7 @@ class Sampled(NamedTuple):
     entropy: Tensor
 
     def rollout(self, prompts: PromptBatch) -> Rollout:
-        """The responses with their prompts; what nobody measured yet is zero.
+        """Combine the responses with their prompts into a rollout; unmeasured fields are zero.
 
         Args:
             prompts: B prompts, of which each has as many responses, in consecutive rows.
@@ -54,7 +54,7 @@ class Sampled(NamedTuple):
 
 
 class Record:
-    """What has been drawn so far.
+    """Buffer of the tokens sampled so far.
 
     Args:
         rows: B.
@@ -85,7 +85,7 @@ class Record:
             watch.begin(rows, device)
 
     def add(self, rows: Tensor, places: Tensor, drawn: Draw) -> Tensor:
-        """Take in a token of each of some responses.
+        """Append a token to each of some responses.
 
         Args:
             rows: which, (b,), int64.
@@ -106,7 +106,7 @@ class Record:
         return goes_on
 
     def sampled(self) -> Sampled:
-        """All of it, in the precision of the logits."""
+        """Return all responses, in the precision of the logits."""
         if self._watch is not None:
             self._watch.end()
         return Sampled(self._tokens, self._response, self._ended, *self._numbers.to(self._dtype))

@@ -1,4 +1,4 @@
-"""Who samples: the policy's network, or a copy of today's weights in low precision, made for one rollout."""
+"""Sampler of responses from the policy's network or from a low-precision copy made for one rollout."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Sampler:
-    """Draws responses from a policy.
+    """Sampler of responses from a policy.
 
-    Not an `nn.Module`: it owns no weights between rollouts.
+    It is not an `nn.Module` and owns no weights between rollouts.
 
     Args:
         policy: whose responses.
@@ -44,7 +44,7 @@ class Sampler:
         self.passes = generation.max_new_tokens if reason is None else 1
 
     def __call__(self, prompts: PromptBatch, uniforms: Tensor | None, *, samples: int = 1) -> Sampled:
-        """Responses to the prompts.
+        """Sample responses to the prompts.
 
         Args:
             prompts: B prompts.
@@ -68,7 +68,7 @@ class Sampler:
             )
 
     def dtype(self, device: str) -> torch.dtype:
-        """What samples: the setting, else what training computes in.
+        """Return the dtype of the sampling weights: the setting, or else the training dtype.
 
         Args:
             device: type of the device, whose autocast is asked.
@@ -78,7 +78,7 @@ class Sampler:
         return self.training_dtype(device)
 
     def training_dtype(self, device: str) -> torch.dtype:
-        """What training computes in: autocast's dtype, or the weights'."""
+        """Return the dtype of training: that of autocast, or else of the weights."""
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return next(self.policy.parameters()).dtype

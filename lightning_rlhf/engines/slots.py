@@ -1,4 +1,4 @@
-"""The open responses: their cache, aligned on the right so that rows of any age take their next token together."""
+"""Open responses with their cache, right-aligned so that rows of any age decode together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_rlhf.models.cache import cache_name, growing_cache
 
 
 class Slots:
-    """Rows that are being decoded.
+    """Rows in the process of decoding.
 
-    Every row's newest token stands in the last column; what a row lacks on the left is masked. On a GPU a pass is
+    Every row's newest token is in the last column; columns that a row lacks on the left are masked. On a GPU a pass is
     recorded once the rows are settled, and rows and columns then stay until they change again.
 
     Args:
@@ -32,7 +32,9 @@ class Slots:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network, self.backbone, self._cache_name = network, Backbone(network), cache_name(network)
+        self.network = network
+        self.backbone = Backbone(network)
+        self._cache_name = cache_name(network)
         device = next(network.parameters()).device
         self.rows = self.ages = torch.empty(0, dtype=torch.long, device=device)
         self.open = torch.empty(0, dtype=torch.bool, device=device)
@@ -45,7 +47,7 @@ class Slots:
         return len(self.rows)
 
     def admit(self, rows: Tensor, tokens: Tensor, mask: Tensor, *, samples: int) -> None:
-        """Read prompts, and open `samples` rows for each.
+        """Read prompts and open `samples` rows for each.
 
         Args:
             rows: the responses they begin, (m·samples,), int64.
@@ -55,7 +57,9 @@ class Slots:
         """
         self._let_go()
         first = int(mask.any(0).int().argmax())
-        tokens, mask, cache = tokens[:, first:], mask[:, first:], growing_cache()
+        tokens = tokens[:, first:]
+        mask = mask[:, first:]
+        cache = growing_cache()
         logits = self._forward(tokens, mask, positions(mask), cache)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
@@ -88,7 +92,7 @@ class Slots:
         self.logits = self._forward(tokens.unsqueeze(1), self.mask, self.mask.sum(1, keepdim=True) - 1, self.cache)
 
     def drop_closed(self) -> None:
-        """Drop the closed rows, and the columns that only they used."""
+        """Drop the closed rows and the columns that only they used."""
         self._let_go()
         index = self.open.nonzero().squeeze(1)
         self.rows, self.ages, self.open, self.mask = (x[index] for x in (self.rows, self.ages, self.open, self.mask))
@@ -101,13 +105,13 @@ class Slots:
             layer.keys, layer.values = (x[index, :, first:] for x in (layer.keys, layer.values))
 
     def _let_go(self) -> None:
-        """Rows are about to change: what was recorded is of no use any more."""
+        """Discard the recorded pass, because the rows are about to change."""
         if self.recorded is not None:
             self.cache, self.mask = self.recorded.grown()
             self.logits, self.recorded = self.logits.clone(), None  # they lay in what was recorded
 
     def _join(self, cache: Cache, mask: Tensor) -> None:
-        """Put other rows under these, all aligned on the right."""
+        """Append rows below the present ones, all right-aligned."""
         width = max(mask.shape[1], self.mask.shape[1])
         self.mask = torch.cat([pad(m, (width - m.shape[1], 0)) for m in (self.mask, mask)])
         for layer, other in zip(self.cache.layers, cache.layers, strict=True):
@@ -117,11 +121,11 @@ class Slots:
             )
 
     def _forward(self, tokens: Tensor, mask: Tensor, place: Tensor, cache: Cache) -> Tensor:
-        """Logits of the last position, (n, V)."""
-        known: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
+        """Return the logits of the last position, (n, V)."""
+        options: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
         if self.backbone.accepts("position_ids"):
-            known["position_ids"] = place
+            options["position_ids"] = place
         if self.backbone.accepts("logits_to_keep"):
-            known["logits_to_keep"] = 1
+            options["logits_to_keep"] = 1
         with unplanned_attention():
-            return self.network(input_ids=tokens, attention_mask=mask.long(), **known).logits[:, -1]
+            return self.network(input_ids=tokens, attention_mask=mask.long(), **options).logits[:, -1]

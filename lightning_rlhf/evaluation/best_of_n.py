@@ -1,4 +1,4 @@
-"""The baseline that needs no training: the best of n responses of the reference. Every run should beat it."""
+"""Best-of-n of the reference, a baseline without training that every run should beat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.evaluation.evaluator import Answers, Columns, Evaluator
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN(Evaluator):
-    """Best-of-n of the reference beside the policy, by the module's scores after shaping.
+    """Best-of-n of the reference compared with the policy, by the module's scores after shaping.
 
     Of the largest n responses to each prompt it logs, for each n, `best_of_4/reward`, the unbiased mean of the best
     (`core.expected_best`), its standard error over prompts, and `best_of_4/kl` = log n − (n − 1)/n, nats: exactly
@@ -29,7 +29,7 @@ class BestOfN(Evaluator):
     """
 
     n: tuple[int, ...] = (1, 4, 16)
-    """How many responses; the largest is how many are drawn."""
+    """Numbers of responses to choose from; the largest is drawn."""
     name = "best_of_n"
 
     def __post_init__(self) -> None:
@@ -40,27 +40,27 @@ class BestOfN(Evaluator):
 
     @property
     def reference_samples(self) -> int:
-        """The largest n."""
+        """Number of responses to draw: the largest n."""
         return self.n[-1]
 
     def of_answers(self, answers: Answers) -> Columns:
-        """Score and KL of the policy's response, (B,); scores of the reference's, (B, N)."""
+        """Return score and KL of the policy's response, (B,), and the reference's scores, (B, N)."""
         kl = (answers.policy.logprobs - answers.policy.ref_logprobs).sum(1)
         return {"score": answers.scores, "kl": kl, "reference": answers.reference_scores[:, : self.reference_samples]}
 
     def conclude(self, notes: Columns) -> dict[str, float]:
-        """Over all prompts."""
+        """Compute the metrics of best-of-n over all prompts."""
         best = torch.stack([expected_best(notes["reference"], n=n) for n in range(1, self.reference_samples + 1)])
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for n in self.n:
             of_prompts = best[n - 1]
-            found[f"best_of_{n}/reward"] = float(of_prompts.mean())
-            found[f"best_of_{n}/reward_se"] = standard_error(of_prompts)
-            found[f"best_of_{n}/kl"] = best_of_n_kl(n)
-        return found | self._compared(best, notes["score"], max(float(notes["kl"].mean()), 0.0))
+            metrics[f"best_of_{n}/reward"] = float(of_prompts.mean())
+            metrics[f"best_of_{n}/reward_se"] = standard_error(of_prompts)
+            metrics[f"best_of_{n}/kl"] = best_of_n_kl(n)
+        return metrics | self._compared(best, notes["score"], max(float(notes["kl"].mean()), 0.0))
 
     def _compared(self, best: Tensor, scores: Tensor, kl: float) -> dict[str, float]:
-        """The policy beside the curve.
+        """Compare the policy with the curve of best-of-n.
 
         Args:
             best: score of the best of n to each prompt, (N, prompts), n from 1.
@@ -68,20 +68,20 @@ class BestOfN(Evaluator):
             kl: of the policy, nats.
         """
         curve = torch.tensor([best_of_n_kl(n) for n in range(1, len(best) + 1)], dtype=torch.float64)
-        found = {"best_of_n/equivalent": n_of_kl(kl)}
+        metrics = {"best_of_n/equivalent": n_of_kl(kl)}
         if kl <= float(curve[-1]):
             at_equal_kl = _between(curve, best, kl)
             lead = scores - at_equal_kl
-            found["best_of_n/reward_at_equal_kl"] = float(at_equal_kl.mean())
-            found |= {"best_of_n/lead": float(lead.mean()), "best_of_n/lead_se": standard_error(lead)}
+            metrics["best_of_n/reward_at_equal_kl"] = float(at_equal_kl.mean())
+            metrics |= {"best_of_n/lead": float(lead.mean()), "best_of_n/lead_se": standard_error(lead)}
         reward, means = float(scores.mean()), best.mean(1)
         if reward <= float(means[-1]):
-            found["best_of_n/kl_at_equal_reward"] = float(_between(means, curve, reward))
-        return found
+            metrics["best_of_n/kl_at_equal_reward"] = float(_between(means, curve, reward))
+        return metrics
 
 
 def _between(x: Tensor, y: Tensor, place: float) -> Tensor:
-    """y at `place` on the lines between points (x, y), x rising; the first y before the first x.
+    """Interpolate the points (x, y) at `place`, x rising; returns the first y before the first x.
 
     Args:
         x: (N,).

@@ -1,4 +1,4 @@
-"""Held-out prompts: generate, score, compare with the reference. Held-out texts: next-token loss."""
+"""Evaluation on held-out prompts and texts: scores against the reference and next-token loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_rlhf.types import Outcome, PromptBatch, TextBatch
 
 
 class Evaluation:
-    """Validation, test and prediction of a policy, with random numbers of their own.
+    """Validation, test and prediction of a policy with a random stream of its own.
 
     Args:
         evaluators: what validation and test measure beside reward and KL.
@@ -28,13 +28,13 @@ class Evaluation:
         self._metrics = MeanMetrics()
 
     def begin(self, responder: Responder) -> None:
-        """Forget what an interrupted evaluation took in."""
+        """Discard the batches of an interrupted evaluation."""
         self._metrics = MeanMetrics()
         self.panel.begin(responder)
 
     @torch.no_grad()
     def step(self, responder: Responder, batch: PromptBatch | TextBatch, batch_idx: int) -> Outcome | None:
-        """Take in a batch of prompts, or of texts; returns what the prompts gave."""
+        """Evaluate a batch of prompts or texts and return the outcome of the prompts."""
         if isinstance(batch, TextBatch):
             logprobs = responder.collector.policy.text_logprobs(batch)
             self._metrics += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
@@ -47,7 +47,7 @@ class Evaluation:
         return outcome_of(rollout, scores, batch)
 
     def conclude(self, responder: Responder, *, remember: bool) -> dict[str, float]:
-        """Means over all processes by name; `reward` is the mean score.
+        """Return the means over all processes by name; `reward` is the mean score.
 
         Args:
             responder: whose processes.
@@ -58,7 +58,7 @@ class Evaluation:
 
     @torch.no_grad()
     def predict(self, responder: Responder, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt that counts."""
+        """Return one record per prompt that counts."""
         rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
         outcome = outcome_of(rollout, responder.score(rollout, batch, iteration=batch_idx), batch)
         texts: list[Any] = outcome.tokens()

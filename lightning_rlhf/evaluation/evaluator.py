@@ -1,4 +1,4 @@
-"""What an evaluation is: numbers of each held-out prompt or text, and what all of them together say."""
+"""Interface of evaluators: numbers per held-out prompt or text and metrics of all of them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Columns = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What there is to know of a batch of B held-out prompts.
+    """Responses to a batch of B held-out prompts with their scores.
 
     Attributes:
         prompts: the batch; its `counts` says which rows count.
         policy: one response of the policy to each, with log π and log π_ref.
         scores: of these, after shaping, (B,), reward units.
-        reference: K responses of the reference to each, in consecutive rows; None where no evaluation reads any.
+        reference: K responses of the reference to each, in consecutive rows; None if no evaluation reads any.
         reference_scores: of these, after shaping, (B, K).
-        tokenizer: for text; None where the policy has none.
+        tokenizer: for text; None if the policy has none.
         score: `(reward, rollout)` to the scores of another reward, agreed on by all processes.
         agreed: whether something is true on every process.
     """
@@ -43,14 +43,14 @@ class Answers:
     agreed: Callable[[bool], bool]
 
     def of_reference(self, samples: int) -> Rollout:
-        """The first `samples` responses of the reference to each prompt."""
+        """Return the first `samples` responses of the reference to each prompt."""
         drawn = torch.arange(len(self.reference), device=self.reference.tokens.device)
         return self.reference.select(drawn.view(len(self.scores), -1)[:, :samples].flatten())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """What there is to know of a batch of B held-out texts.
+    """Log-probs of a batch of B held-out texts.
 
     Attributes:
         texts: the batch.
@@ -64,47 +64,47 @@ class Texts:
 
 
 class Evaluator(ABC):
-    """An evaluation of the policy against its reference.
+    """Base class of evaluations of the policy against its reference.
 
     It takes notes of each batch and concludes from the notes of all batches and processes, so that it needs no
-    collective of its own and does not depend on who held which row.
+    collective of its own and does not depend on the distribution of rows over processes.
     """
 
     name: str
-    """What its logged names begin with; no two evaluations of a module may share it."""
+    """Prefix of its logged names; no two evaluations of a module may share it."""
     serves = "prompts"  # bare: jsonargparse reads a base's annotations with the names of the subclass's module
-    """Which held-out data it is of, `prompts` or `texts`."""
+    """Kind of held-out data it evaluates, `prompts` or `texts`."""
 
     @property
     def reference_samples(self) -> int:
-        """K, responses of the reference to each prompt that it reads."""
+        """Number K of responses of the reference to each prompt that it reads."""
         return 0
 
     @property
     def rewards(self) -> tuple[Reward, ...]:
-        """Rewards of its own, which the module prepares and moves."""
+        """List the evaluator's own rewards, which the module prepares and moves."""
         return ()
 
     def of_answers(self, answers: Answers) -> Columns:
-        """Notes of B prompts, float or int; only those of rows that count are kept."""
+        """Return notes of B prompts, float or int; only those of rows that count are used."""
         raise NotImplementedError(f"{type(self).__name__} is not of prompts")
 
     def of_texts(self, texts: Texts) -> Columns:
-        """Notes of B texts."""
+        """Return notes of B texts."""
         raise NotImplementedError(f"{type(self).__name__} is not of texts")
 
     @abstractmethod
     def conclude(self, notes: Columns) -> dict[str, float]:
-        """What to log, by name.
+        """Return the metrics to log by name.
 
         Args:
             notes: of all N ≥ 1 prompts or texts, in the order of the file, float64 on the CPU.
         """
 
     def adapted(self, notes: Columns) -> Self:
-        """The evaluator of the next validation of the same run; itself unless it remembers."""
+        """Return the evaluator of the run's next validation: the same one unless it has a memory."""
         return self
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Itself: it never changes, and averaging callbacks, which copy the module, need no second gold reward."""
+        """Return the evaluator itself. Because it is immutable, averaging callbacks need no second gold reward."""
         return self

@@ -1,4 +1,4 @@
-"""Over-optimization: a second reward, which is not trained on, judges what the first one led to (Gao et al. 2023)."""
+"""Over-optimization measured by a second reward that is not trained on (Gao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_rlhf.evaluation.evaluator import Answers, Columns, Evaluator
 from lightning_rlhf.rewards import Reward, as_reward
 
 ERRORS = 2.0
-"""Standard errors by which the gold reward must have fallen."""
+"""Number of standard errors by which the gold reward must have fallen."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GoldReward(Evaluator):
-    """The same responses under another reward, which stands for what is really wanted.
+    """Scores of the same responses under a gold reward, which stands for the true goal.
 
     The proxy is the module's score after shaping. Logs `gold/reward`, `gold/reference_reward`; `gold/gain` and
     `gold/proxy_gain`, the policy's less the reference's, with `gold/gain_se`; `gold/correlation` of gold and proxy over
@@ -33,9 +33,9 @@ class GoldReward(Evaluator):
     """
 
     reward: Reward | Callable[..., Any]
-    """As the module's `reward`: a `Reward`, an `nn.Module` on token ids, or a function."""
+    """Gold reward in any form of the module's `reward`: a `Reward`, an `nn.Module` on token ids or a function."""
     name: str = "gold"
-    """Under which it is logged; two gold rewards need two names."""
+    """Prefix of the logged names; two gold rewards need two names."""
     best: Columns | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,28 +43,28 @@ class GoldReward(Evaluator):
 
     @property
     def reference_samples(self) -> int:
-        """One."""
+        """Number of reference responses to each prompt, which is 1."""
         return 1
 
     @property
     def rewards(self) -> tuple[Reward, ...]:
-        """The gold reward."""
+        """List the gold reward as the evaluator's own."""
         return (self.reward,)
 
     def of_answers(self, answers: Answers) -> Columns:
-        """Gold and proxy of the policy's response and of the reference's, (B,) each."""
+        """Return gold and proxy scores of the policy's response and of the reference's, (B,) each."""
         gold = answers.score(self.reward, answers.policy).total
         of_reference = answers.score(self.reward, answers.of_reference(1)).total
         proxies = {"proxy": answers.scores, "reference_proxy": answers.reference_scores[:, 0]}
         return proxies | {"gold": gold, "reference_gold": of_reference}
 
     def conclude(self, notes: Columns) -> dict[str, float]:
-        """Over all prompts."""
+        """Compute gain and over-optimization over all prompts."""
         gold, proxy = notes["gold"], notes["proxy"]
         gain, best = gold - notes["reference_gold"], self._best(notes)
         change, proxy_change = gold - best["gold"], float((proxy - best["proxy"]).mean())
         since, error = float(change.mean()), standard_error(change)
-        found = {
+        metrics = {
             "reward": float(gold.mean()),
             "reference_reward": float(notes["reference_gold"].mean()),
             "gain": float(gain.mean()),
@@ -76,10 +76,10 @@ class GoldReward(Evaluator):
             "proxy_since_best": proxy_change,
             "overoptimized": float(proxy_change > 0 and since < -ERRORS * error),
         }
-        return {f"{self.name}/{name}": number for name, number in found.items()}
+        return {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def adapted(self, notes: Columns) -> Self:
-        """It remembers these notes if they are the best so far."""
+        """Remember these notes if they are the best so far."""
         best = self._best(notes)
         best = notes if float(notes["gold"].mean()) > float(best["gold"].mean()) else best
         successor = replace(self)
@@ -87,7 +87,7 @@ class GoldReward(Evaluator):
         return successor
 
     def _best(self, notes: Columns) -> Columns:
-        """Gold and proxy of the best so far, of the reference where these are other prompts or nothing was better."""
+        """Return gold and proxy of the best evaluation on these prompts, or of the reference if none was better."""
         reference = {"gold": notes["reference_gold"], "proxy": notes["reference_proxy"]}
         if self.best is None or len(self.best["gold"]) != len(notes["gold"]):
             return reference
@@ -95,7 +95,7 @@ class GoldReward(Evaluator):
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's; 0 where one does not vary."""
+    """Return Pearson's correlation; 0 if either quantity is constant."""
     x, y = x - x.mean(), y - y.mean()
     scale = torch.sqrt(x.square().sum() * y.square().sum())
     return float((x * y).sum() / scale) if float(scale) > 0 else 0.0

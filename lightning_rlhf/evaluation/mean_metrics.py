@@ -1,4 +1,4 @@
-"""Means of what an iteration measured, over all minibatches and processes, by one collective."""
+"""Means of an iteration's metrics over all minibatches and processes, with one collective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.core import AllSum, full_precision, masked_sum
 
 @dataclass(frozen=True, slots=True)
 class MeanMetrics:
-    """Sums and counts by name, which add up; no device is waited for until `means`.
+    """Sums and counts by name that can be added without a synchronization of the device until `means`.
 
     Attributes:
         sums: (2,), float64, by logged name: the sum, and over how many entries.
@@ -24,7 +24,7 @@ class MeanMetrics:
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor], mask: Tensor | None = None) -> Self:
-        """What some entries sum to.
+        """Sum entries and count them.
 
         Args:
             values: by logged name, any shape.
@@ -33,12 +33,12 @@ class MeanMetrics:
         return cls({name: _sum_and_count(entries, mask) for name, entries in values.items()})
 
     def __add__(self, other: MeanMetrics) -> MeanMetrics:
-        """Both together; names need not be the same."""
+        """Add the sums of both; names need not be the same."""
         added = {name: self.sums[name] + sums if name in self.sums else sums for name, sums in other.sums.items()}
         return MeanMetrics({**self.sums, **added})
 
     def means(self, all_sum: AllSum) -> dict[str, float]:
-        """Mean of every name over all processes, which must have the same names."""
+        """Return the mean of every name over all processes, which must have the same names."""
         if not self.sums:
             return {}
         names = sorted(self.sums)

@@ -1,4 +1,4 @@
-"""What a rollout and its credit say: numbers to log, and the outcome that callbacks look at."""
+"""Metrics of a rollout and its credit, and the outcome passed to callbacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.types import Experience, Outcome, PromptBatch, Rollout
 
 
 def observed(rollout: Rollout, scores: Scores, *, score: str = "scores") -> dict[str, Tensor]:
-    """Terms of the objective, of each response, (B,), by name (Ouyang et al. 2022, eq. 2).
+    """Return the terms of the objective by name for each response, (B,) (Ouyang et al. 2022, eq. 2).
 
     Args:
         rollout: B responses.
@@ -32,7 +32,7 @@ def observed(rollout: Rollout, scores: Scores, *, score: str = "scores") -> dict
 
 
 def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMetrics:
-    """Metrics of a training rollout before its updates.
+    """Compute the metrics of a training rollout before its updates.
 
     Args:
         rollout: B responses.
@@ -56,7 +56,7 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
 
 
 def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experience: Experience | None = None) -> Outcome:
-    """What callbacks may look at, without the graph that the update goes on from.
+    """Build the outcome for callbacks, detached from the graph that the update uses.
 
     Args:
         rollout: B responses.

@@ -1,4 +1,4 @@
-"""Evaluations of a policy: each is served the held-out data, and concludes from the notes of all processes."""
+"""Evaluators run on the same held-out data, with notes gathered from all processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NEEDS = {"prompts": "held-out prompts: set the data's `val` or `test`", "texts":
 
 
 class Panel:
-    """Runs evaluators beside a module's own evaluation.
+    """Runner of the evaluators beside a module's own evaluation.
 
-    Random numbers are those of a stream of their own, and nothing here moves what training reads.
+    It draws from a random stream of its own and changes nothing that training reads.
 
     Args:
         evaluators: in the order in which they log.
@@ -41,13 +41,13 @@ class Panel:
         self._reference = ReferenceAnswers()
 
     def networks(self, tokenizer: PreTrainedTokenizerBase | None) -> list[nn.Module]:
-        """Those of the evaluators' own rewards, built now."""
+        """Build the networks of the evaluators' own rewards and return them."""
         for reward in self._rewards():
             reward.prepare(tokenizer)
         return [network for reward in self._rewards() for network in reward.networks()]
 
     def begin(self, responder: Responder) -> None:
-        """Forget what an interrupted evaluation took in."""
+        """Discard the notes of an interrupted evaluation."""
         self._notes = [[] for _ in self.given]
         for reward in self._rewards():
             for network in reward.networks():
@@ -56,7 +56,7 @@ class Panel:
     def prompts(
         self, responder: Responder, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores
     ) -> None:
-        """Take in a batch of prompts with the policy's responses."""
+        """Note a batch of prompts with the policy's responses."""
         present = self._of("prompts")
         if not present:
             return
@@ -65,13 +65,13 @@ class Panel:
             self._note(responder.ranks, number, evaluator.of_answers(answers), batch.is_real, batch_idx)
 
     def texts(self, responder: Responder, batch: TextBatch, batch_idx: int, logprobs: Tensor) -> None:
-        """Take in a batch of texts with the policy's log-probs, (B, L − 1)."""
+        """Note a batch of texts with the policy's log-probs, (B, L − 1)."""
         texts = Texts(texts=batch, logprobs=logprobs, reference=partial(_reference_logprobs, responder, batch))
         for number, evaluator in self._of("texts"):
             self._note(responder.ranks, number, evaluator.of_texts(texts), batch.target.any(1), batch_idx)
 
     def conclude(self, ranks: Ranks, *, remember: bool) -> dict[str, float]:
-        """Results of all evaluations by name.
+        """Return the results of all evaluators by name.
 
         Args:
             ranks: whose notes are brought together.
@@ -99,11 +99,11 @@ class Panel:
         return [reward for evaluator in self.given for reward in evaluator.rewards]
 
     def _note(self, ranks: Ranks, number: int, columns: Columns, counts: Tensor, batch_idx: int) -> None:
-        """Keep the rows that count, with their place in the file."""
+        """Store the rows that count with their place in the file."""
         places = batch_idx * 2**32 + torch.arange(len(counts)) * ranks.world + ranks.rank
         counts = counts.cpu()
-        kept = {name: column.detach().cpu()[counts].double() for name, column in columns.items()}
-        self._notes[number].append((places[counts], kept))
+        values = {name: column.detach().cpu()[counts].double() for name, column in columns.items()}
+        self._notes[number].append((places[counts], values))
 
     def _answers(
         self, responder: Responder, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores

@@ -1,4 +1,4 @@
-"""The reference's responses to held-out prompts: it does not change, so they are drawn and scored once in a run."""
+"""Cache of the reference's responses to held-out prompts: the reference is fixed, so each is drawn once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.types import PromptBatch, Rollout, Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Responses to a batch of prompts, and what they answer, in main memory."""
+    """Cached responses to a batch of prompts with the prompts, in main memory."""
 
     tokens: Tensor
     rows: Sequence[Row]
@@ -23,7 +23,7 @@ class Kept:
 
 
 class ReferenceAnswers:
-    """K responses of the reference to each held-out prompt, with their scores, kept by batch."""
+    """Cache by batch of K responses of the reference to each held-out prompt with their scores."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
@@ -31,7 +31,7 @@ class ReferenceAnswers:
     def __call__(
         self, responder: Responder, batch: PromptBatch, batch_idx: int, *, samples: int
     ) -> tuple[Rollout, Tensor]:
-        """The responses, B·K in consecutive rows, and their scores after shaping, (B, K).
+        """Return B·K responses in consecutive rows and their scores after shaping, (B, K).
 
         Args:
             responder: whose reference and reward.
@@ -39,14 +39,14 @@ class ReferenceAnswers:
             batch_idx: their place in the evaluation, which names the random numbers.
             samples: K.
         """
-        kept, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
-        known = kept is not None and kept.scores.shape[1] == samples and kept.rows == batch.rows
-        if not responder.ranks.all(known and torch.equal(kept.tokens, tokens)):  # or else some would wait for others
+        entry, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
+        cached = entry is not None and entry.scores.shape[1] == samples and entry.rows == batch.rows
+        if not responder.ranks.all(cached and torch.equal(entry.tokens, tokens)):  # or else some would wait for others
             rollout = responder.respond_as_reference(batch, samples=samples, iteration=batch_idx)
             scores = responder.score(rollout, batch, iteration=batch_idx).total.view(-1, samples)
-            kept = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
-            self._kept[batch_idx] = kept
-        return _moved(kept.rollout, batch.tokens.device), kept.scores.to(batch.tokens.device)
+            entry = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
+            self._kept[batch_idx] = entry
+        return _moved(entry.rollout, batch.tokens.device), entry.scores.to(batch.tokens.device)
 
 
 def _moved(rollout: Rollout, device: torch.device | str) -> Rollout:

@@ -1,4 +1,4 @@
-"""How often the policy's response is the better one: by the reward, or by any judge; also at equal lengths."""
+"""Win rate of the policy's response by the reward or a judge, also at equal lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_rlhf.rewards.text import decoded
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate(Evaluator):
-    """P(the policy's response is preferred to one of the reference to the same held-out prompt).
+    """Win rate P(the policy's response is preferred to one of the reference to the same held-out prompt).
 
     Logs `win_rate` and its standard error `win_rate_se` over prompts; `win_rate_length_controlled`, the win rate at
     equal lengths (`core.length_controlled`, Dubois et al. 2024 without their term for an instruction's difficulty);
@@ -34,20 +34,20 @@ class WinRate(Evaluator):
     ½ for a tie), by object or dotted path; extra columns of the data reach it. None compares the module's scores after
     shaping, ties count half."""
     samples: int = 1
-    """Responses of the reference to each prompt; the policy's is compared with every one of them."""
+    """Number of reference responses to each prompt; the policy's is compared with every one of them."""
     name: str = "win_rate"
-    """Under which it is logged; two judges need two names."""
+    """Prefix of the logged names; two judges need two names."""
 
     def __post_init__(self) -> None:
         check_positive(samples=self.samples)
 
     @property
     def reference_samples(self) -> int:
-        """`samples`."""
+        """Number of reference responses to each prompt."""
         return self.samples
 
     def of_answers(self, answers: Answers) -> Columns:
-        """Preferences and differences of length, (B, k) each."""
+        """Return preferences and differences of length, (B, k) each."""
         lengths = answers.policy.lengths.unsqueeze(1) - answers.of_reference(self.samples).lengths.view(
             -1, self.samples
         )
@@ -58,19 +58,19 @@ class WinRate(Evaluator):
         return {"preference": (ours > theirs).double() + (ours == theirs).double() / 2, "lengths": lengths}
 
     def conclude(self, notes: Columns) -> dict[str, float]:
-        """Over all pairs; the standard error is of the prompts' means."""
+        """Average over all pairs; the standard error is that of the prompts' means."""
         preference, lengths = notes["preference"], notes["lengths"]
         of_prompts = preference.mean(1)
-        found = {
+        metrics = {
             self.name: float(of_prompts.mean()),
             f"{self.name}_se": standard_error(of_prompts),
             f"{self.name}_length_controlled": length_controlled(preference.flatten(), lengths.flatten()),
             f"{self.name}_length_difference": float(lengths.mean()),
         }
-        return found | ({f"{self.name}_first": float(notes["first"].mean())} if "first" in notes else {})
+        return metrics | ({f"{self.name}_first": float(notes["first"].mean())} if "first" in notes else {})
 
     def _asked(self, answers: Answers) -> Tensor:
-        """The judge's preferences by the order it was asked in, (2, B, k); it is not asked about fillers.
+        """Ask the judge for preferences in both orders, (2, B, k), except about filler rows.
 
         Raises:
             ValueError: it failed on some process, or there is no tokenizer.
@@ -85,7 +85,7 @@ class WinRate(Evaluator):
         of_policy, of_reference = (pairs // self.samples).tolist(), pairs.tolist()
         rows = [answers.prompts.rows[i] for i in of_policy]
         texts = [ours[i] for i in of_policy], [theirs[i] for i in of_reference]
-        found = torch.zeros(2, len(theirs), dtype=torch.float64)
+        preferences = torch.zeros(2, len(theirs), dtype=torch.float64)
         ask = partial(judged, self.judge, rows, *texts)
-        found[:, pairs] = on_all(ask, agreed=answers.agreed, what=f"the judge of `{self.name}`")
-        return found.view(2, -1, self.samples).to(answers.scores.device)
+        preferences[:, pairs] = on_all(ask, agreed=answers.agreed, what=f"the judge of `{self.name}`")
+        return preferences.view(2, -1, self.samples).to(answers.scores.device)

@@ -1,1 +1,1 @@
-"""Folders that a path names, looked into before anything in them is loaded."""
+"""Inspection of folders before anything in them is loaded, and atomic writes."""

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all, and replacing none but one that was written so."""
+"""Atomic writes of folders, which replace only folders that were written so."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 MANIFEST = "lightning_rlhf.json"
-"""A list of the folder's files, by which it is known that this library wrote them."""
+"""List of the folder's files, which marks a folder as written by this library."""
 _WORK = "work.json"
-"""Names the process whose temporary folder it lies in."""
+"""File that names the process whose temporary folder it lies in."""
 
 
 @contextmanager
 def write_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name and place when the block ends without an error.
+    """Context with a temporary folder that atomically replaces `folder` if the block raises no error.
 
-    What stood there before is there until then. What killed processes left beside it is removed.
+    An existing folder is there until then. Remains of killed processes beside it are removed.
 
     Args:
         folder: `~` is the home directory.
@@ -57,7 +57,7 @@ def write_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Return if there is no such folder, or it is empty, or `write_folder` wrote all that it holds.
+    """Raise unless `folder` is missing or empty or holds only files of `write_folder`.
 
     Raises:
         ValueError: it is a file, holds other files, or is where the process works.
@@ -80,7 +80,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Return if `write_folder` could write there now.
+    """Raise unless `write_folder` could write there now.
 
     Raises:
         ValueError: it could not.
@@ -95,7 +95,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def _written(folder: Path) -> set[str]:
-    """Files that `write_folder` wrote into the folder."""
+    """List the files that `write_folder` wrote into the folder."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {MANIFEST, *map(str, files)}
@@ -104,7 +104,7 @@ def _written(folder: Path) -> set[str]:
 
 
 def _put(target: Path, folder: Path, *, aside: Path) -> None:
-    """Give `target` the place of `folder`, in one step where the system can exchange two folders."""
+    """Move `target` to the path of `folder`, atomically if the system can exchange two folders."""
     if not folder.exists():
         target.rename(folder)
         return
@@ -119,7 +119,7 @@ def _put(target: Path, folder: Path, *, aside: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names by Linux's renameat2; False where there is none."""
+    """Exchange two names with Linux's renameat2; returns False if it is not available."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2

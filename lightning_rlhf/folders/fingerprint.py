@@ -1,4 +1,4 @@
-"""What a model's folder or file holds, in a few kilobytes: enough to tell another model, wherever either lies."""
+"""Fingerprint of a model's folder or file, which identifies the model wherever it lies."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOADED = (
     "added_tokens.json",
     "chat_template*",
 )
-"""What is read beside config, tokenizer and weights."""
+"""Files that are read beside config, tokenizer and weights."""
 UNREAD = ("transformers_version", "_name_or_path", "base_model_name_or_path")
 """Keys of configs that decide nothing, or are paths."""
 BLOCK, BLOCKS = 4096, 64
 
 
 def fingerprint(path: Path, *, weights: str = "*.safetensors") -> dict[str, Any]:
-    """What was saved at `path`, by name of the file: a config's values, the size and a digest of everything else.
+    """Fingerprint `path` by file name: the values of configs, and size and digest of other files.
 
     Weights are read at 64 places, 256 KiB in all: training moves all of them, so that another model shows at each.
 
@@ -34,11 +34,11 @@ def fingerprint(path: Path, *, weights: str = "*.safetensors") -> dict[str, Any]
     """
     if path.is_file():
         return {"content": _digest(path)}
-    found: dict[str, Any] = {}
+    prints: dict[str, Any] = {}
     for file in _files(path, weights):
         values = _values(file) if file.name.endswith("config.json") else None
-        found[file.name] = _digest(file) if values is None else values
-    return found
+        prints[file.name] = _digest(file) if values is None else values
+    return prints
 
 
 def _files(folder: Path, weights: str) -> Iterator[Path]:
@@ -48,7 +48,7 @@ def _files(folder: Path, weights: str) -> Iterator[Path]:
 
 
 def _values(file: Path) -> dict[str, Any] | None:
-    """A config's values, nested ones as text; None where it is no JSON object."""
+    """Values of a config with nested ones as text; returns None if it is no JSON object."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         plain = {key: value for key, value in config.items() if key not in UNREAD}

@@ -1,4 +1,4 @@
-"""What a model folder holds, found out before anything in it is loaded: no pickle, no code, no missing piece."""
+"""Checks of a model folder before it is loaded: no pickle, no code and no missing file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "spiece.*", "*.tiktoken", "tek
 
 
 def check_weights(folder: Path) -> None:
-    """That a folder holds a config and all the safetensors it speaks of, and that nothing in it names code of a hub.
+    """Check that a folder holds a config with all its safetensors and names no code of a hub.
 
     Raises:
         ValueError: it does not.
@@ -53,7 +53,7 @@ def check_weights(folder: Path) -> None:
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """That an adapter's folder holds safetensors and names no Python module to import.
+    """Check that an adapter's folder holds safetensors and names no Python module to import.
 
     Returns:
         its `adapter_config.json`.
@@ -80,7 +80,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """That a folder holds a tokenizer.
+    """Check that a folder holds a tokenizer.
 
     Raises:
         ValueError: it holds none, or its config is no JSON object.
@@ -96,12 +96,12 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether there is any file of a tokenizer."""
+    """Return True if the folder holds any file of a tokenizer."""
     return any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
 
 
 def read_object(file: Path, *, needed: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Args:
         file: to read.
@@ -113,17 +113,17 @@ def read_object(file: Path, *, needed: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}, only {_content(file.parent)}: give {needed}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}): give {needed}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a JSON {type(found).__name__}, not an object: give {needed}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object: give {needed}")
+    return content
 
 
 @contextmanager
 def loading(what: str, path: str) -> Iterator[None]:
-    """Whatever a library below says of a folder that it can't load, as one sentence that names the folder.
+    """Context that turns any loading error of a folder into one sentence with its path.
 
     Raises:
         ValueError: something was raised inside, running out of memory apart.
@@ -155,13 +155,13 @@ def _check_safetensors(folder: Path, *, index: str) -> None:
 
 
 def _content(folder: Path) -> list[str]:
-    """Up to five names."""
+    """List up to five file names of a folder."""
     names = sorted(file.name for file in folder.iterdir())
     return names[:5] + (["..."] if len(names) > 5 else [])
 
 
 def _reason(error: Exception) -> str:
-    """The first lines of an error, the name of its class where it says nothing readable."""
+    """First lines of an error, or its class name if it has no readable text."""
     text = " ".join(str(error).split())
     short = text if len(text) <= 240 else text[:237] + "..."
     return short if " " in text else f"{type(error).__name__} {short}".strip()

@@ -1,4 +1,4 @@
-"""Whether a `path` is a folder here or a name on a hub: only the latter may reach the network."""
+"""Distinction of local folders from hub names: only a hub name may use the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder of that name, or None where `path` is a hub name.
+    """Return the folder of that name; returns None if `path` is a hub name.
 
     NAME and OWNER/NAME, of letters, digits, `-`, `_` and `.`, are hub names unless there is such a folder, or OWNER is
     a folder here. Everything else is a path and never leaves this machine.

@@ -1,4 +1,4 @@
-"""Networks: the only room that imports transformers' models."""
+"""Networks; this folder alone imports transformers' models."""
 
 from lightning_rlhf.models.policy import PolicyModel
 from lightning_rlhf.models.scalar import ScalarModel, score_at_end

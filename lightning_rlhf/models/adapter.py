@@ -1,4 +1,4 @@
-"""PEFT adapters: putting one on, reading a folder that holds one, and telling whether one is there."""
+"""PEFT adapters of a network: creation, detection and merging."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lightning_rlhf.folders.location import local_folder
 logger = logging.getLogger(__name__)
 
 MOVED = "weights_moved_by_adapter"
-"""Attribute of an adapted network: names of weights that PEFT changed when it put the adapter on."""
+"""Attribute of an adapted network: names of weights that PEFT changed when it added the adapter."""
 SAMPLED = 64
-"""Numbers of a weight that are looked at."""
+"""Number of sampled entries of a weight."""
 
 
 def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Module:
-    """The network in a PEFT adapter, or as it is without `config`.
+    """Wrap the network in a PEFT adapter; returns it unchanged without `config`.
 
     Args:
         network: a transformers model.
@@ -53,24 +53,24 @@ def with_adapter(network: nn.Module, config: Any | None, *, task: str) -> nn.Mod
 
 @torch.no_grad()
 def sampled(weight: Tensor) -> Tensor:
-    """Up to about 64 numbers from all over a weight, enough to tell another."""
+    """Sample up to about 64 numbers spread over a weight, enough to identify it."""
     numbers = weight.detach().reshape(-1)
     return numbers[:: max(1, numbers.numel() // SAMPLED)].clone()
 
 
 def is_adapted(network: nn.Module) -> bool:
-    """Whether the network wears a PEFT adapter that can be switched off."""
+    """Return True if the network has a PEFT adapter that can be switched off."""
     return hasattr(network, "disable_adapter") and hasattr(network, "peft_config")
 
 
 def is_off(network: nn.Module) -> bool:
-    """Whether the network's adapter is switched off, as inside `PolicyModel.reference`."""
+    """Return True if the network's adapter is switched off, as inside `PolicyModel.reference`."""
     return is_adapted(network) and any(getattr(x, "disable_adapters", False) is True for x in network.modules())
 
 
 @contextmanager
 def adapter_off(network: nn.Module) -> Iterator[None]:
-    """Inside it an adapted network is what it was before the adapter was put on.
+    """Context that switches the adapter off, so that the network is the one before the adapter.
 
     Raises:
         ValueError: it would not be, because training or the adapter's start changed a weight under the adapter.
@@ -93,7 +93,7 @@ def adapter_off(network: nn.Module) -> Iterator[None]:
 
 
 def bare_base(network: nn.Module) -> nn.Module:
-    """The model under an adapter, as it was before the adapter was put on.
+    """Return the model under an adapter, as it was before the adapter.
 
     Args:
         network: in an adapter, which is switched off in it for good.
@@ -103,7 +103,7 @@ def bare_base(network: nn.Module) -> nn.Module:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """A copy of the network with its adapter folded into the weights.
+    """Copy the network with its adapter folded into the weights.
 
     Raises:
         ValueError: it has no adapter, or one that adds tokens or layers.
@@ -116,9 +116,9 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def fold(network: nn.Module) -> nn.Module:
-    """The network under an adapter, with the adapter folded into its weights.
+    """Fold an adapter into the weights of its network and return the network.
 
-    A weight that an adapted layer shares with another is untied first, or the change would reach both.
+    Because the change would reach both otherwise, a weight that an adapted layer shares with another is untied first.
 
     Args:
         network: in an adapter; it is changed.
@@ -135,12 +135,12 @@ def fold(network: nn.Module) -> nn.Module:
 
 
 def holds_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter and no whole model."""
+    """Return True if a folder holds an adapter and no full model."""
     return (Path(folder) / "adapter_config.json").is_file()
 
 
 def base_of(folder: str | Path) -> str:
-    """Where the model lies that a folder's adapter belongs to.
+    """Path of the base model that a folder's adapter belongs to.
 
     Raises:
         ValueError: a folder is not whole, adapters name each other, or the model is one of a hub that is not in the
@@ -158,7 +158,7 @@ def base_of(folder: str | Path) -> str:
 
 
 def _cached(name: str, *, named_by: str | Path) -> str:
-    """The folder in which a model of a hub lies that was loaded before.
+    """Find the local cache folder of a hub model that was loaded before.
 
     Raises:
         ValueError: it was not.
@@ -177,12 +177,12 @@ def _named_base(folder: str | Path) -> str:
 
 
 def holds_reward_adapter(folder: str | Path) -> bool:
-    """Whether a folder's adapter was trained on a sequence-classification model, so that it brings a head."""
+    """Return True if a folder's adapter was trained on a sequence-classification model and so has a head."""
     return check_adapter(Path(folder)).get("task_type") == "SEQ_CLS"
 
 
 def merged_adapter(network: nn.Module, folder: str | Path, *, task: str) -> nn.Module:
-    """The network with a folder's adapter folded into its weights, so that a new adapter's "off" is that model.
+    """Fold a folder's adapter into the network, so that switching a new adapter off gives that model.
 
     Args:
         network: the base model.

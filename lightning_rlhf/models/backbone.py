@@ -1,4 +1,4 @@
-"""Hidden states that predict a response: the prompt of several responses is read once, and the last token never."""
+"""Hidden states that predict a response: shared prompts are read once and the last token never."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_rlhf.models.cache import bare, cache_name, why_no_cache
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones, (B, L), so that left padding moves nothing."""
+    """Position of each token among the unmasked ones, (B, L), so that left padding shifts nothing."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def filled(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Tokens with the first real one of each row in place of padding, (B, L).
+    """Replace padding by the first unmasked token of each row, (B, L).
 
     The embedding of a padding token may be 0; where such a position also attends to nothing, its state is 0, and norms
     have no finite gradient there, though nothing depends on it.
@@ -34,9 +34,9 @@ def filled(tokens: Tensor, mask: Tensor) -> Tensor:
 
 @contextmanager
 def casting_once(device: str) -> Iterator[None]:
-    """Inside it autocast casts every weight once, not at each use; nothing is remembered afterwards.
+    """Context in which autocast casts every weight once, instead of at each use.
 
-    Lightning turns that memory off, for it would outlive an optimizer step.
+    Lightning turns that cache off, because it would outlive an optimizer step; it is cleared afterwards.
 
     Args:
         device: type of the device.
@@ -50,7 +50,7 @@ def casting_once(device: str) -> Iterator[None]:
 
 
 class Backbone:
-    """The transformer under a language model's head, and what its forward accepts.
+    """The transformer under a language model's head, and the arguments its forward accepts.
 
     Args:
         network: a causal language model, bare or in an adapter.
@@ -61,19 +61,19 @@ class Backbone:
         self._accepted = set(inspect.signature(bare(network).forward).parameters)
         self._cache_name = cache_name(network)
         self.shares_prompts = why_no_cache(network) is None
-        """Whether a prompt can be read once for several responses."""
+        """True if a prompt can be read once for several responses."""
 
     def accepts(self, name: str) -> bool:
-        """Whether the language model's forward takes an argument of this name."""
+        """Return True if the language model's forward takes an argument of this name."""
         return name in self._accepted
 
     @property
     def module(self) -> nn.Module:
-        """The transformer itself."""
+        """The transformer without its head."""
         return bare(self.network).base_model
 
     def compile(self) -> None:
-        """Compile each block. A cache would break their graphs apart, so that prompts are not shared any more.
+        """Compile each block and stop sharing prompts, because a cache would break the graphs.
 
         Raises:
             ValueError: transformers does not name the network's blocks.
@@ -103,24 +103,24 @@ class Backbone:
         return self._forward(tokens[:, :-1], mask[:, :-1], positions(mask)[:, :-1])[:, -width:]
 
     def _sharing(self) -> bool:
-        """Gradient checkpointing has no cache."""
+        """Return True if prompts are shared now: gradient checkpointing has no cache."""
         checkpointed = any(getattr(block, "gradient_checkpointing", False) for block in self.network.modules())
         return self.shares_prompts and not (self.network.training and checkpointed)
 
     def _shared(self, tokens: Tensor, mask: Tensor, width: int, owner: Tensor, prompts: int) -> Tensor:
-        """The prompts' states by one pass, the responses' by another that looks back at their keys and values."""
+        """Compute the prompts' states in one pass, then the responses' in another that attends to the cache."""
         first = owner.new_full((prompts,), len(owner)).scatter_reduce(
             0, owner, torch.arange(len(owner), device=owner.device), "amin"
         )
         split, place = tokens.shape[1] - width, positions(mask)
         cache = DynamicCache()
-        known = {self._cache_name: cache, "use_cache": True}
+        cached = {self._cache_name: cache, "use_cache": True}
         with casting_once(tokens.device.type):
-            before = self._forward(tokens[first, :split], mask[first, :split], place[first, :split], **known)[:, -1:]
+            before = self._forward(tokens[first, :split], mask[first, :split], place[first, :split], **cached)[:, -1:]
             if width == 1:
                 return before[owner]
             cache.batch_select_indices(owner)
-            inside = self._forward(tokens[:, split:-1], mask[:, :-1], place[:, split:-1], **known)
+            inside = self._forward(tokens[:, split:-1], mask[:, :-1], place[:, split:-1], **cached)
         return torch.cat([before[owner], inside], 1)
 
     def _forward(self, tokens: Tensor, mask: Tensor, place: Tensor, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The key-value cache: which networks have one that we know, and one that grows without being copied every token."""
+"""Key-value caches: support by network, and buffers that grow without a copy per token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from lightning_rlhf.models.adapter import is_adapted
 
 SPARE = 64
-"""Columns by which a cache grows at a time."""
+"""Number of columns by which a cache grows at a time."""
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in buffers with spare columns: a token is written, and nothing else is copied.
+    """Keys and values of one layer in buffers with spare columns, so that a new token copies nothing else.
 
     It also serves layers with a sliding window: the mask, not the cache, hides what lies outside. Nothing in it has a
     gradient.
@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
         self._buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; all keys and values, (B, heads, C, d) each."""
+        """Append columns and return all keys and values, (B, heads, C, d) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
@@ -41,16 +41,16 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _fits(self, columns: int) -> bool:
-        """Whether the buffers are those of today's rows and have room."""
+        """Return True if the buffers match the current rows and have room."""
         if not self._buffers or self._buffers[0].shape[2] < columns:
             return False
         return self._buffers[0].data_ptr() == self.keys.data_ptr() and len(self._buffers[0]) == len(self.keys)
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers that stay where and as wide as they are: a pass does the same every time.
+    """Keys and values of one layer in buffers of fixed address and width, as CUDA graphs need.
 
-    It says that the newest token stands in the last column, so that the mask alone hides what lies after it.
+    It reports the newest token in the last column, so that the mask alone hides what lies after it.
 
     Args:
         layer: whose keys and values it goes on from.
@@ -65,23 +65,23 @@ class FixedLayer(DynamicLayer):
         self.column = column
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one column; all keys and values, (B, heads, width, d) each."""
+        """Write one column and return all keys and values, (B, heads, width, d) each."""
         self.keys.index_copy_(2, self.column, key_states)
         self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Columns before the token that is read."""
+        """Number of columns before the token that is read."""
         return self.keys.shape[2] - 1
 
 
 def fixed_cache(cache: Cache, column: Tensor, width: int) -> Cache:
-    """The same keys and values in `FixedLayer`s."""
+    """Copy keys and values into a cache of `FixedLayer`s."""
     return Cache(layers=[FixedLayer(layer, column, width) for layer in cache.layers])
 
 
 def grown_cache(cache: Cache, used: int) -> Cache:
-    """The first columns of a fixed cache, in one that grows again."""
+    """Copy the first columns of a fixed cache into one that can grow."""
     grown = growing_cache()
     for number, layer in enumerate(cache.layers):
         grown.update(layer.keys[:, :, :used], layer.values[:, :, :used], number)
@@ -96,18 +96,18 @@ def _widened(states: Tensor, columns: int, *, zero: bool = False) -> Tensor:
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The transformers model under an adapter."""
+    """Return the transformers model under an adapter."""
     return network.get_base_model() if is_adapted(network) else network
 
 
 def cache_name(network: nn.Module) -> str | None:
-    """What the network's forward calls its cache, which transformers renamed; None where it takes none."""
+    """Name of the forward's cache argument, which transformers renamed; returns None if it takes none."""
     names = inspect.signature(bare(network).forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def why_no_cache(network: nn.Module) -> str | None:
-    """Why the network's cache cannot be cut by rows and columns; None where it can."""
+    """Return why the network's cache cannot be cut by rows and columns; returns None if it can."""
     config = bare(network).config
     if cache_name(network) is None:
         return "its forward takes no key-value cache"
@@ -124,11 +124,11 @@ def why_no_cache(network: nn.Module) -> str | None:
 
 
 def slides(network: nn.Module) -> bool:
-    """Whether a layer looks back only so many columns, which then must be counted from the token that is read."""
+    """Return True if a layer attends to a sliding window, counted from the token that is read."""
     layers = DynamicCache(config=bare(network).config).layers
     return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def growing_cache() -> Cache:
-    """An empty cache of `GrowingLayer`s, made as the network asks for them."""
+    """Create an empty cache of `GrowingLayer`s, one per layer on first use."""
     return Cache(layer_class_to_replicate=GrowingLayer)

@@ -1,4 +1,4 @@
-"""A checkpoint as plain values: what is in it is data and never runs."""
+"""Checkpoints read as plain values, without running anything in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 
 
 def has_file(path: str | Path) -> bool:
-    """Whether a checkpoint's path is a file here, and so can be read before anything is built.
+    """Return True if a checkpoint's path is a local file, readable before anything is built.
 
     Otherwise it may be a folder, as strategies that shard a model write, one of Lightning's words, such as `last`, or
     an address.
@@ -35,10 +35,10 @@ def has_file(path: str | Path) -> bool:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What Lightning wrote, on CPU; tensors are mapped from the file and read when they are used.
+    """Load a Lightning checkpoint on the CPU; tensors are memory-mapped and read on use.
 
     Raises:
-        ValueError: the file is torn, holds pickled objects, is no checkpoint, or one of Lightning 1.
+        ValueError: the file is truncated, holds pickled objects, is no checkpoint, or one of Lightning 1.
     """
     path = expanduser(path)
     if not is_zipfile(path):
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is no whole checkpoint: it was cut short or is another kind of file; use the one before it"
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds pickled objects; a pickle can run code when it is loaded, so only plain values and tensors "
@@ -55,14 +55,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is no whole checkpoint ({reason}): use the one before it") from error
-    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of a LightningModule: it has no `state_dict`")
-    check_version(found.get("pytorch-lightning_version", "2.0"), path=path)
-    return found
+    check_version(checkpoint.get("pytorch-lightning_version", "2.0"), path=path)
+    return checkpoint
 
 
 def check_version(version: Any, *, path: str | Path) -> None:
-    """Return if a checkpoint is of Lightning 2 or later: earlier ones lack what today's Lightning looks for.
+    """Raise unless a checkpoint is of Lightning 2 or later: older ones lack keys that Lightning needs.
 
     Raises:
         ValueError: it is not.

@@ -1,4 +1,4 @@
-"""How long a text a network can read."""
+"""Longest text that a network can read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def check_length(network: nn.Module, length: int, *, limits: str) -> None:
-    """That a network with a table of positions has one for every token of a text; rotary ones have no table.
+    """Check that a table of positions covers every token of a text; rotary embeddings have no table.
 
     Args:
         network: its `config.max_position_embeddings` is read.

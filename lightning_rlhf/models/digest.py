@@ -1,4 +1,4 @@
-"""A built network's weights, in a few numbers of each: enough to tell another network."""
+"""Digest that identifies the weights of a built network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from lightning_rlhf.models.adapter import is_adapted, sampled
 
 @torch.no_grad()
 def weights_digest(network: nn.Module) -> str:
-    """A digest of up to 64 numbers of each parameter; of an adapted network, of the parameters under the adapter.
+    """Return a digest of up to 64 numbers of each parameter; for an adapted network, of its base.
 
-    Those are what the reference of the RL stage is made of, and training an adapter leaves them as they are.
+    Those of the base are what the reference of the RL stage is made of, and training an adapter leaves them as they
+    are.
     """
     digest, adapted = hashlib.sha256(), is_adapted(network)
     for name, weight in network.named_parameters():

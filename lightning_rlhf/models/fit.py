@@ -1,4 +1,4 @@
-"""Whether the weights in a folder are those of the network that its config describes."""
+"""Agreement of the weights in a folder with the network of its config."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention|self_attn)\.(bias|masked_bias)|rotary\w*\.inv_freq|position_ids)$")
-"""Names under which older versions of transformers saved what a network computes by itself."""
+"""Names under which older versions of transformers saved buffers that a network computes itself."""
 
 
 def check_shapes(path: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """That every weight has the shape that the config asks for.
+    """Check that every weight has the shape that the config asks for.
 
     Args:
         path: of the folder, for the error.
@@ -22,19 +22,19 @@ def check_shapes(path: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
     Raises:
         ValueError: one has not.
     """
-    for name, found, needed in sorted(mismatched):
+    for name, shape, needed in sorted(mismatched):
         if name == "score.weight":
-            raise ValueError(f"`path`: {path}: the reward head `score` has {found[0]} outputs; one scalar is needed")
+            raise ValueError(f"`path`: {path}: the reward head `score` has {shape[0]} outputs; one scalar is needed")
         raise ValueError(
-            f"`path`: can't load a model from {path}: {name} has the shape {list(found)} in its weights and "
+            f"`path`: can't load a model from {path}: {name} has the shape {list(shape)} in its weights and "
             f"{list(needed)} by its config: copy the folder again"
         )
 
 
 def check_unexpected(network: nn.Module, path: str, unexpected: Iterable[str]) -> None:
-    """That a folder holds no weight which the network lacks.
+    """Check that a folder holds no weight that the network lacks.
 
-    Parts that the network has no place for at all may lie there: the head of another task, an image encoder.
+    Weights of parts that the network lacks altogether are allowed: the head of another task, an image encoder.
 
     Args:
         network: a transformers model.
@@ -60,7 +60,7 @@ def check_unexpected(network: nn.Module, path: str, unexpected: Iterable[str]) -
 
 
 def _belongs(network: Any, name: str) -> bool:
-    """Whether a weight lies inside a part of the network, deeper than its transformer as a whole."""
+    """Return True if a weight lies inside a submodule of the network, below its transformer as a whole."""
     prefix = network.base_model_prefix
     places = {place for place, _ in network.named_modules()} - {"", prefix}
     for full in (name, f"{prefix}.{name}"):

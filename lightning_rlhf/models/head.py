@@ -1,4 +1,4 @@
-"""Networks whose logits are a linear map of their hidden states."""
+"""Detection of networks whose logits are a linear map of their hidden states."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 RANGE = 100.0
-"""Of the logits that stand in for the network's: wide enough to show a cap."""
+"""Range of the substituted logits: wide enough to show a cap."""
 
 
 @torch.no_grad()
 def is_linear(network: nn.Module, backbone: nn.Module, head: nn.Linear, tokens: Tensor) -> bool:
-    """Whether `network` gives what `head` makes of the states of `backbone`; some scale or cap it.
+    """Return True if the logits are `head` applied to the states of `backbone`: some networks scale or cap them.
 
-    States and logits of our own stand in for the network's while it runs, because those may be 0 for every token, or so
+    States and logits of our own replace the network's during the check. Otherwise they may be 0 for every token, or so
     small that a cap leaves them as they are.
 
     Args:

@@ -1,4 +1,4 @@
-"""Networks without weights, for a strategy that shards: no process ever holds one of them whole.
+"""Networks on the meta device for sharding strategies, so that no process holds all weights.
 
 Between `expect_shards` and `settle` a source that is `unread` builds its network on torch's meta device. Once the
 network is sharded, each process reads its own rows of every weight (`UnreadWeights`).
@@ -26,40 +26,40 @@ from lightning_rlhf.models.unread import UnreadWeights, weight_files
 logger = logging.getLogger(__name__)
 
 UNREAD = "unread_weights"
-"""Attribute of a network on the meta device."""
+"""Name of the attribute with pending weights of a network on the meta device."""
 _built: ContextVar[list[nn.Module] | None] = ContextVar("built", default=None)
 
 
 def expect_shards() -> None:
-    """From here on networks will be sharded before they are used."""
+    """Announce that networks built from now on will be sharded before use."""
     _built.set([])
 
 
 def expect_whole() -> None:
-    """From here on networks are read as they are built, also where a build that expected shards broke off."""
+    """Announce that networks are read as they are built, also after a build that failed under `expect_shards`."""
     _built.set(None)
 
 
 def settle() -> None:
-    """No more networks will be sharded; those that were not are read whole."""
+    """End `expect_shards` and read the weights of networks that were not sharded."""
     for network in _built.get() or ():
         fill(network, taken(network))
     expect_whole()
 
 
 def taken(network: nn.Module) -> UnreadWeights | None:
-    """What of a network is still to be read, which from here on is the caller's duty."""
+    """Detach and return the network's pending weights, which the caller must then read."""
     return network.__dict__.pop(UNREAD, None)
 
 
 def fill(network: nn.Module, weights: UnreadWeights | None) -> None:
-    """Read what was not read yet."""
+    """Read the pending weights of a network."""
     if weights is not None:
         weights.fill(network)
 
 
 def unread(source: ModelSource) -> ModelSource:
-    """The source itself; where shards are expected, one that leaves its weights in their files if that can be."""
+    """Return the source, or one that defers its weights if shards are expected and the files allow it."""
     if _built.get() is None:
         return source
     if (reason := _why_whole(source)) is not None:
@@ -69,13 +69,13 @@ def unread(source: ModelSource) -> ModelSource:
 
 
 def tell_whole(path: str, reason: str) -> None:
-    """Where shards are expected, say why each process reads all weights there."""
+    """Log why each process reads all weights if shards are expected."""
     if _built.get() is not None:
         logger.info("each process reads all of %s before it keeps its shard: %s", path, reason)
 
 
 class UnreadSource(ModelSource):
-    """A source whose networks are on the meta device until they are filled, all but their buffers and a new head."""
+    """Source whose networks stay on the meta device until filled, except for buffers and a new head."""
 
     def _load(self, kind: Any, **options: Any) -> tuple[Any, list[str]]:
         place = self._place()
@@ -89,13 +89,13 @@ class UnreadSource(ModelSource):
             tell_whole(self.path, reason)
             return super()._load(kind, **options)
         check_unexpected(network, self.path, weights.others)
-        _initialise(network, missing)
+        _initialize(network, missing)
         setattr(network, UNREAD, weights)
         _built.set([*(_built.get() or []), network])
         return network, missing
 
     def _structure(self, kind: Any, options: dict[str, Any]) -> Any:
-        """The network on the meta device, as `from_pretrained` would build it."""
+        """Build the network on the meta device, as `from_pretrained` would build it."""
         config = AutoConfig.from_pretrained(self.path, **options)
         attention = {} if self.attention is None else {"attn_implementation": self.attention}
         with torch.device("meta"):
@@ -107,16 +107,16 @@ class UnreadSource(ModelSource):
 
 
 def _why_whole(source: ModelSource) -> str | None:
-    """What of a source asks for whole weights."""
+    """Return why a source needs all weights at once."""
     if source.gguf_file is not None:
-        return "GGUF weights are dequantised"
+        return "GGUF weights are dequantized"
     if source.peft is not None or holds_adapter(source.path):
         return "an adapter is put on whole weights"
     return "code of the model's own may expect whole weights" if source.trust_remote_code else None
 
 
 def _why_converted(network: Any, weights: UnreadWeights, missing: list[str]) -> str | None:
-    """What transformers has to do with a network's weights while it reads them, beyond a cast."""
+    """Return why transformers must convert a network's weights beyond a cast."""
     config = network.config
     if getattr(config, "quantization_config", None) is not None:
         return "they are quantized"
@@ -131,8 +131,8 @@ def _why_converted(network: Any, weights: UnreadWeights, missing: list[str]) -> 
     return weights.doubt or (f"they lie under other names: there is no {other[0]}" if other else None)
 
 
-def _initialise(network: Any, missing: list[str]) -> None:
-    """Compute the buffers that no file holds, and draw the missing weights, as `from_pretrained` does."""
+def _initialize(network: Any, missing: list[str]) -> None:
+    """Compute the buffers that no file holds and draw the missing weights like `from_pretrained`."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(buffer, device="cpu")

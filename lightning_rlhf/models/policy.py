@@ -1,4 +1,4 @@
-"""The policy: a causal language model that says how likely a response is."""
+"""The policy: a causal language model that returns log-probs of responses."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 class PolicyModel(nn.Module):
-    """π: wraps a transformers causal language model, bare or in a PEFT adapter.
+    """Policy π: a transformers causal language model, bare or in a PEFT adapter.
 
     Args:
         network: the language model.
-        tokenizer: for its end and padding tokens and for export; None where the caller handles token ids only.
+        tokenizer: for its end and padding tokens and for export; None if the caller handles token ids only.
     """
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -45,7 +45,7 @@ class PolicyModel(nn.Module):
         self.tokenizer = tokenizer
         self.backbone = Backbone(network)
         self.blueprint: Blueprint | None = None
-        """Of a sharded policy."""
+        """Structure of a sharded policy; None for a full one."""
         self._linear_head: bool | None = None  # found out by the first forward
 
     def forward(
@@ -58,7 +58,9 @@ class PolicyModel(nn.Module):
         wanted: Tensor | None = None,
         groups: Tensor | None = None,
     ) -> Tensor:
-        """log π(token | before) of the last `width` tokens, (B, W), float32 or float64, nats; 0 where not wanted.
+        """Return log π(token | before) of the last `width` tokens, (B, W), in nats; 0 where not wanted.
+
+        The dtype is float32 or float64.
 
         The head is applied to wanted positions alone and its (B, W, V) logits are never whole, where the network's
         logits are a linear map of its hidden states (`linear_logprobs`).
@@ -78,11 +80,11 @@ class PolicyModel(nn.Module):
             return torch.where(wanted, token_logprobs(logits, tokens[:, -width:], temperature), 0.0)
         states = self.backbone.states(tokens, mask, width=width, groups=groups)
         chosen = tokens[:, -width:][wanted]
-        found = linear_logprobs(states[wanted], head.weight, chosen, bias=head.bias, temperature=temperature)
-        return found.new_zeros(wanted.shape).masked_scatter(wanted, found)
+        logprobs = linear_logprobs(states[wanted], head.weight, chosen, bias=head.bias, temperature=temperature)
+        return logprobs.new_zeros(wanted.shape).masked_scatter(wanted, logprobs)
 
     def logits(self, tokens: Tensor, mask: Tensor, *, keep: int) -> Tensor:
-        """Next-token logits of the last `keep` positions, (B, keep, V)."""
+        """Return the next-token logits of the last `keep` positions, (B, keep, V)."""
         options: dict[str, Any] = {"input_ids": filled(tokens, mask), "attention_mask": mask.long(), "use_cache": False}
         if self.backbone.accepts("logits_to_keep"):
             options["logits_to_keep"] = keep
@@ -91,7 +93,7 @@ class PolicyModel(nn.Module):
         return self.network(**options).logits[:, -keep:]
 
     def response_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
-        """log π of each response token, (B, R), nats, 0 outside the responses.
+        """Return log π of each response token, (B, R), in nats; 0 outside the responses.
 
         Args:
             rollout: B responses.
@@ -103,19 +105,19 @@ class PolicyModel(nn.Module):
         )
 
     def text_logprobs(self, text: TextBatch) -> Tensor:
-        """log π of tokens 1 .. L − 1 of each text, (B, L − 1), nats, 0 where a token is no target."""
+        """Return log π of tokens 1 .. L − 1 of each text, (B, L − 1), in nats; 0 where no target."""
         targets = text.target[:, 1:]
         return self(text.tokens, text.mask, width=targets.shape[1], wanted=targets)
 
     def compile_backbone(self) -> None:
-        """Let `torch.compile` fuse the operations of every block; sampling, which works on a copy, stays as it is.
+        """Compile every block with `torch.compile`; sampling uses an uncompiled copy.
 
-        Block by block the compiler works once for all blocks, instead of minutes for the whole.
+        Because blocks are alike, the compiler works once for all of them, instead of minutes for the whole.
         """
         self.backbone.compile()
 
     def _head(self, tokens: Tensor) -> nn.Linear | None:
-        """The head, where logits are its linear map of the hidden states, which no hook watches or changes."""
+        """Return the head if the logits are its linear map of the hidden states and no hook observes it."""
         head = bare(self.network).get_output_embeddings()
         if self.blueprint is not None or type(head) is not nn.Linear:  # a shard's weight is whole in its own forward
             return None
@@ -129,18 +131,20 @@ class PolicyModel(nn.Module):
 
     @property
     def end_tokens(self) -> list[int]:
-        """Ids that end a response: the tokenizer's, its chat template's, the generation config's or else the config's.
+        """Ids of the tokens that end a response, by tokenizer and chat template or the configs.
+
+        Those of the tokenizer and its template are joined by the generation config's or else the config's.
 
         Raises:
             ValueError: nothing names an end token.
         """
-        found = self._ends()
-        if found:
-            return found
+        ends = self._ends()
+        if ends:
+            return ends
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
     def reference(self) -> AbstractContextManager[object]:
-        """Inside it the policy is what it was before training: the adapter is off.
+        """Context in which the policy is π_ref: its adapter is off.
 
         Raises:
             ValueError: with its adapter off it is not.
@@ -148,16 +152,16 @@ class PolicyModel(nn.Module):
         return adapter_off(self.network) if is_adapted(self.network) else nullcontext()
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Leave each process of the mesh a part of every weight; then all of them must call the policy together."""
+        """Shard every weight over the mesh; then all processes must call the policy together."""
         self.keep_shards(shard(self, mesh))
 
     def keep_shards(self, blueprint: Blueprint) -> None:
-        """Know that the weights are shards: every pass now needs all processes."""
+        """Mark the weights as sharded, so that every pass needs all processes."""
         self.blueprint = blueprint
         self.backbone.shares_prompts = False  # or the number of passes would depend on a process's own prompts
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> PolicyModel:
-        """A copy of a whole policy without gradient, in eval mode.
+        """Copy an unsharded policy without gradient, in eval mode.
 
         Args:
             dtype: of its weights; buffers stay as they are. None is the policy's.
@@ -168,7 +172,7 @@ class PolicyModel(nn.Module):
         return clone
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
-        """Write a Hugging Face folder: weights, config, generation config, tokenizer with its template.
+        """Write a Hugging Face folder: weights with configs and the tokenizer with its template.
 
         Args:
             folder: written whole or not at all; an earlier export there is replaced. Of a sharded policy the first
@@ -195,7 +199,7 @@ class PolicyModel(nn.Module):
         return end_tokens(self.tokenizer, next((ids for ids in named if ids not in (None, [])), None))
 
     def _name_ends(self, file: Path) -> None:
-        """Let the generation config, where one was written, name every token that ends a response."""
+        """List every token that ends a response in the generation config if one was written."""
         if not file.is_file():
             return
         config, ends = json.loads(file.read_text(encoding="utf-8")), self._ends()

@@ -9,7 +9,7 @@ from lightning_rlhf.models.policy import PolicyModel
 
 
 class Reference:
-    """π_ref: a frozen network of its own, or the policy with its adapter off.
+    """Reference policy π_ref: a frozen network of its own or the policy with its adapter off.
 
     Args:
         policy: which may hold an adapter.
@@ -22,7 +22,7 @@ class Reference:
 
     @contextmanager
     def model(self) -> Iterator[PolicyModel]:
-        """Inside it, the model that is π_ref."""
+        """Context that yields the model that is π_ref."""
         if self.frozen is not None:
             yield self.frozen
             return

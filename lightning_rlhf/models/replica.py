@@ -1,4 +1,4 @@
-"""The same structure over other weights: how a network is copied, also one of which this process has only shards."""
+"""Copies of a network's structure over other weights, also of a sharded network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Blueprint:
-    """A network's structure without its weights, taken before the network is sharded: FSDP's modules are not copyable.
+    """A network's structure without weights, taken before sharding because FSDP's modules are not copyable.
 
     It is no `nn.Module`, so that a module may hold it beside the network.
 
@@ -25,23 +25,25 @@ class Blueprint:
 
 
 def twin(network: nn.Module, convert: Callable[[Tensor], Tensor], *, blueprint: Blueprint | None = None) -> nn.Module:
-    """The same structure over other parameters, without gradient, and the same buffers.
+    """Copy a module with converted parameters without gradient; works on sharded modules.
+
+    The copy has the same buffers.
 
     Args:
         network: to copy.
-        convert: from its parameters to the twin's.
+        convert: from its parameters to the copy's.
         blueprint: of a sharded network, whose parameters are shards: `convert` gathers them, on all processes in turn.
     """
     structure = network if blueprint is None else blueprint.structure
     buffers, weights = dict(network.named_buffers()), dict(network.named_parameters())
-    known: dict[int, Any] = {id(old): buffers[name] for name, old in structure.named_buffers()}
+    copies: dict[int, Any] = {id(old): buffers[name] for name, old in structure.named_buffers()}
     for name, old in structure.named_parameters():
-        known[id(old)] = nn.Parameter(convert(weights[name]).detach(), requires_grad=False)
-    return copy.deepcopy(structure, known)
+        copies[id(old)] = nn.Parameter(convert(weights[name]).detach(), requires_grad=False)
+    return copy.deepcopy(structure, copies)
 
 
 def whole(network: nn.Module, blueprint: Blueprint | None) -> nn.Module | None:
-    """The network itself where it is whole; of a sharded one a whole copy in the first process's main memory.
+    """Return the network, or gather a sharded one into the first process's main memory.
 
     All processes of a sharded network must call this; those after the first get None.
 
@@ -57,7 +59,7 @@ def whole(network: nn.Module, blueprint: Blueprint | None) -> nn.Module | None:
 
 
 def whole_tensor(weight: Tensor) -> Tensor:
-    """The tensor itself, or that of which it is a shard: then all processes must ask. Without its gradient."""
+    """Return the tensor without gradient, or gather it from its shards; then all processes must ask."""
     if hasattr(weight, "ds_id"):  # DeepSpeed's ZeRO stage 3
         import deepspeed
 

@@ -1,4 +1,4 @@
-"""The network that samples: the policy's structure with weights of its own, made for a rollout and then let go."""
+"""Copy of the policy for sampling, made for one rollout and then discarded."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _UNPACKABLE: set[str] = set()
 WORTH_PACKING = 8
-"""Passes from which on it pays to pack the weights."""
+"""Number of passes from which packing the weights pays off."""
 
 
 def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
-    """The network in eval mode, in `dtype`; on a CPU the linear maps of a whole one are packed.
+    """Copy the network in eval mode and `dtype`; on a CPU the linear maps of an unsharded one are packed.
 
     An adapter is folded in, or left out where it is off.
 
@@ -38,8 +38,8 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
     actor = _unpacked(network, dtype, blueprint)
     if blueprint is not None:
         return actor
-    known = type(actor).__qualname__
-    if passes < WORTH_PACKING or known in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
+    kind = type(actor).__qualname__
+    if passes < WORTH_PACKING or kind in _UNPACKABLE or not _can_pack(next(actor.parameters()).device.type, dtype):
         return actor
     expected = _probe(actor)
     if torch.equal(expected, expected[..., :1].expand_as(expected)):  # such logits would agree with anything
@@ -49,8 +49,8 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
         if torch.allclose(_probe(actor), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
             return actor
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # it reads the weights by itself
-        logger.info("the weights of %s stay as they are: it does not work with packed ones", known)
-    _UNPACKABLE.add(known)
+        logger.info("the weights of %s stay as they are: it does not work with packed ones", kind)
+    _UNPACKABLE.add(kind)
     return _unpacked(network, dtype, None)
 
 
@@ -65,13 +65,13 @@ def _unpacked(network: nn.Module, dtype: torch.dtype, blueprint: Blueprint | Non
 
 @torch.no_grad()
 def _probe(network: nn.Module) -> Tensor:
-    """Logits of four tokens from all over the vocabulary, for the embedding of one that pads may be 0."""
+    """Compute logits of four tokens across the vocabulary, because the padding token's embedding may be 0."""
     tokens = torch.linspace(0, (rows_of(network) or 2) - 1, 4, device=next(network.parameters()).device).long()
     return network(input_ids=tokens.unsqueeze(0), use_cache=False).logits.float()
 
 
 class PackedLinear(nn.Module):
-    """A linear map whose weight lies in the order in which oneDNN multiplies few rows: it is not sorted at every pass.
+    """Linear map with its weight in oneDNN's layout for few rows, so that it is not reordered at every pass.
 
     Args:
         linear: on a CPU, in one of `PACKED_DTYPES`.
@@ -82,12 +82,12 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """W·x + b."""
+        """Return W·x + b."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def _pack(network: nn.Module) -> None:
-    """Pack every linear map that no hook watches."""
+    """Pack every linear map that has no hook."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and not (child._forward_hooks or child._forward_pre_hooks):
@@ -96,7 +96,10 @@ def _pack(network: nn.Module) -> None:
 
 @cache
 def _can_pack(device: str, dtype: torch.dtype) -> bool:
-    """Whether packing is right here: the operators belong to torch's compiler, and may be missing or differ."""
+    """Return True if packing is correct on this build: the operators are internal to torch's compiler.
+
+    They may be missing or differ.
+    """
     if device != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     linear = nn.Linear(64, 48).to(dtype)

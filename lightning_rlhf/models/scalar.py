@@ -1,4 +1,4 @@
-"""A network that gives every token a number: the reward model and the value network."""
+"""Network with a scalar per token: the reward model and the value network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_rlhf.types import Rollout
 
 
 def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
-    """The score at the last real token of each row, found by length and never by the padding id.
+    """Select the score at the last unmasked token of each row, found by length and not by the padding id.
 
     Args:
         scores: per token, (B, L).
@@ -40,12 +40,12 @@ def score_at_end(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class ScalarModel(nn.Module):
-    """Backbone, linear head d → 1, and the bias that puts labeler demonstrations at 0 on average.
+    """Backbone with a linear head d → 1 and a bias that puts labeler demonstrations at 0 on average.
 
     Args:
         network: a transformers sequence-classification model with one label, bare or in a PEFT adapter. Its pooling,
             which looks for the padding id, is not used.
-        tokenizer: for export and for text; None where the caller handles token ids only.
+        tokenizer: for export and for text; None if the caller handles token ids only.
     """
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -53,18 +53,18 @@ class ScalarModel(nn.Module):
         self.network = network
         self.tokenizer = tokenizer
         self.blueprint: Blueprint | None = None
-        """Of a sharded model."""
+        """Structure of a sharded model; None for a full one."""
         scalar_head(self._bare())
         self.bias = float(getattr(network.config, "demonstration_bias", 0.0))
         """Added to the raw score: −(mean raw score of the demonstrations). A Python float (see `Adaptive`)."""
 
     @classmethod
     def load(cls, source: ModelSource, *, new_head: bool) -> ScalarModel:
-        """The model of a folder, bias included; with `new_head` also on a language model's backbone."""
+        """Load a model with its bias from a folder; `new_head` also accepts a language model's backbone."""
         return cls(source.scorer(new_head=new_head), source.tokenizer())
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Scores of every token, bias included, (B, L), float32 or float64.
+        """Return scores of every token with the bias, (B, L), float32 or float64.
 
         Args:
             tokens: (B, L), int64, padded on either side.
@@ -78,12 +78,12 @@ class ScalarModel(nn.Module):
         return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
 
     def response_values(self, rollout: Rollout) -> Tensor:
-        """V of the state before each response token, (B, R), reward units."""
+        """Return V of the state before each response token, (B, R), in reward units."""
         return self(rollout.tokens, rollout.attention_mask)[:, rollout.prompt_width - 1 : -1]
 
     @contextmanager
     def without_bias(self) -> Iterator[None]:
-        """Inside it, scores are raw ones, to the bit."""
+        """Context in which scores are raw, bit for bit."""
         bias, self.bias = self.bias, 0.0
         try:
             yield
@@ -91,22 +91,22 @@ class ScalarModel(nn.Module):
             self.bias = bias
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Leave each process of the mesh a part of every weight; then all of them must call the model together."""
+        """Shard every weight over the mesh; then all processes must call the model together."""
         self.keep_shards(shard(self, mesh))
 
     def keep_shards(self, blueprint: Blueprint) -> None:
-        """Know that the weights are shards: every pass now needs all processes."""
+        """Mark the weights as sharded, so that every pass needs all processes."""
         self.blueprint = blueprint
 
     def _bare(self) -> Any:
-        """The sequence-classification model under an adapter."""
+        """Return the sequence-classification model under an adapter."""
         return self.network.get_base_model() if is_adapted(self.network) else self.network
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Compute in float32, whatever the precision of training.
+        """Context that computes in float32, whatever the precision of training.
 
-        Half-precision weights are float32 meanwhile, which loses nothing; those of a sharded model stay as they are.
+        Half-precision weights are float32 meanwhile, without loss; those of a sharded model stay as they are.
         """
         tensors = [*self.parameters(), *self.buffers()] if self.blueprint is None else []
         halves = [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
@@ -124,7 +124,7 @@ class ScalarModel(nn.Module):
                 tensor.data = before
 
     def _padding_token(self) -> int | None:
-        """A token that transformers may take for padding; no end token, or it would score the token before the end."""
+        """Choose a padding token that is no end token. Otherwise transformers would score the token before."""
         named = (self.network.config, self.tokenizer)
         ends = end_tokens(self.tokenizer, getattr(self.network.config, "eos_token_id", None))
         names = [(holder, name) for name in ("pad", "unk", "bos") for holder in named]
@@ -132,11 +132,11 @@ class ScalarModel(nn.Module):
         return next((token for token in tokens if token is not None and token not in ends), None)
 
     def get_extra_state(self) -> dict[str, float]:
-        """The demonstration bias, as `state_dict` carries it."""
+        """Return the demonstration bias for `state_dict`."""
         return {"demonstration_bias": self.bias}
 
     def set_extra_state(self, state: dict[str, float]) -> None:
-        """The demonstration bias of a checkpoint."""
+        """Restore the demonstration bias of a checkpoint."""
         self.bias = float(state["demonstration_bias"])
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
@@ -163,7 +163,7 @@ class ScalarModel(nn.Module):
                 self._padding_tokenizer().save_pretrained(target)
 
     def _padding_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, which pads on the right with the token that the config names."""
+        """Copy the tokenizer with right padding by the config's padding token."""
         tokenizer = deepcopy(self.tokenizer)
         padding = self.network.config.pad_token_id
         if padding is not None:

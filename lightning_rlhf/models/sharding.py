@@ -1,4 +1,4 @@
-"""Sharding by torch's FSDP2: each process holds a part of every weight, of its gradient and of its optimizer state."""
+"""Sharding with torch's FSDP2 of weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> Blueprint:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that transformers says must not be split, which are its blocks; none where it does not say."""
+    """List the modules that transformers says must not be split; empty if it names none."""
     names = set(getattr(bare(network), "_no_split_modules", None) or ())
     return [module for module in network.modules() if type(module).__name__ in names]

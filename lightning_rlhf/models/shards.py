@@ -1,4 +1,4 @@
-"""Checkpoints that are folders of shards, whose pickles are looked into before Lightning unpickles them."""
+"""Safety checks of sharded checkpoints before Lightning unpickles them."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ INDEX = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-"""What the index of a sharded checkpoint is made of: module → names. None of them does anything but hold values."""
+"""Classes in the index of a sharded checkpoint: module → names. All of them only hold values."""
 DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler": {"DynamicLossScaler", "LossScaler"},
     "deepspeed.runtime.zero.config": {"OffloadDeviceEnum", "ZeroStageEnum"},
     "deepspeed.utils.tensor_fragment": {"fragment_address"},
 }
-"""What DeepSpeed's files hold beside plain values and tensors."""
+"""Classes in DeepSpeed's files beside plain values and tensors."""
 
 
 def guard(strategy: Strategy) -> None:
-    """Have a strategy look into a checkpoint's folder before it loads it, and say where it cannot be read here."""
+    """Make a strategy check a checkpoint's folder before it loads it, or report that it is unreadable."""
     if not isinstance(strategy.load_checkpoint, partial):
         strategy.load_checkpoint = partial(_load, strategy.load_checkpoint)  # type: ignore[method-assign]
 
@@ -68,10 +68,10 @@ def _load(load: Any, checkpoint_path: Any, *arguments: Any, **options: Any) -> d
 
 
 def check_folder(folder: Path) -> None:
-    """Return if the files that FSDP2, FSDP1 or DeepSpeed would unpickle hold plain values and tensors.
+    """Raise unless the files that FSDP2, FSDP1 or DeepSpeed would unpickle hold plain values and tensors.
 
     Raises:
-        ValueError: one holds something else, is torn, or lies outside the folder.
+        ValueError: one holds something else, is truncated, or lies outside the folder.
     """
     for name in ("latest", "latest_universal"):  # where DeepSpeed writes which folder inside is meant
         if (folder / name).is_file():
@@ -92,7 +92,10 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """An index, and the values in the shards that PyTorch unpickles on its word; tensors it reads without."""
+    """Check the index of a sharded checkpoint and the shard values that PyTorch unpickles because of it.
+
+    Tensors are read without unpickling.
+    """
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
@@ -115,10 +118,10 @@ def _check_index(path: Path) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Makes of a pickle what an index consists of, and nothing else."""
+    """Unpickler that allows only the classes of a checkpoint's index."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function that the pickle asks for.
+        """Return the class or function that the pickle asks for.
 
         Raises:
             UnpicklingError: an index holds none such.
@@ -129,7 +132,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _check(file: Any, path: Path, **options: Any) -> None:
-    """Whether torch reads a file, or a part of one, as plain values and tensors."""
+    """Check that torch reads a file, or a part of one as plain values and tensors."""
     try:
         with torch.serialization.safe_globals(_deepspeed()):
             torch.load(file, map_location="cpu", weights_only=True, **options)

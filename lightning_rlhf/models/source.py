@@ -1,4 +1,4 @@
-"""Where a network comes from: a hub name, a local folder or a GGUF file, with an adapter if wanted."""
+"""Sources of networks: a hub name, a local folder or a GGUF file with an optional adapter."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ DType = Literal["float32", "float64", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """How to obtain a network and its tokenizer when Lightning asks for them."""
+    """Recipe for a network and its tokenizer, built when Lightning asks for them."""
 
     path: str
     """A local folder written by `save_pretrained`, a folder with a GGUF file, or a hub name (NAME or OWNER/NAME). An
     adapter found in a folder is folded into its base model."""
     gguf_file: str | None = None
-    """Name of the GGUF file in `path`; its weights are dequantised."""
+    """Name of the GGUF file in `path`; its weights are dequantized."""
     dtype: DType = "float32"
-    """Of the master weights. Lightning's precision flag decides what is computed with."""
+    """Dtype of the master weights. Lightning's precision flag decides the dtype of computation."""
     attention: str | None = None
     """Attention kernel: `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose. One of a hub,
     `OWNER/NAME`, is code and needs `trust_remote_code`."""
@@ -63,19 +63,19 @@ class ModelSource:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the network: a folder's content, wherever it lies; the path of what is no folder here."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
+        """Describe what decides the network: a local folder's content, or else its path."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
         folder = Path(self.path)
         if not self.path or not folder.is_dir():
-            return found | {"path": self.path}
-        found["folder"] = fingerprint(folder, weights=self.gguf_file or "*.safetensors")
+            return values | {"path": self.path}
+        values["folder"] = fingerprint(folder, weights=self.gguf_file or "*.safetensors")
         if holds_adapter(folder):
             with suppress(ValueError):  # a broken one is told of when it is loaded
-                found["base"] = self._base()
-        return found
+                values["base"] = self._base()
+        return values
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that stands beside the weights.
+        """Load the tokenizer stored with the weights.
 
         Raises:
             ValueError: there is no such folder or file, or it holds no tokenizer that can be loaded.
@@ -90,12 +90,12 @@ class ModelSource:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer stands beside the weights; of a hub name that is taken for granted."""
+        """True if a tokenizer is stored with the weights; assumed for a hub name."""
         folder = local_folder(self.path)
         return folder is None or self.gguf_file is not None or holds_tokenizer(folder)
 
     def causal_lm(self) -> nn.Module:
-        """A language model with a next-token head, dropout off, in the adapter where there is one.
+        """Build a language model with a next-token head without dropout, in its adapter if there is one.
 
         Raises:
             ValueError: there is no such folder or file, or it holds no such model.
@@ -108,7 +108,7 @@ class ModelSource:
         return self._finished(network, task="CAUSAL_LM")
 
     def scorer(self, *, new_head: bool) -> nn.Module:
-        """A network with one scalar per token, dropout off, in the adapter where there is one.
+        """Build a network with one scalar per token without dropout, in its adapter if there is one.
 
         Args:
             new_head: draw a missing head from N(0, 1/(d + 1)) (Stiennon et al. 2020, appendix B.1).
@@ -128,7 +128,7 @@ class ModelSource:
         return self._finished(network, task="SEQ_CLS")
 
     def _finished(self, network: nn.Module, *, task: str) -> nn.Module:
-        """In its adapter, without dropout; in train mode where activations are checkpointed, or they would not be."""
+        """Add the adapter and remove dropout; sets train mode for gradient checkpointing, which needs it."""
         network = without_dropout(with_adapter(network, self.peft, task=task))
         return recomputing(network) if self.gradient_checkpointing else network
 
@@ -149,11 +149,11 @@ class ModelSource:
             return float(AutoConfig.from_pretrained(self.path, local_files_only=True).demonstration_bias)
 
     def _base(self) -> ModelSource:
-        """The source of the model that this folder's adapter belongs to."""
+        """Return the source of the model that this folder's adapter belongs to."""
         return replace(self, path=base_of(self.path), peft=None)
 
     def _load(self, kind: Any, **options: Any) -> tuple[Any, list[str]]:
-        """The network, and the names of weights that its config asks for and the folder does not hold."""
+        """Load the network and return it with the names of weights missing from the folder."""
         place = self._place()
         if place["local_files_only"] and self.gguf_file is None:
             check_weights(local_folder(self.path))
@@ -169,10 +169,10 @@ class ModelSource:
         check_shapes(self.path, info["mismatched_keys"])
         if self.gguf_file is None:
             check_unexpected(network, self.path, info["unexpected_keys"])
-        return dequantised(network), sorted(info["missing_keys"])
+        return dequantized(network), sorted(info["missing_keys"])
 
     def _options(self) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`: safetensors only, unless the file is GGUF."""
+        """Build the keyword arguments of `from_pretrained`: safetensors only, unless the file is GGUF."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
@@ -186,7 +186,7 @@ class ModelSource:
             )
 
     def _place(self) -> dict[str, bool]:
-        """Whether the network may be asked: only for a hub name.
+        """Return `local_files_only`, which is False for a hub name alone.
 
         Raises:
             ValueError: there is no such folder or file.
@@ -199,7 +199,7 @@ class ModelSource:
 
 
 def scalar_head(network: nn.Module) -> nn.Linear:
-    """The linear map d → 1 that a decoder's sequence-classification network applies to every token.
+    """Return the linear map d → 1 that a decoder's sequence-classification network applies to every token.
 
     Raises:
         ValueError: there is none, as in encoders that classify a pooled token, or it has more than one output.
@@ -217,7 +217,7 @@ def scalar_head(network: nn.Module) -> nn.Linear:
 
 
 def without_dropout(network: nn.Module) -> nn.Module:
-    """The same network with every dropout at 0, so that train mode leaves the ratio of the first minibatch at 1."""
+    """Set every dropout to 0, so that train mode leaves the first ratio of a rollout at 1."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -228,8 +228,8 @@ def without_dropout(network: nn.Module) -> nn.Module:
     return network
 
 
-def dequantised(network: PreTrainedModel) -> PreTrainedModel:
-    """The same network without the marks of its GGUF origin, which would keep it from being saved."""
+def dequantized(network: PreTrainedModel) -> PreTrainedModel:
+    """Remove the marks of a network's GGUF origin, which would prevent saving it."""
     if getattr(network, "hf_quantizer", None) is not None and not network.hf_quantizer.is_serializable():
         network.hf_quantizer = None
         for name in ("is_quantized", "quantization_method"):
@@ -240,7 +240,7 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
 
 
 def recomputing(network: nn.Module) -> nn.Module:
-    """The network, which from now on computes its layers again in the backward pass instead of keeping activations."""
+    """Turn on gradient checkpointing, so that the backward pass recomputes activations."""
     model, options = bare(network), {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

@@ -1,4 +1,4 @@
-"""Weights that still lie in their files: which they are, and how a process reads only its shard of each."""
+"""Weights left in their files, of which a process reads only its shard."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.hub import cached_file
 
 CASTS = ("F64", "F32", "F16", "BF16")
-"""Numbers in a file that need no more than a cast; others are packed or quantized."""
+"""Dtypes in a file that need only a cast; others are packed or quantized."""
 
 
 def weight_files(path: str, *, local_files_only: bool) -> list[str]:
-    """The safetensors files of a folder or hub name; those of a hub are fetched where they are not here yet."""
+    """List the safetensors files of a folder or hub name; those of a hub are downloaded if needed."""
 
     def find(name: str) -> str | None:
         options: Any = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
@@ -36,18 +36,18 @@ def weight_files(path: str, *, local_files_only: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class UnreadWeights:
-    """Where each weight of a network on the meta device lies."""
+    """File locations of the weights of a network on the meta device."""
 
     places: dict[str, tuple[str, str]]
-    """By name of the parameter: the file, and the name there."""
+    """Location by name of the parameter: the file and the name in it."""
     doubt: str | None = None
-    """Why they cannot be read one by one; None where they can."""
+    """Reason why they cannot be read one by one; None if they can."""
     others: tuple[str, ...] = ()
-    """Names in the files that are none of the network's."""
+    """Names in the files that the network lacks."""
 
     @classmethod
     def of(cls, network: nn.Module, files: Iterable[str]) -> UnreadWeights:
-        """Where a network's weights lie in files.
+        """Locate a network's weights in files.
 
         Tied weights are one, under whichever of their names they lie. A weight that lies nowhere is left out.
         """
@@ -68,13 +68,13 @@ class UnreadWeights:
         return cls(places=places, doubt=doubt, others=tuple(others))
 
     def missing(self, network: nn.Module) -> list[str]:
-        """Names of parameters that lie nowhere; of tied ones the first."""
+        """Names of parameters in no file; for tied ones the first name."""
         weights = dict(_named(network))
-        known = {id(weights[name]) for name in self.places}
-        return [name for name, weight in network.named_parameters() if id(weight) not in known]
+        located = {id(weights[name]) for name in self.places}
+        return [name for name, weight in network.named_parameters() if id(weight) not in located]
 
     def fill(self, network: nn.Module) -> None:
-        """Read every weight that is still on the meta device: of one that is sharded, this process's rows alone."""
+        """Read every weight that is still on the meta device; for a sharded one, only this process's rows."""
         names: dict[int, list[str]] = {}
         for name, weight in _named(network):
             names.setdefault(id(weight), []).append(name)
@@ -93,27 +93,27 @@ class UnreadWeights:
         network.load_state_dict(state, strict=False, assign=True)
 
 
-def _misfit(name: str, weight: Tensor, found: Any) -> str | None:
-    """Why a tensor in a file is not the weight."""
-    if found.get_shape() != list(weight.shape):
-        return f"{name} has the shape {found.get_shape()} there, and not {list(weight.shape)}"
-    return None if found.get_dtype() in CASTS else f"{name} is not made of floating-point numbers there"
+def _misfit(name: str, weight: Tensor, part: Any) -> str | None:
+    """Return why a tensor in a file does not fit the weight."""
+    if part.get_shape() != list(weight.shape):
+        return f"{name} has the shape {part.get_shape()} there, and not {list(weight.shape)}"
+    return None if part.get_dtype() in CASTS else f"{name} is not made of floating-point numbers there"
 
 
 def _named(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every name of every parameter."""
+    """List every name of every parameter."""
     return network.named_parameters(remove_duplicate=False)
 
 
-def _read(weight: Tensor, found: Any) -> Tensor:
-    """The tensor, or this process's shard of it, in the dtype of `weight`."""
+def _read(weight: Tensor, part: Any) -> Tensor:
+    """Read a tensor or this process's shard of it, in the dtype of `weight`."""
     if not isinstance(weight, DTensor):
-        return found[:].to(weight.dtype)
+        return part[:].to(weight.dtype)
     mesh, local = weight.device_mesh, weight.to_local()
     rows = -(-weight.shape[0] // mesh.size())  # a process's share, as `torch.chunk` has it: the last ones get the rest
     start = mesh.get_local_rank() * rows
     shard = torch.empty(local.shape, dtype=local.dtype, device=mesh.device_type)
     if shard.numel():
-        shard.copy_(found[start : start + rows])
+        shard.copy_(part[start : start + rows])
     options: Any = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
     return DTensor.from_local(shard, mesh, weight.placements, **options)

@@ -1,4 +1,4 @@
-"""Whether a network has a row for every token that its tokenizer can write, and reads the policy's tokens."""
+"""Agreement of a network's embedding with its tokenizer and with the policy's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_rows(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None, *, name: str) -> None:
-    """That no token of the tokenizer lies beyond the network's embedding.
+    """Check that no token of the tokenizer lies beyond the network's embedding.
 
     A special token that nothing writes, neither a text nor the chat template, may lie there: the image token of a
     model that was cut down to text. It is warned of.
@@ -43,7 +43,7 @@ def check_rows(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None, *,
 
 
 def check_same(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase | None, *, name: str) -> None:
-    """That a network which is fed the policy's token ids means the same by them.
+    """Check that the tokenizer of a network that is fed the policy's token ids equals the policy's.
 
     Raises:
         ValueError: its tokenizer has another vocabulary.
@@ -61,7 +61,7 @@ def check_same(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBa
 
 
 def rows_of(network: Any) -> int | None:
-    """Rows of the embedding; from the config, because sharded weights do not show them."""
+    """Number of rows of the embedding, read from the config because sharded weights do not show them."""
     config = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)

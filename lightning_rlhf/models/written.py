@@ -1,4 +1,4 @@
-"""A network's weights and config, as they are written to a folder."""
+"""Writing of a network's weights and config to a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rlhf.models.source import DType
 
 
 def write_network(network: nn.Module, folder: Path, dtype: DType | None = None) -> None:
-    """Write a transformers or PEFT network.
+    """Write a transformers or PEFT network to a folder.
 
     Args:
         network: as transformers or PEFT built it.
@@ -30,12 +30,12 @@ def write_network(network: nn.Module, folder: Path, dtype: DType | None = None) 
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in another precision; those that are tied stay one."""
+    """Cast the weights to another precision; tied weights stay tied."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
-    found = {}
+    converted = {}
     for name, weight in state.items():
         key = weight.data_ptr(), weight.shape
         if key not in cast:
             cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
-        found[name] = cast[key]
-    return found
+        converted[name] = cast[key]
+    return converted

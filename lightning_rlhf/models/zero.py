@@ -1,4 +1,4 @@
-"""Sharding by DeepSpeed's ZeRO stage 3: each weight is gathered for the modules that read it, and let go again."""
+"""Sharding with DeepSpeed's ZeRO stage 3, which gathers each weight while modules read it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from lightning_rlhf.models.replica import Blueprint
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions of a DeepSpeed config and what its engine then keeps weights in."""
+"""Half precisions of a DeepSpeed config and the dtype in which its engine then stores weights."""
 
 
 def partition(model: nn.Module, config: dict[str, Any]) -> Blueprint:
-    """Leave each process a part of every weight, in the precision of the config.
+    """Shard every weight over the processes, in the precision of the config.
 
     Weights are trained by the strategy's engine, which gathers those of its module; a model without a trained weight is
     no part of it and gets an engine of its own. Either way all processes must then call the model together.
@@ -42,7 +42,7 @@ def partition(model: nn.Module, config: dict[str, Any]) -> Blueprint:
 
 
 def _frozen(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model that is not trained, in the precision that it has."""
+    """Return the config for a model that is not trained, in the model's precision."""
     dtype = next(model.parameters()).dtype
     half = {name: {"enabled": True} for name, kind in HALF.items() if kind is dtype}
     zero = {"zero_optimization": copy.deepcopy(config["zero_optimization"])}

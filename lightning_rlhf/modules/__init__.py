@@ -1,4 +1,4 @@
-"""The three stages as LightningModules."""
+"""The three training stages as LightningModules."""
 
 from lightning_rlhf.modules.ppo import PPOModule
 from lightning_rlhf.modules.reward import RewardModule

@@ -1,4 +1,4 @@
-"""Whether a reward model is right as often as it is sure."""
+"""Calibration of a reward model's confidence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_rlhf.modules.metrics import Sums, binned
 
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Of the bins of confidence; each holds its lower edge, the last its upper one too."""
+"""Edges of the bins of confidence. Each bin holds its lower edge, the last also its upper one."""
 NAMES = tuple(f"{100 * low:.0f}_{100 * high:.0f}" for low, high in pairwise(EDGES))
 
 
@@ -34,12 +34,12 @@ class Calibration(Sums):
         self.sums += binned(bins, len(NAMES), margins > 0, confidence)
 
     def compute(self) -> dict[str, Tensor]:
-        """`calibration_error`, and per bin with a pair its accuracy, mean confidence and number of pairs."""
+        """Return the calibration error, and the accuracy and mean confidence of each bin with a pair."""
         pairs, correct, confidence = self.sums.T
-        found = {"calibration_error": (correct - confidence).abs().sum() / pairs.sum()}
+        values = {"calibration_error": (correct - confidence).abs().sum() / pairs.sum()}
         for name, (n, right, sure) in zip(NAMES, self.sums, strict=True):
             if n:
-                found[f"accuracy_confidence_{name}"] = right / n
-                found[f"mean_confidence_{name}"] = sure / n
-                found[f"pairs_confidence_{name}"] = n
-        return found
+                values[f"accuracy_confidence_{name}"] = right / n
+                values[f"mean_confidence_{name}"] = sure / n
+                values[f"pairs_confidence_{name}"] = n
+        return values

@@ -1,4 +1,4 @@
-"""Choices that are right alone and wrong together: refused or warned of before anything is built."""
+"""Checks for settings that are valid alone and wrong together, made before anything is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.engines import SamplingParams
 
 WIDEST_GEOMETRIC_BOUND = 0.05
-"""No response's length-normalized ratio gets this far from 1 in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
+"""Distance from 1 that no length-normalized ratio reaches in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
 def check_compatible(
@@ -63,7 +63,7 @@ def check_compatible(
 
 
 def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:
-    """A penalty on lengths that no response reaches does nothing."""
+    """Warn of a penalty on lengths that no response reaches."""
     if not isinstance(rule, SoftOverlong) or rule.limit is None or rule.buffer is None:
         return
     if rule.limit - rule.buffer >= max_new_tokens:
@@ -75,7 +75,7 @@ def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:
 
 
 def _idle_bounds(surrogate: Surrogate) -> list[str]:
-    """The bounds of a surrogate that a length-normalized ratio does not reach, as one would write them."""
+    """Return the bounds that a length-normalized ratio never reaches, as Python source."""
     while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
     if isinstance(surrogate, CISPO):
@@ -92,7 +92,7 @@ def _idle_bounds(surrogate: Surrogate) -> list[str]:
 
 
 def _named(advantage: AdvantageEstimator) -> str:
-    """What compares the responses: the estimator inside a whitening, or its baseline."""
+    """Return the class name of the part that compares responses: the inner estimator or its baseline."""
     if isinstance(advantage, Whitened):
         return _named(advantage.estimator)
     baseline = getattr(advantage, "baseline", None)

@@ -1,4 +1,4 @@
-"""The demonstration bias of the weights that training ends with."""
+"""Callback that sets a reward model's demonstration bias for its final weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class DemonstrationBias(Callback):
-    """Scores the demonstrations when training ends, before other callbacks save or export the reward model.
+    """Callback that scores the demonstrations when training ends, before others save the reward model.
 
     `RewardModule` adds it to the trainer's callbacks, as the first.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the bias, over all processes."""
+        """Set the demonstration bias over all processes."""
         pl_module.score_demonstrations()

@@ -1,4 +1,4 @@
-"""Every number that a run logs: its key, how it is computed, in which unit."""
+"""Glossary of the numbers that a run logs: key, formula and unit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """One logged key.
+    """One logged key with its meaning and unit.
 
     Attributes:
         key: as in the logger; words in capitals stand for what differs: a name, a number, bounds in percent.
@@ -20,8 +20,8 @@ class Entry(NamedTuple):
     unit: str
 
     def matches(self, key: str) -> bool:
-        """Whether a logged key is this one; the keys of `test` are those of validation."""
-        pattern = re.sub(r"[A-Z]+", lambda found: PLACEHOLDERS[found[0]], re.escape(self.key))
+        """Return True if this entry describes a logged key; a `test` key counts as its validation key."""
+        pattern = re.sub(r"[A-Z]+", lambda match: PLACEHOLDERS[match[0]], re.escape(self.key))
         return re.fullmatch(pattern, re.sub("^test/", "eval/", key)) is not None
 
 
@@ -150,15 +150,15 @@ PREFERENCES = (
     ),
 )
 GLOSSARY = (*TRAINING, *OBJECTIVE, *UPDATE, *COST, *HELD_OUT, *EVALUATIONS, *PREFERENCES)
-"""In the order of a run."""
+"""All entries, in the order in which a run logs them."""
 
 
 def find(key: str) -> Entry | None:
-    """What a logged key means; None where the library does not log it."""
+    """Return the entry of a logged key; returns None if the library does not log it."""
     return next((entry for entry in GLOSSARY if entry.matches(key)), None)
 
 
 def table() -> str:
-    """The glossary in Markdown."""
+    """Return the glossary as a Markdown table."""
     lines = [f"| `{entry.key}` | {entry.meaning} | {entry.unit} |" for entry in GLOSSARY]
     return "\n".join(["| key | what | unit |", "|---|---|---|", *lines])

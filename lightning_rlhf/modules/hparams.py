@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of a module's arguments: plain values that load without pickle."""
+"""Hyperparameters in a checkpoint: plain values that load without pickle."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 
 def keep_hyperparameters(module: LightningModule, **arguments: Any) -> None:
-    """Save the config the CLI parsed; in plain Python, those arguments that are plain values.
+    """Save the CLI's config or else the arguments that are plain values as hyperparameters.
 
-    Live objects would be pickled, and such a checkpoint does not load under `weights_only=True`.
+    Because live objects would be pickled, a checkpoint with them does not load under `weights_only=True`.
 
     Args:
         module: whose `hparams`.

@@ -1,4 +1,4 @@
-"""Whether a reward model scores answers or their lengths (Singhal et al. 2023)."""
+"""Length bias of a reward model: how far its scores follow response length (Singhal et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from lightning_rlhf.modules.metrics import Sums, binned
 
 SIMILAR = 10
-"""Tokens by which two responses may differ and count as about as long."""
+"""Largest difference in tokens at which two responses count as about as long."""
 NAMES = ("shorter", "similar", "longer")
 
 
 def longer_wins(longer: Tensor) -> Tensor:
-    """How often the longer response is the preferred one: 1, 0, or ½ for equal lengths.
+    """Return 1 if the longer response of a pair is preferred, ½ for equal lengths; otherwise 0.
 
     Args:
         longer: length of the preferred response less that of the other, any shape.
@@ -22,7 +22,7 @@ def longer_wins(longer: Tensor) -> Tensor:
 
 
 class LengthAccuracy(Sums):
-    """Accuracy by how the preferred response's length compares: a model that likes length fails on the shorter.
+    """Accuracy by length difference: a model biased towards length fails on shorter preferred responses.
 
     longer and shorter by more than `SIMILAR` tokens, similar otherwise; the prompt cancels in the difference. A model
     has learned something beside length where its accuracy is above `longer_wins`, that of preferring the longer one.
@@ -32,7 +32,7 @@ class LengthAccuracy(Sums):
         super().__init__(len(NAMES), 3)
 
     def update(self, margins: Tensor, longer: Tensor) -> None:
-        """Take in N pairs.
+        """Add the pairs of a batch, N of them.
 
         Args:
             margins: r_w − r_l, (N,).
@@ -42,13 +42,13 @@ class LengthAccuracy(Sums):
         self.sums += binned(bins, len(NAMES), margins > 0, longer_wins(longer))
 
     def compute(self) -> dict[str, Tensor]:
-        """`longer_wins`, and per bin with a pair its accuracy and number of pairs."""
+        """Return `longer_wins`, and the accuracy and number of pairs of each bin with a pair."""
         pairs, _, wins = self.sums.sum(0)
-        found = {"longer_wins": wins / pairs}
+        values = {"longer_wins": wins / pairs}
         for name, (n, right, _) in zip(NAMES, self.sums, strict=True):
             if n:
-                found |= {f"accuracy_{name}": right / n, f"pairs_{name}": n}
-        return found
+                values |= {f"accuracy_{name}": right / n, f"pairs_{name}": n}
+        return values
 
 
 class LengthCorrelation(Sums):
@@ -64,7 +64,7 @@ class LengthCorrelation(Sums):
         super().__init__(2, 6)
 
     def update(self, scores: Tensor, lengths: Tensor, present: Tensor) -> None:
-        """Take in B prompts.
+        """Add the responses to a batch of B prompts.
 
         Args:
             scores: (B, K).
@@ -77,19 +77,19 @@ class LengthCorrelation(Sums):
         self.sums += torch.stack([_moments(*pair[:, present]) for pair in (both, within)])
 
     def compute(self) -> dict[str, Tensor]:
-        """`score_length_correlation` and `…_within_prompt`, each where neither score nor length is constant."""
+        """Return `score_length_correlation` and `…_within_prompt`, each only if neither quantity is constant."""
         names = ("score_length_correlation", "score_length_correlation_within_prompt")
-        found = {name: _pearson(*sums) for name, sums in zip(names, self.sums, strict=True)}
-        return {name: value for name, value in found.items() if value.isfinite()}
+        values = {name: _pearson(*sums) for name, sums in zip(names, self.sums, strict=True)}
+        return {name: value for name, value in values.items() if value.isfinite()}
 
 
 def _moments(x: Tensor, y: Tensor) -> Tensor:
-    """N, Σx, Σy, Σx², Σy², Σxy."""
+    """Return the six sums (N, Σx, Σy, Σx², Σy², Σxy)."""
     return torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y]).sum(1)
 
 
 def _pearson(n: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
-    """The correlation, NaN where a variance is nothing but rounding."""
+    """Return Pearson's correlation; NaN if a variance is only rounding error."""
     spread = torch.stack([n * xx - x * x, n * yy - y * y])
     varies = spread > 1e-12 * n * torch.stack([xx, yy])
     correlation = (n * xy - x * y) / spread.clamp(min=0).prod().sqrt()

@@ -1,4 +1,4 @@
-"""Metrics that outlive an evaluation: sums over all processes, in float64."""
+"""Metrics summed over a whole evaluation and all processes, in float64."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torchmetrics import Metric
 
 
 def begin(*metrics: Metric) -> None:
-    """Empty the metrics, in tensors that training may write to: `validate` and `test` run in inference mode."""
+    """Reset metrics to tensors that training may write to: `validate` and `test` run in inference mode."""
     with torch.inference_mode(False):
         for metric in metrics:
             metric.reset()
 
 
 class Sums(Metric):
-    """What a metric adds up; `compute` reads the sums over all processes.
+    """Base class of metrics that are functions of sums over all processes.
 
     Args:
         shape: of `sums`.
@@ -26,37 +26,37 @@ class Sums(Metric):
 
     full_state_update = False
     sums: Tensor
-    """Σ, of `shape`, float64."""
+    """The sums, of `shape`, float64."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Sums:
-        """Follow the module to its device but not to its dtype: in bfloat16 a count stops at 256."""
+        """Move the sums to the module's device but keep their dtype: a count in bfloat16 stops at 256."""
         super()._apply(fn, exclude_state)
         self.sums, self._defaults["sums"] = self.sums.double(), self._defaults["sums"].double()
         return self
 
 
 class Mean(Sums):
-    """Mean of all numbers, each of the same weight."""
+    """Mean of all numbers seen, each with the same weight."""
 
     def __init__(self) -> None:
         super().__init__(2)
 
     def update(self, values: Tensor) -> None:
-        """Take in numbers or truth values of any shape."""
+        """Add numbers or booleans of any shape."""
         values = values.detach().double()
         self.sums += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
     def compute(self) -> Tensor:
-        """Σ/n, NaN where there was nothing."""
+        """Return the mean; NaN if no number was added."""
         return self.sums[0] / self.sums[1]
 
 
 def binned(bins: Tensor, count: int, *quantities: Tensor) -> Tensor:
-    """Per bin the number of observations, then the sum of each quantity over them, (count, 1 + quantities), float64.
+    """Count the observations and sum each quantity per bin, (count, 1 + quantities), in float64.
 
     Args:
         bins: the bin of each of N observations, (N,), int64.

@@ -1,4 +1,4 @@
-"""The networks of the RL stage, built when Lightning asks for them."""
+"""Builders of the four networks of the RL stage."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_rlhf.rewards import LearnedReward, Reward
 
 
 def as_source(model: str | ModelSource | nn.Module | None) -> ModelSource | nn.Module | None:
-    """A folder or name as the source it names; anything else as it is."""
+    """Convert a folder or hub name to a `ModelSource` and return anything else unchanged."""
     return ModelSource(path=model) if isinstance(model, str) else model
 
 
 def find_tokenizer(
     model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerBase | str | None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was given, or the one beside the model's weights; None for a built module without one."""
+    """Return the given tokenizer or the one stored with the model; returns None if a built module has none."""
     if isinstance(tokenizer, str):
         return ModelSource(path=tokenizer).tokenizer()
     if tokenizer is None and isinstance(model, ModelSource):
@@ -32,7 +32,7 @@ def find_tokenizer(
 
 
 def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PolicyModel:
-    """π_θ.
+    """Build the policy network π_θ.
 
     Raises:
         ValueError: a token of the tokenizer has no embedding.
@@ -43,7 +43,7 @@ def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerB
 
 
 def build_reference(policy: PolicyModel, source: ModelSource | None, dtype: DType | None) -> Reference:
-    """π_ref: from its source, else the adapter off, else a frozen copy of the policy as it is now.
+    """Build π_ref from its source, or else as the policy without its adapter or as a frozen copy of the policy.
 
     Raises:
         ValueError: the source reads other tokens than the policy, `dtype` is asked for where there is no copy, or the
@@ -68,7 +68,7 @@ def build_value(
     policy: ModelSource | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> ScalarModel:
-    """V: from its source, else from the learned reward, else a new head on the policy's backbone.
+    """Build the value network V from its source, or else on the learned reward's or the policy's backbone.
 
     What starts from the learned reward or the policy keeps or recomputes activations as the policy does.
 
@@ -97,7 +97,7 @@ def build_value(
 def _check_tokens(
     network: nn.Module, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, *, name: str
 ) -> None:
-    """A folder without a tokenizer of its own is taken at its word."""
+    """Check that a network reads the policy's tokens; a folder without a tokenizer is trusted."""
     check_rows(network, tokenizer, name=name)
     if source.has_tokenizer:
         check_same(source.tokenizer(), tokenizer, name=name)

@@ -1,4 +1,4 @@
-"""The loss of a part of one optimizer step, asked of the networks (Ouyang et al. 2022, eq. 2)."""
+"""Loss of a part of one optimizer step (Ouyang et al. 2022, eq. 2)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.types import Experience, PPOBatch, TextBatch
 
 Loss = tuple[Tensor, MeanMetrics]
-"""A scalar with its graph, and what to log of it."""
+"""A scalar loss with its graph, and the numbers to log of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Losses of π_θ and V_θ, as numerators: the caller knows the denominators of the whole step.
+    """Numerators of the losses of π_θ and V_θ; the caller divides by the counts of the whole step.
 
     Attributes:
         policy: π_θ.
@@ -32,7 +32,7 @@ class Objective:
     temperature: float
 
     def actions(self, algorithm: Algorithm, piece: Experience) -> Loss:
-        """Surrogate, KL in the loss and value loss over the actions of some rows."""
+        """Return surrogate, KL in the loss and value loss over the actions of some rows."""
         old = piece.rollout
         logprobs = self.logprobs(piece) if old.logprobs_with_grad is None else old.logprobs_with_grad
         values = None if self.value is None else self.value.response_values(old)
@@ -42,7 +42,7 @@ class Objective:
         )
 
     def text(self, text: TextBatch, *, count: Tensor) -> Loss:
-        """−Σ log π_θ(token) / count, nats per token: the γ term before its γ."""
+        """Return −Σ log π_θ(token) / count, in nats per token: the pretraining term before its weight γ."""
         logprobs = self.policy.text_logprobs(text)
         return next_token_loss(logprobs, text.target, count=count), MeanMetrics.of(
             {"ptx/loss": -logprobs}, text.target[:, 1:]
@@ -61,7 +61,7 @@ class Objective:
 
 
 def pretraining_of(batch: PPOBatch, ptx_coef: float) -> TextBatch | None:
-    """The pretraining texts of a batch; None where γ is 0.
+    """Return the pretraining texts of a batch; returns None if γ is 0.
 
     Raises:
         ValueError: there are none, or γ is no number.

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, asked of Lightning's trainer."""
+"""Optimizers and learning-rate schedules for Lightning's `configure_optimizers`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_rlhf.models.replica import whole_tensor
 FUSED = ("cpu", "cuda")
 """Devices on which torch has fused optimizers."""
 ENDLESS = 10**9
-"""Steps of a run without end."""
+"""Number of steps assumed for a run without end."""
 
 
 def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
-    """What `configure_optimizers` returns: the optimizer and a schedule that steps once per step of `total`.
+    """Return for `configure_optimizers` the optimizer and a schedule that steps once per step of `total`.
 
     Args:
         optimizer: at its peak learning rates.
@@ -37,9 +37,10 @@ def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]
 
 
 def _fuse(optimizer: Optimizer) -> None:
-    """Turn on the fused kernel of Adam and AdamW, where nothing was chosen and the parameters' devices have one.
+    """Turn on the fused kernel of Adam and AdamW if the user chose none and the devices support it.
 
-    Set on the groups it leaves `_step_supports_amp_scaling` alone, so that fp16 gradients can still be clipped.
+    Because it is set on the groups, `_step_supports_amp_scaling` stays off, so that fp16 gradients can still be
+    clipped.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
@@ -50,7 +51,7 @@ def _fuse(optimizer: Optimizer) -> None:
 
 
 def retune(module: LightningModule) -> None:
-    """Give a resumed optimizer and its schedule today's settings: with its state it was given the checkpoint's."""
+    """Apply today's settings to a resumed optimizer and its schedule. Otherwise the checkpoint's would stay."""
     optimizer = module.trainer.optimizers[0]
     scheduler = module.trainer.lr_scheduler_configs[0].scheduler
     fresh = module.configure_optimizers()["optimizer"]
@@ -63,7 +64,7 @@ def retune(module: LightningModule) -> None:
 
 
 def training_steps(module: LightningModule) -> int:
-    """Optimizer steps of the run under automatic optimization; a run without end counts as very long.
+    """Number of optimizer steps of the run under automatic optimization; very large for an endless run.
 
     A resumed run must not ask for its data before Lightning has the checkpoint's position in them, which it would lose;
     the schedule's first value, for which it is asked by then, comes from the checkpoint.
@@ -76,7 +77,7 @@ def training_steps(module: LightningModule) -> int:
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that are trained.
+    """List the parameters that require gradients.
 
     Raises:
         ValueError: there is none.
@@ -90,7 +91,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def chosen_optimizer(
     optimizer: OptimizerCallable | None, lr: float | None, *, default: float, eps: float = 1e-8
 ) -> OptimizerCallable:
-    """The optimizer that was chosen, or AdamW without weight decay.
+    """Return the user's optimizer, or AdamW without weight decay.
 
     Args:
         optimizer: that was chosen, or None.
@@ -109,12 +110,12 @@ def chosen_optimizer(
 
 
 def optimizer_of(build: OptimizerCallable, network: nn.Module) -> Optimizer:
-    """The optimizer of one network's trainable parameters."""
+    """Build the optimizer of one network's trainable parameters."""
     return build(trainable(network))
 
 
 def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Norm of all gradients before clipping; afterwards it is at most `max_norm`.
+    """Clip all gradients to a total norm of `max_norm` and return their norm before it.
 
     Call it in `on_before_optimizer_step`, where fp16 gradients are unscaled.
 
@@ -131,7 +132,7 @@ def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: floa
 
 
 def rollouts_of(module: LightningModule) -> int:
-    """Rollouts of the run under manual optimization, where `max_steps` counts optimizer steps."""
+    """Number of rollouts of the run under manual optimization, where `max_steps` counts optimizer steps."""
     trainer = module.trainer
     done, steps = trainer.fit_loop.total_batch_idx + 1, trainer.global_step
     limits = [ENDLESS]

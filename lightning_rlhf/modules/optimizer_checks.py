@@ -1,4 +1,4 @@
-"""What is asked of an optimizer, and refused or warned of, before it steps."""
+"""Checks of an optimizer before its first step."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def picklable(build: OptimizerCallable) -> OptimizerCallable:
-    """The optimizer's class with its arguments, in place of a default of this library, which is a lambda."""
+    """Return the optimizer's class with its arguments, instead of this library's default lambda."""
     if not getattr(build, "__module__", "").startswith("lightning_rlhf.") or isinstance(build, partial):
         return build
     example = build([nn.Parameter(torch.zeros(1))])
-    known = inspect.signature(type(example)).parameters
-    return partial(type(example), **{name: value for name, value in example.defaults.items() if name in known})
+    parameters = inspect.signature(type(example)).parameters
+    return partial(type(example), **{name: value for name, value in example.defaults.items() if name in parameters})
 
 
 def refuse_finder(module: LightningModule) -> None:
-    """Refuse Lightning's search for a learning rate, which sets an attribute that nothing here reads.
+    """Raise if Lightning would search for a learning rate: it sets an attribute that no module reads.
 
     Raises:
         ValueError: the trainer has a `LearningRateFinder`, as a callback or through its Tuner.
@@ -44,7 +44,7 @@ def refuse_finder(module: LightningModule) -> None:
 
 
 def begin_training(module: LightningModule, changed: list[Difference]) -> None:
-    """Give a resumed optimizer today's settings, and warn of weights too coarse for the learning rate.
+    """Apply today's settings to a resumed optimizer and warn of weights too coarse for the learning rate.
 
     Args:
         module: about to train, in `on_train_start`.
@@ -58,7 +58,7 @@ def begin_training(module: LightningModule, changed: list[Difference]) -> None:
 
 
 def _warn_of_coarse_weights(group: dict[str, Any]) -> None:
-    """Warn where most weights lie further from their neighbors in half precision than twice the learning rate.
+    """Warn if most half-precision weights are further from their neighbors than twice the learning rate.
 
     Because an update of Adam is about as large as the learning rate, and one below half of that distance rounds away.
     """

@@ -47,7 +47,7 @@ DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr",
 
 
 class PPOModule(CheckedRevival, LightningModule):
-    """Reinforcement learning on prompts; one `training_step` is one rollout and its updates.
+    """Reinforcement learning on prompts: one `training_step` is one rollout and its updates.
 
     Args:
         policy: π_θ at the start: a folder or name, a source, or a causal language model already built.
@@ -98,7 +98,9 @@ class PPOModule(CheckedRevival, LightningModule):
         evaluations: Sequence[Evaluator] = (),
     ) -> None:
         super().__init__()
-        policy, reference, value = as_source(policy), as_source(reference), as_source(value)
+        policy = as_source(policy)
+        reference = as_source(reference)
+        value = as_source(value)
         algorithm = Algorithm() if algorithm is None else algorithm
         self.generation = generation.for_run(algorithm.advantage.needs_group)
         self.reward = as_reward(reward)
@@ -117,7 +119,9 @@ class PPOModule(CheckedRevival, LightningModule):
         self.value: ScalarModel | None = None
         self.responder: Responder | None = None
         self.ranks = Ranks(self)
-        self.evaluation, self.clock, self.signal = Evaluation(evaluations), Clock(), TrainingSignal()
+        self.evaluation = Evaluation(evaluations)
+        self.clock = Clock()
+        self.signal = TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
         self._sources = (policy, reference, value)
@@ -132,7 +136,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     @built_whole
     def configure_model(self) -> None:
-        """Build policy, reference, reward and value network, once; shard them where the strategy asks.
+        """Build the networks once and shard them if the strategy asks for it.
 
         Raises:
             ValueError: the strategy cannot train PPO.
@@ -166,12 +170,12 @@ class PPOModule(CheckedRevival, LightningModule):
 
     @property
     def collector(self) -> Collector:
-        """What draws responses and measures them, once `configure_model` has run."""
+        """Sampler and scorer of responses, available after `configure_model`."""
         return self.responder.collector
 
     @property
     def objective(self) -> Objective:
-        """Losses of the networks."""
+        """Losses of the policy and the value network."""
         return Objective(policy=self.policy, value=self.value, temperature=self.generation.temperature)
 
     def on_fit_start(self) -> None:
@@ -179,11 +183,11 @@ class PPOModule(CheckedRevival, LightningModule):
         self.collector.to(self.device)
 
     def on_train_start(self) -> None:
-        """Take learning rates that a resumed run has otherwise than its checkpoint."""
+        """Apply learning rates that differ from the resumed checkpoint's."""
         begin_training(self, self._changed)
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
-        """Roll out, score, credit, update, adapt (Ouyang et al. 2022, eq. 2)."""
+        """Run one rollout and its updates (Ouyang et al. 2022, eq. 2)."""
         start = perf_counter()
         self.clock.lap()  # what validation took is not the step's
         prompts = batch["prompts"]
@@ -218,28 +222,28 @@ class PPOModule(CheckedRevival, LightningModule):
 
     @property
     def reference_is_policy(self) -> bool:
-        """Whether π_ref is the policy at the start."""
+        """Return True if π_ref is the policy at the start of training."""
         return self._sources[1] is None
 
     @property
     def samples_per_prompt(self) -> int:
-        """k, responses to each prompt in training."""
+        """Number k of responses to each prompt in training."""
         return self.generation.samples_per_prompt or 1
 
     def collect(self, prompts: PromptBatch) -> Rollout:
-        """Responses of the policy to learn from, k to each prompt."""
+        """Sample k responses to each prompt for training."""
         return self.responder.collect(prompts, samples=self.samples_per_prompt, iteration=self.iteration)
 
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
-        """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them."""
+        """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts."""
         return self.responder.score(rollout, prompts, iteration=self.iteration)
 
     def credit(self, rollout: Rollout, scores: Scores) -> Experience:
-        """Rewards less β·KL to the reference, and the advantages they give, (B, T)."""
+        """Subtract β·KL to the reference from the rewards and estimate the advantages, (B, T)."""
         return self.algorithm.credit(rollout, scores.total, self.ranks.sum)
 
     def update(self, minibatch: Experience, text: TextBatch | None) -> MeanMetrics:
-        """One optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
+        """Take one optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
         optimizer = self.optimizers()
         actions, words = self.counts(minibatch, text)
         pieces = self.updates.passes(minibatch, text, self.collector.agree)
@@ -260,7 +264,10 @@ class PPOModule(CheckedRevival, LightningModule):
         return metrics + MeanMetrics.of({"policy/grad_norm": gradient_norm(self, self._grad_norm)})
 
     def counts(self, minibatch: Experience, text: TextBatch | None) -> Tensor:
-        """Denominators of a step, of all processes, (2,): those of the reduction, and tokens of text; at least 1."""
+        """Return the denominators of a step, (2,): the reduction's and the text tokens, at least 1.
+
+        Both are of all processes.
+        """
         actions = self.algorithm.reduction.count(minibatch.action_mask)
         words = torch.zeros_like(actions) if text is None else text.target.sum()
         return self.ranks.sum(torch.stack([actions, words])).clamp(min=1)
@@ -286,26 +293,26 @@ class PPOModule(CheckedRevival, LightningModule):
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip: here the gradients of fp16 are unscaled."""
+        """Clip the gradients, which fp16 training has unscaled by now."""
         self._grad_norm = clip_gradients(self, optimizer, self.updates.max_grad_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a new mean."""
+        """Reset the means of the evaluation."""
         self.evaluation.begin(self.responder)
 
     def validation_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Generate on held-out prompts and score; or measure the held-out pretraining loss."""
+        """Generate and score responses to held-out prompts, or measure the held-out pretraining loss."""
         self.outcome = None
         self.outcome = self.evaluation.step(self.responder, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `eval/…`."""
+        """Log the validation means as `eval/…`."""
         self._log_evaluation("eval")
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
-        """Log `test/…`."""
+        """Log the test means as `test/…`."""
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
@@ -314,31 +321,31 @@ class PPOModule(CheckedRevival, LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Each prompt's response with its score, KL and length, as JSON-ready records."""
+        """Return a JSON-ready record per prompt: its response with score, KL and length."""
         return self.evaluation.predict(self.responder, batch, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """One optimizer, a parameter group for each trained network; the schedule steps once per rollout."""
+        """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
         groups: list[dict[str, Any]] = [{"params": trainable(self.policy)}]
         if self.value is not None:
             groups.append({"params": trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr}))
         return scheduled(self.optimizer(groups), self.schedule, lambda: rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counters and what moves in the algorithm, as Python numbers."""
+        """Save the counters and the adaptive numbers of the algorithm, as Python numbers."""
         counters = {"iteration": self.iteration, "episodes": self.episodes, "version": resume.version()}
         counters["settings"] = resume.of_all_processes(self._settings, self._trainer)
         checkpoint["rlhf"] = counters | {"algorithm": self.algorithm.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from what `on_save_checkpoint` kept."""
+        """Restore the counters and the adaptive numbers of the algorithm."""
         self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.algorithm = self.algorithm.restored(state["algorithm"])
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
-        """Write the policy as a Hugging Face folder, whole or not at all; `merge_adapter` folds a LoRA adapter in."""
+        """Write the policy atomically as a Hugging Face folder; `merge_adapter` folds a LoRA adapter in."""
         self.configure_model()
         self.policy.save_pretrained(folder, merge_adapter=merge_adapter, dtype=dtype)
 

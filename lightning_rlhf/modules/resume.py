@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of this run, and with which other settings it may go on."""
+"""Compatibility of a checkpoint with the settings of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_rlhf.rewards import Reward
 FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
 """Settings that change memory and speed, never the result."""
 MODELS = ("policy", "reference", "value", "reward", "model", "weights", "reference_dtype")
-"""Settings of which a run cannot go on with others: its past is theirs."""
+"""Settings that a resumed run must not change, because they decide its past."""
 
 
 def version() -> str:
-    """That of this library, for a checkpoint to name."""
+    """Version of this library, for a checkpoint to name."""
     try:
         return metadata.version("lightning-rlhf")
     except metadata.PackageNotFoundError:
@@ -30,13 +30,13 @@ def version() -> str:
 
 
 def reward_settings(reward: Reward) -> dict[str, Any]:
-    """A reward as plain values: its class and what it says of itself, a function by its name."""
-    found: dict[str, Any] = described(reward)
-    return found
+    """Describe a reward in plain values: its class with its identity, or the name of a function."""
+    values: dict[str, Any] = described(reward)
+    return values
 
 
 def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
-    """Arguments of a module as plain values, with the optimizer's class and defaults; those that are free are left out.
+    """Describe a module's arguments in plain values, without those that are free to change.
 
     Args:
         optimizer: a function of the parameters.
@@ -46,21 +46,21 @@ def settings(optimizer: OptimizerCallable, **arguments: Any) -> dict[str, Any]:
     Raises:
         ValueError: the learning rate is no number.
     """
-    found: dict[str, Any] = described(arguments)
+    values: dict[str, Any] = described(arguments)
     policy = arguments.get("policy")
     if isinstance(policy, nn.Module):
-        found["policy"] = {"class": type(policy).__qualname__, "weights at the start": weights_digest(policy)}
-    for value in found.values():
+        values["policy"] = {"class": type(policy).__qualname__, "weights at the start": weights_digest(policy)}
+    for value in values.values():
         for name in FREE if isinstance(value, dict) else ():
             value.pop(name, None)
     example = optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
     if "lr" in example.defaults:
         check_not_negative(lr=float(example.defaults["lr"]))  # torch itself takes infinity
-    return found | {"optimizer": {"class": type(example).__qualname__} | described(example.defaults)}
+    return values | {"optimizer": {"class": type(example).__qualname__} | described(example.defaults)}
 
 
 def of_all_processes(settings: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
-    """Settings with the minibatch of all processes, so that their number may change where this does not.
+    """Multiply the minibatch by the number of processes, so that runs on other numbers compare equal.
 
     Args:
         settings: of a module.
@@ -73,7 +73,7 @@ def of_all_processes(settings: dict[str, Any], trainer: Trainer | None) -> dict[
 
 
 def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
-    """Settings in which a run goes on otherwise than its checkpoint; none where it does not train.
+    """Raise if a checkpoint cannot be resumed with these settings, and return the settings that changed.
 
     A run can go on with other numbers, such as a learning rate, β or a limit on lengths, which a warning lists. It
     cannot with other models, classes or shapes.
@@ -87,7 +87,7 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
         ValueError: it is of another module; or settings, names or shapes of parameters differ, and all differences are
             listed.
     """
-    state = checkpoint.get("state_dict")  # None where each process has shards
+    state = checkpoint.get("state_dict")  # None if each process has shards
     _check_kind(module, checkpoint, state)
     trainer = module._trainer
     if trainer is None or trainer.state.fn != "fit":
@@ -105,7 +105,7 @@ def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: di
 
 
 def with_changes(state: dict[str, Any], changed: list[Difference]) -> dict[str, Any]:
-    """A checkpoint's numbers that move, with today's in place of those that were set to another start.
+    """Replace a checkpoint's adaptive numbers by today's if their start was changed.
 
     Args:
         state: numbers by name of the setting, then of the field.
@@ -122,16 +122,16 @@ def with_changes(state: dict[str, Any], changed: list[Difference]) -> dict[str, 
 
 def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
     networks = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
-    held = networks if state is None else {name.partition(".")[0] for name in state}
-    kept = checkpoint.get("rlhf")
-    ours = isinstance(kept, dict) and isinstance(kept.get("settings"), dict)
-    writer = kept.get("module") if ours else None  # None where the networks' names tell
-    if ours and not networks - held and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):
+    stored = networks if state is None else {name.partition(".")[0] for name in state}
+    record = checkpoint.get("rlhf")
+    ours = isinstance(record, dict) and isinstance(record.get("settings"), dict)
+    writer = record.get("module") if ours else None  # None if the networks' names tell
+    if ours and not networks - stored and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):
         return
     reader = type(module).__name__
     raise ValueError(
         f"the checkpoint was {f'written by {writer}, not by' if writer else 'not written by'} {reader}, which holds "
-        f"{_list(networks)}: it holds {_list(held)}; give a checkpoint of {reader}, or hand a model on as the folder "
+        f"{_list(networks)}: it holds {_list(stored)}; give a checkpoint of {reader}, or hand a model on as the folder "
         "that `save_pretrained` writes"
     )
 

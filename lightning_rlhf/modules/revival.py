@@ -1,4 +1,4 @@
-"""`load_from_checkpoint` that takes values from a file, and never the name of something to run."""
+"""A `load_from_checkpoint` that takes values from a file and never the name of code to run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lightning_rlhf.models.checkpoint import check_version, read_checkpoint
 from lightning_rlhf.models.shards import guard
 
 OLD = ("hparams", "module_arguments")
-"""Where Lightning before 1.0 kept a module's arguments, and where today's still looks."""
+"""Key of a module's arguments in checkpoints of Lightning before 1.0, which today's Lightning still reads."""
 OPTIONS = ("map_location", "hparams_file", "strict", "weights_only")
 """Arguments of Lightning's `load_from_checkpoint`; all others are the module's."""
 CODE = "trust_remote_code"
 
 
 class CheckedRevival:
-    """For a LightningModule: stands before it among the bases."""
+    """Mixin for a LightningModule that checks checkpoints; it precedes the module among the bases."""
 
     def configure_callbacks(self) -> list[Callback]:
-        """Have the trainer look into a checkpoint before it loads it; there are no callbacks."""
+        """Make the trainer check a checkpoint before it loads it; adds no callbacks."""
         guard(self.trainer.strategy)  # type: ignore[attr-defined]
         return []
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> Any:
-        """The module of a checkpoint, its arguments from the hyper-parameters in it; see Lightning for `options`.
+        """Load a module with the hyperparameters in its checkpoint; see Lightning for `options`.
 
         An argument of the module among `options` takes the place of the checkpoint's, which is then not looked at.
 
         Raises:
-            ValueError: the file is torn or pickled, asks to run code that came with a model, or names a class of a
+            ValueError: the file is truncated or pickled, asks to run code that came with a model, or names a class of a
                 package that is not imported: whoever trusts it imports it first.
         """
         if options.get("hparams_file") is not None:
@@ -44,18 +44,20 @@ class CheckedRevival:
         stored = checkpoint.get("hyper_parameters", {})
         if not isinstance(stored, Mapping) or any(key in checkpoint for key in OLD):
             raise ValueError(f"{checkpoint_path} keeps its arguments as Lightning before 1.0: build the module anew")
-        given = options.keys() - set(OPTIONS)
-        check_names({name: value for name, value in stored.items() if name not in given}, source=str(checkpoint_path))
+        overridden = options.keys() - set(OPTIONS)
+        check_names(
+            {name: value for name, value in stored.items() if name not in overridden}, source=str(checkpoint_path)
+        )
         return super().load_from_checkpoint(checkpoint_path, **(options | {"weights_only": True}))  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Build the networks first, if that was not done here: a notebook's strategy builds them in other processes."""
+        """Load weights, after building the networks if a notebook's strategy built them in other processes."""
         self.configure_model()  # type: ignore[attr-defined]
         return super().load_state_dict(state_dict, *args, **options)  # type: ignore[misc]
 
 
 def check_names(hyperparameters: Any, *, source: str) -> None:
-    """That the values turn on no code of a model's own, and that no dotted name among them would import a package.
+    """Raise if hyperparameters would run a model's own code or import a package.
 
     Raises:
         ValueError: one does.
@@ -85,7 +87,7 @@ def check_names(hyperparameters: Any, *, source: str) -> None:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Values that hold no others, each with its keys joined by dots."""
+    """Yield the leaves of nested values, each with its keys joined by dots."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}".removeprefix("."))
@@ -97,13 +99,13 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_dotted(value: Any) -> bool:
-    """Whether a value could be the path of a class or a function."""
+    """Return True if a value could be the import path of a class or a function."""
     return isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
 
 
 def _may_hold_config(value: Any) -> bool:
-    """Whether a value is a text that jsonargparse might read as YAML, with a key that decides what runs.
+    """Return True if a text may be YAML for jsonargparse with a key that decides what runs.
 
-    A backslash between quotes could spell such a key in another way.
+    A backslash between quotes counts, because it could spell such a key in another way.
     """
     return isinstance(value, str) and (CODE in value or "class_path" in value or ('"' in value and "\\" in value))

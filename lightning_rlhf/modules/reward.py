@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class RewardModule(CheckedRevival, LightningModule):
-    """r_θ(x, y) by K-wise ranking (Ouyang et al. 2022, eq. 1), shifted so that demonstrations score 0 on average.
+    """Reward model r_θ(x, y) from K-wise rankings (Ouyang et al. 2022, eq. 1), 0 on demonstrations on average.
 
     r_θ(x, y) = raw score + b, with b = −(mean raw score of the demonstrations). The loss does not see a constant added
     to r_θ, so b is set after every validation that served demonstrations, and when training ends where the data module
@@ -80,8 +80,13 @@ class RewardModule(CheckedRevival, LightningModule):
         keep_hyperparameters(self, tokenizer=tokenizer, lr=lr)
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.model: ScalarModel | None = None
-        self.loss, self.optimizer, self.schedule = loss, picklable(optimizer), schedule
-        self.accuracy, self.margin, self.eval_loss, self.demonstrations = Mean(), Mean(), Mean(), Mean()
+        self.loss = loss
+        self.optimizer = picklable(optimizer)
+        self.schedule = schedule
+        self.accuracy = Mean()
+        self.margin = Mean()
+        self.eval_loss = Mean()
+        self.demonstrations = Mean()
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self.system_accuracy = SystemAccuracy()
@@ -91,14 +96,14 @@ class RewardModule(CheckedRevival, LightningModule):
         self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
     def setup(self, stage: str) -> None:
-        """Have the demonstrations scored when training ends."""
+        """Add the callback that scores the demonstrations when training ends."""
         callbacks = self.trainer.callbacks
         if stage == "fit" and not any(isinstance(callback, DemonstrationBias) for callback in callbacks):
             callbacks.insert(0, DemonstrationBias())
 
     @built_whole
     def configure_model(self) -> None:
-        """Build the network, once; shard it where the strategy asks."""
+        """Build the network once and shard it if the strategy asks for it."""
         if self.model is None:
             refuse_finder(self)
             source = self._source[0]
@@ -110,7 +115,7 @@ class RewardModule(CheckedRevival, LightningModule):
             shard_networks(self, [self.model])
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """r_θ at the last token, bias included, (B,).
+        """Return r_θ at the last token of each row with its bias, (B,).
 
         Args:
             tokens: prompt, response and end token, (B, L), int64.
@@ -122,13 +127,13 @@ class RewardModule(CheckedRevival, LightningModule):
         return self.raw(tokens, mask) + self.model.bias
 
     def raw(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """r_θ at the last token without the bias; arguments and errors as of `forward`."""
+        """Return r_θ at the last token without the bias; arguments and errors as of `forward`."""
         check_length(self.model.network, tokens.shape[1], limits="the data's `max_tokens`")
         with self.model.without_bias():
             return score_at_end(self.model(tokens, mask), mask)
 
     def rank(self, batch: ComparisonBatch) -> Tensor:
-        """Scores of K responses to each prompt, bias included, (B, K); 0 where one is absent."""
+        """Score K responses to each prompt with the bias, (B, K); 0 for an absent response."""
         return torch.where(batch.rank >= 0, self._raw_rank(batch) + self.model.bias, 0.0)
 
     def _raw_rank(self, batch: ComparisonBatch) -> Tensor:
@@ -137,11 +142,11 @@ class RewardModule(CheckedRevival, LightningModule):
         return torch.zeros(present.shape, dtype=scores.dtype, device=scores.device).masked_scatter(present, scores)
 
     def on_train_start(self) -> None:
-        """Take a learning rate that a resumed run has otherwise than its checkpoint."""
+        """Apply a learning rate that differs from the resumed checkpoint's."""
         begin_training(self, self._changed)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the step's mean over prompts that have a pair."""
+        """Return the batch's share of the step's mean over prompts that have a pair."""
         counts = preferred_pairs(batch.rank).any(2).any(1)
         losses = self.loss(self._raw_rank(batch), batch.rank, batch.strength)
         total = torch.where(counts, losses, 0.0).sum()
@@ -151,31 +156,31 @@ class RewardModule(CheckedRevival, LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Take the mean over all batches whose gradients were accumulated."""
+        """Divide the gradients by the count of all accumulated batches."""
         self._step.finish(optimizer)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin new means."""
+        """Reset the metrics of the evaluation."""
         self._begin()
 
     def on_test_epoch_start(self) -> None:
-        """Begin new means."""
+        """Reset the metrics of the evaluation."""
         self._begin()
 
     def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Comparisons add to accuracy, margin, loss, calibration and length bias; demonstrations to the bias's mean."""
+        """Add comparisons to the metrics and demonstrations to the mean of the bias."""
         self._observe(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log, and set the bias."""
+        """Log the validation metrics and set the bias."""
         self._conclude("eval")
 
     def test_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As in validation; the bias stays."""
+        """Add a batch to the test metrics; the bias stays."""
         self._observe(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log."""
+        """Log the test metrics."""
         self._conclude("test")
 
     def _begin(self) -> None:
@@ -206,11 +211,11 @@ class RewardModule(CheckedRevival, LightningModule):
     def _conclude(self, stage: str) -> None:
         if self._seen(self.accuracy):
             self.log(f"{stage}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
-            found = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
+            metrics = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
             for metric in (self.calibration, self.length_accuracy, self.length_correlation):
-                found |= metric.compute()  # its names follow from sums over all processes, so that all log the same
-            found |= self.system_accuracy.compute(self)
-            self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+                metrics |= metric.compute()  # its names follow from sums over all processes, so that all log the same
+            metrics |= self.system_accuracy.compute(self)
+            self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
         if self._seen(self.demonstrations):
             raw = float(self.demonstrations.compute())
             self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
@@ -219,12 +224,12 @@ class RewardModule(CheckedRevival, LightningModule):
             self.log(f"{stage}/demonstration_bias", self.model.bias, sync_dist=True)
 
     def _seen(self, metric: Metric) -> bool:
-        """Whether any process has something to compute: all of them must compute, or none."""
+        """Return True if any process has data for a metric: all of them must compute it, or none."""
         return bool(Ranks(self).sum(torch.tensor(float(metric.update_called), device=self.device)))
 
     @torch.no_grad()
     def score_demonstrations(self) -> None:
-        """Set the bias from the data module's demonstrations, with all processes; without any, leave it as it is."""
+        """Set the bias from the data module's demonstrations over all processes; keeps it if there are none."""
         trainer = self.trainer
         if getattr(trainer.datamodule, "demonstrations", None) is None:
             return
@@ -242,7 +247,7 @@ class RewardModule(CheckedRevival, LightningModule):
 
     @torch.no_grad()
     def normalize(self, demonstrations: Iterable[TextBatch]) -> float:
-        """Set the bias on demand, without a trainer: afterwards the demonstrations score 0 on average.
+        """Set the bias without a trainer, so that the demonstrations score 0 on average.
 
         Args:
             demonstrations: batches of prompt, response and end token.
@@ -269,18 +274,18 @@ class RewardModule(CheckedRevival, LightningModule):
         return self.model.bias
 
     def configure_optimizers(self) -> dict:
-        """The optimizer and its schedule."""
+        """Build the optimizer and its schedule."""
         return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember of which run it is, and which model it continues, so that it alone is a reward (`LearnedReward`)."""
+        """Save the run's settings and the source of the model, so that `LearnedReward` can load the file alone."""
         source = self._source[0]
         checkpoint["rlhf"] = {"module": "RewardModule", "settings": self._settings, "version": version()}
         if isinstance(source, ModelSource) and source.peft is None:
             checkpoint["rlhf"]["model"] = asdict(source)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on from another run's."""
+        """Raise if the checkpoint belongs to a run with other settings."""
         self._changed = check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:

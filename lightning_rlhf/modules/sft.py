@@ -68,14 +68,14 @@ class SFTModule(CheckedRevival, LightningModule):
 
     @built_whole
     def configure_model(self) -> None:
-        """Build the network, once; shard it where the strategy asks."""
+        """Build the network once and shard it if the strategy asks for it."""
         if self.model is None:
             refuse_finder(self)
             self.model = build_policy(self._source[0], self.tokenizer)
             shard_networks(self, [self.model])
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """Log-probs of tokens 1 .. L−1, (B, L − 1), nats; 0 where a token does not count.
+        """Return log-probs of tokens 1 .. L−1, (B, L − 1), in nats; 0 if a token does not count.
 
         Raises:
             ValueError: the texts are longer than the network can read.
@@ -84,11 +84,11 @@ class SFTModule(CheckedRevival, LightningModule):
         return self.model(batch.tokens, batch.mask, width=batch.tokens.shape[1] - 1, wanted=batch.target[:, 1:])
 
     def on_train_start(self) -> None:
-        """Take a learning rate that a resumed run has otherwise than its checkpoint."""
+        """Apply a learning rate that differs from the resumed checkpoint's."""
         begin_training(self, self._changed)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the step's mean, nats per token that counts."""
+        """Return the batch's share of the step's mean, in nats per token that counts."""
         total = next_token_loss(self(batch), batch.target, count=1)
         loss = self._step.loss(self, total, Ranks(self).sum(batch.target.sum()))
         self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.tokens))
@@ -96,23 +96,23 @@ class SFTModule(CheckedRevival, LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Take the mean over all batches whose gradients were accumulated."""
+        """Divide the gradients by the count of all accumulated batches."""
         self._step.finish(optimizer)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin new means."""
+        """Reset the mean loss of the evaluation."""
         begin(self.eval_loss)
 
     def on_test_epoch_start(self) -> None:
-        """Begin new means."""
+        """Reset the mean loss of the evaluation."""
         begin(self.eval_loss)
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Adds to `eval/loss`, nats per token."""
+        """Add a batch to `eval/loss`, in nats per token."""
         self._evaluate(batch, "eval/loss")
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Adds to `test/loss`, nats per token."""
+        """Add a batch to `test/loss`, in nats per token."""
         self._evaluate(batch, "test/loss")
 
     def _evaluate(self, batch: TextBatch, name: str) -> None:
@@ -120,15 +120,15 @@ class SFTModule(CheckedRevival, LightningModule):
         self.log(name, self.eval_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.tokens))
 
     def configure_optimizers(self) -> dict:
-        """The optimizer and its schedule."""
+        """Build the optimizer and its schedule."""
         return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember of which run it is."""
+        """Save the settings of the run."""
         checkpoint["rlhf"] = {"module": "SFTModule", "settings": self._settings, "version": version()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on from another run's."""
+        """Raise if the checkpoint belongs to a run with other settings."""
         self._changed = check_resumable(self, checkpoint, self._settings)
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:

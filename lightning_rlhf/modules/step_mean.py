@@ -1,4 +1,4 @@
-"""A loss that is a mean over a whole optimizer step, also of several batches whose gradients are accumulated."""
+"""Mean loss over a whole optimizer step, including accumulated batches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_rlhf.distributed.ranks import Ranks
 
 
 class StepMean:
-    """Σ loss / Σ count over the batches of an optimizer step and all processes, under automatic optimization.
+    """Mean Σ loss / Σ count over the batches of an optimizer step and all processes, under automatic optimization.
 
-    The count of the whole step is known with its last batch alone. So each batch is divided by the count of the first,
-    and the gradients are multiplied by what is missing before the step, and before they are clipped.
+    Because the count of the whole step is known with its last batch alone, each batch is divided by the count of the
+    first, and the gradients are multiplied by the missing factor before the step and before they are clipped.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StepMean:
         self._count = self._total = torch.zeros(())
 
     def loss(self, module: LightningModule, total: Tensor, count: Tensor) -> Tensor:
-        """What `training_step` returns for a batch.
+        """Return the loss of a batch for `training_step`.
 
         Args:
             module: whose trainer accumulates and averages over processes.
@@ -51,12 +51,12 @@ class StepMean:
 
     @property
     def mean(self) -> Tensor:
-        """Mean loss of the step's batches so far, of all processes, scalar."""
+        """Return the mean loss of the step's batches so far over all processes."""
         return self._total / self._count.clamp(min=1)
 
     @torch.no_grad()
     def finish(self, optimizer: Optimizer) -> None:
-        """Give the gradients the count of the whole step: call it in `on_before_optimizer_step`."""
+        """Rescale the gradients to the count of the whole step; call it in `on_before_optimizer_step`."""
         unit, self._unit = self._unit, None
         if unit is None or unit == self._count.clamp(min=1):
             return

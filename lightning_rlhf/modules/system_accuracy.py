@@ -1,4 +1,4 @@
-"""Whose responses a reward model can tell from others."""
+"""Accuracy of a reward model by the system that wrote the responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rlhf.modules.length_bias import longer_wins
 
 
 class SystemAccuracy:
-    """Accuracy over the pairs that hold a response of a system, for each system that the data names.
+    """Accuracy over the pairs that hold a response of a system, per system named in the data.
 
     A pair of two systems counts for both, a pair within one system once. Beside it stands the accuracy of preferring
     the longer response on the same pairs, because systems differ in length.
@@ -24,11 +24,11 @@ class SystemAccuracy:
         self._sums: dict[str, list[float]] = {}
 
     def begin(self) -> None:
-        """Forget what was taken in."""
+        """Reset the counts of all systems."""
         self._sums = {}
 
     def update(self, margins: Tensor, longer: Tensor, pairs: Tensor, systems: Sequence[Sequence[str]]) -> None:
-        """Take in the N pairs of B prompts.
+        """Add the N pairs of B prompts.
 
         Args:
             margins: r_w − r_l, (N,), in the order of `pairs`.
@@ -50,7 +50,7 @@ class SystemAccuracy:
         )
 
     def compute(self, module: LightningModule) -> dict[str, float]:
-        """Over all processes, which must all call this: `accuracy/NAME`, `longer_wins/NAME` and `pairs/NAME`.
+        """Return `accuracy/NAME`, `longer_wins/NAME` and `pairs/NAME`; every process must call this.
 
         Args:
             module: whose trainer's processes.
@@ -58,14 +58,14 @@ class SystemAccuracy:
         lines = (
             Ranks(module).gather_text("".join(json.dumps(entry) + "\n" for entry in self._sums.items())).splitlines()
         )
-        found = {}
+        values = {}
         for name, (pairs, right, wins) in sorted(_added({}, map(json.loads, lines)).items()):
-            found |= {f"accuracy/{name}": right / pairs, f"longer_wins/{name}": wins / pairs, f"pairs/{name}": pairs}
-        return found
+            values |= {f"accuracy/{name}": right / pairs, f"longer_wins/{name}": wins / pairs, f"pairs/{name}": pairs}
+        return values
 
 
 def _added(sums: dict[str, list[float]], entries: Iterable[tuple[str, list[float]]]) -> dict[str, list[float]]:
-    """The sums with the entries of the same names added."""
+    """Add entries to the sums of the same names."""
     sums = dict(sums)
     for name, numbers in entries:
         sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 3), numbers, strict=True)]

@@ -1,4 +1,4 @@
-"""Warnings of rollouts from which nothing can be learned."""
+"""Warnings of rollouts without a training signal."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSignal:
-    """Looks at what is learned from, and says once of each kind of nothing what happened."""
+    """Checks rollouts for a training signal and warns once of each kind of its absence."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
     def look(self, outcome: Outcome, *, flat_groups: float) -> None:
-        """Warn of scores that shaping made alike, of groups that all scored the same, and of advantages that are 0.
+        """Warn of scores made equal by shaping, of groups with equal scores and of zero advantages.
 
         Args:
             outcome: a rollout of this process, with its advantages.
             flat_groups: share of all responses whose group scored the same.
         """
-        raw, scores, advantages = outcome.raw_scores, outcome.scores, outcome.advantages
+        raw = outcome.raw_scores
+        scores = outcome.scores
+        advantages = outcome.advantages
         count = len(scores)
         limit = f"`generation.max_new_tokens`={int(outcome.rollout.lengths.max())}"
         if _spread(scores) == 0 and not torch.equal(raw.to(scores), scores) and not outcome.rollout.ended.any():

@@ -1,4 +1,4 @@
-"""What scores a response: functions, networks, learned reward models, and several of them."""
+"""Rewards and combinations of them."""
 
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rewards.learned import LearnedReward

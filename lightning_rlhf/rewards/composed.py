@@ -1,4 +1,4 @@
-"""A reward made of several: a weighted sum, or an ensemble; each part is logged."""
+"""Rewards made of several: a weighted sum or an ensemble with every part logged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_rlhf.types import Rollout, Row
 
 
 class ComposedReward(Reward):
-    """Several rewards on the same responses.
+    """Base class of rewards that combine several on the same responses.
 
     Args:
         members: by name; a `Reward`, an `nn.Module` on token ids, or a function.
@@ -34,29 +34,29 @@ class ComposedReward(Reward):
         self.members = {name: as_reward(member) for name, member in members.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Prepare every member."""
+        """Prepare every member reward for training."""
         super().prepare(tokenizer)
         for member in self.members.values():
             member.prepare(tokenizer)
 
     def networks(self) -> list[nn.Module]:
-        """Those of every member."""
+        """List the networks of every member."""
         return [network for member in self.members.values() for network in member.networks()]
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """The one score, (B,)."""
+        """Return the combined score, (B,)."""
         return self.scored(rollout, rows).total
 
     def _scored_members(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Each member's score, and with them the parts that they have themselves, as `name/part`."""
-        found = {name: member.scored(rollout, rows) for name, member in self.members.items()}
-        totals = {name: scores.total for name, scores in found.items()}
-        inner = {f"{name}/{part}": x for name, scores in found.items() for part, x in scores.parts.items()}
+        """Return each member's score, and its own parts as `name/part`."""
+        scored = {name: member.scored(rollout, rows) for name, member in self.members.items()}
+        totals = {name: scores.total for name, scores in scored.items()}
+        inner = {f"{name}/{part}": x for name, scores in scored.items() for part, x in scores.parts.items()}
         return totals, totals | inner
 
 
 class WeightedReward(ComposedReward):
-    """Σ_i w_i·r_i: several rewards at once, for example helpfulness, brevity and a format check.
+    """Weighted sum Σ_i w_i·r_i of several rewards, for example helpfulness and brevity.
 
     Args:
         parts: rewards by name; the name is logged.
@@ -75,14 +75,14 @@ class WeightedReward(ComposedReward):
             raise ValueError(f"`weights` must be finite numbers: got {self.weights}")
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """The sum; its parts are the members' scores before their weights."""
+        """Return the weighted sum; its parts are the members' scores before their weights."""
         totals, parts = self._scored_members(rollout, rows)
         weighted = [self.weights[name] * score for name, score in totals.items()]
         return Scores(torch.stack(weighted).sum(0), parts)
 
 
 class EnsembleReward(ComposedReward):
-    """Several reward models of the same thing, combined so that an error of one is not what the policy learns.
+    """Several reward models of the same goal, combined so that the policy does not learn one model's errors.
 
     Members should differ by more than the seed of their head: those of one pretraining share its errors (Coste et al.
     2023).
@@ -102,7 +102,7 @@ class EnsembleReward(ComposedReward):
         self.combine = combine
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """The combined score; its parts are the members' scores and `spread`, their standard deviation."""
+        """Return the combined score; its parts are the members' scores and `spread`, their standard deviation."""
         totals, parts = self._scored_members(rollout, rows)
         scores = torch.stack([total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals.values()])
         return Scores(self.combine(scores), parts | {"spread": scores.std(0, correction=0)})

@@ -1,4 +1,4 @@
-"""A reward that fails: one error on every process, and what it was asked."""
+"""Failure of a reward: one error on every process, with a record of its input."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_rlhf.types import Rollout, Row
 
 T = TypeVar("T")
 FOLDER = Path("failed-rewards")
-"""Below the working directory: the prompts and responses of rollouts that could not be scored."""
+"""Folder, below the working directory, of the prompts and responses of rollouts that could not be scored."""
 
 
 class RewardError(ValueError):
-    """The reward raised, took too long, or returned something else than a finite number for each response."""
+    """Error of a reward that raised, timed out or returned anything but one finite number per response."""
 
 
 def scored_or_told(
     reward: Reward, rollout: Rollout, rows: Sequence[Row], *, agreed: Callable[[bool], bool], iteration: int
 ) -> Scores:
-    """The reward's scores, checked, once it succeeded on every process.
+    """Return the reward's checked scores once it succeeded on every process.
 
     Args:
         reward: called once.
@@ -48,15 +48,15 @@ def scored_or_told(
     if problem is None:
         raise RewardError(f"rollout {iteration}: the reward failed on another process, which says more")
     path = FOLDER / f"rollout-{iteration}.process-{os.getpid()}.jsonl"
-    kept = _written(reward, rollout, rows, path)
+    location = _written(reward, rollout, rows, path)
     raise RewardError(
-        f"rollout {iteration}: the reward failed with {type(problem).__name__}: {problem}. {kept}; nothing was "
+        f"rollout {iteration}: the reward failed with {type(problem).__name__}: {problem}. {location}; nothing was "
         "learned from them, and the last checkpoint is whole: mend the reward and resume"
     ) from problem
 
 
 def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) -> str:
-    """Where the prompts and responses are."""
+    """Write the prompts and responses to a file and return a sentence with its path."""
     tokens = rollout.tokens[:, rollout.prompt_width :].tolist()
     responses: list[Any] = [row[:length] for row, length in zip(tokens, rollout.lengths.tolist(), strict=True)]
     if reward.tokenizer is not None:
@@ -72,7 +72,7 @@ def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) 
 
 
 def on_all(call: Callable[[], T], *, agreed: Callable[[bool], bool], what: str) -> T:
-    """What `call` returns, once it succeeded on every process: or else those that wait for this one would hang.
+    """Return the result of `call` once it succeeded on every process. Otherwise the waiting ones would hang.
 
     Args:
         call: runs no collective.
@@ -91,7 +91,7 @@ def on_all(call: Callable[[], T], *, agreed: Callable[[bool], bool], what: str) 
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
-    """The result of a call, or the exception it raised."""
+    """Return the result of a call or the exception it raised."""
     try:
         return call(), None
     except Exception as error:

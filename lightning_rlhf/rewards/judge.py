@@ -1,4 +1,4 @@
-"""Which of two responses is the better one, by any Python function; asked in both orders, for judges like the first."""
+"""Pairwise preference by any Python function, asked in both orders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rlhf.types import Row
 
 
 def judged(fn: Callable[..., Any], rows: Sequence[Row], first: list[str], second: list[str]) -> Tensor:
-    """Probability that `first` is the better response, as said when it stands first and when it stands second.
+    """Probability that `first` is the better response, asked with it in first and in second position.
 
     Args:
         fn: `fn(prompts, first, second, **columns)`, probabilities that the first is better, one per prompt, ½ for a

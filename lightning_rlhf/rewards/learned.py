@@ -1,4 +1,4 @@
-"""A trained reward model as the reward, with its own tokenizer."""
+"""Trained reward model as the reward, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_rlhf.types import Rollout, Row
 
 
 class LearnedReward(TextReward):
-    """r_φ from a folder or checkpoint, demonstrations at 0 where it carries a bias.
+    """Reward r_φ from a folder or checkpoint; demonstrations score 0 on average if it carries a bias.
 
     Where its vocabulary is the policy's it scores the policy's very tokens; otherwise prompt and response go through
     its own tokenizer and template.
@@ -53,13 +53,13 @@ class LearnedReward(TextReward):
         self.shares_vocabulary = True
 
     def identity(self) -> dict[str, Any]:
-        """What its folder or checkpoint holds, and how texts get into it."""
+        """Describe the content of the folder or checkpoint and the encoding of texts."""
         file = Path(self.path)
         model = fingerprint(file) if file.is_file() else ModelSource(path=self.path, dtype=self.dtype)
         return {"model": model, "dtype": self.dtype, "prompt_role": self.prompt_role}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Load the network; find out whose tokens it reads.
+        """Load the network and compare its vocabulary with the policy's.
 
         Raises:
             ValueError: it can't be loaded, or has no embedding for a token of its own tokenizer.
@@ -72,7 +72,7 @@ class LearnedReward(TextReward):
         self.shares_vocabulary = own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab()
 
     def load(self) -> ScalarModel:
-        """A new copy of the network: what a value network starts from."""
+        """Load a new copy of the network, for example to start a value network."""
         if Path(self.path).is_file():
             tell_whole(self.path, "it is a checkpoint")
             return load_checkpoint(self.path, dtype=self.dtype)
@@ -80,16 +80,16 @@ class LearnedReward(TextReward):
 
     @property
     def is_learned(self) -> bool:
-        """True."""
+        """Return True, because the reward is a reward model."""
         return True
 
     def networks(self) -> list[nn.Module]:
-        """The scalar model."""
+        """List the scalar model as the only frozen network."""
         return [] if self.model is None else [self.model]
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Scores at the last token of each response, (B,), float32.
+        """Return the scores at the last token of each response, (B,), float32.
 
         Raises:
             ValueError: the texts are too long, or it reads the policy's tokens and the prompts have none.
@@ -104,19 +104,22 @@ class LearnedReward(TextReward):
         return checked_scores(self._scores(tokens, mask), count=len(rollout), source=self.path)
 
     def _scores(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """In batches of similar length, (B,); of a sharded model in one, for all processes must run as many."""
-        batches, found = batches_of(mask, tokens=self.batch_tokens), None
+        """Score batches of similar length, (B,); a sharded model gets one batch.
+
+        Otherwise its processes would run different numbers of passes.
+        """
+        batches, scores = batches_of(mask, tokens=self.batch_tokens), None
         if self.model.blueprint is not None:
             batches = [(torch.arange(len(mask), device=mask.device), slice(None))]
         for rows, columns in batches:
             real = mask[rows, columns]
             part = score_at_end(self.model(tokens[rows, columns], real), real)
-            found = part.new_empty(len(mask)) if found is None else found
-            found[rows] = part
-        return found
+            scores = part.new_empty(len(mask)) if scores is None else scores
+            scores[rows] = part
+        return scores
 
     def _as_taught(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """The rollout's tokens, each ended response with the end token that comparisons taught after such a prompt."""
+        """Replace the end token of each ended response by the one that comparisons taught for its prompt."""
         own = self.model.tokenizer
         if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
             return rollout.tokens
@@ -124,8 +127,8 @@ class LearnedReward(TextReward):
         tokens, width = rollout.tokens, rollout.prompt_width
         last = (width + rollout.lengths - 1).unsqueeze(1)
         ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
-        given = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
-        for i, (columns, length) in enumerate(given):
+        prompts = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
+        for i, (columns, length) in enumerate(prompts):
             prompt = rows[i].get("prompt")
             if ended[i] and prompt is not None:
                 plain = isinstance(prompt, str) and _given_as_it_is(prompt, columns[width - length :], policy)
@@ -133,12 +136,12 @@ class LearnedReward(TextReward):
         return tokens.scatter(1, last, tokens.new_tensor(ends).unsqueeze(1))
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Tensor:
-        """Scores of text, (B,), each response taken as ended."""
+        """Score texts, (B,), with each response taken as ended."""
         tokens, mask = self._encode(prompts, responses, [True] * len(responses))
         return self._scores(tokens, mask)
 
     def encode(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Prompt and response in the reward model's own tokens, padded on the right: tokens and mask, (B, L)."""
+        """Encode prompt and response in the reward model's own tokens, right-padded: tokens and mask, (B, L)."""
         return self._encode([row["prompt"] for row in rows], self.responses(rollout), rollout.ended.tolist())
 
     def _encode(self, prompts: list[Any], responses: list[str], ended: list[bool]) -> tuple[Tensor, Tensor]:
@@ -154,7 +157,7 @@ class LearnedReward(TextReward):
 
 
 def _given_as_it_is(prompt: str, tokens: list[int], encoder: Encoder) -> bool:
-    """Whether a prompt is plain text, and no message by the data's `prompt_role`."""
+    """Return True if a prompt is plain text and no message by the data's `prompt_role`."""
     try:
         return encoder.prompt(prompt).tolist() == tokens
     except ValueError:  # as plain text it has no tokens
@@ -166,11 +169,11 @@ _NO_CHECKPOINT = (
     "`RewardModule.save_pretrained(folder)` and give the folder"
 )
 _PLACE = ("path", "gguf_file", "attention")
-"""What of its source a checkpoint may say. Code of the model's own is never run on a checkpoint's word."""
+"""Fields of its source that a checkpoint may set. A model's own code is never run because of a checkpoint."""
 
 
 def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
-    """The scalar model inside a checkpoint of `RewardModule`.
+    """Load the scalar model from a checkpoint of `RewardModule`.
 
     Raises:
         ValueError: the file is no checkpoint, belongs to another module, does not say which model it continues, or its
@@ -182,8 +185,8 @@ def load_checkpoint(path: str, *, dtype: DType) -> ScalarModel:
         raise ValueError(f"{_NO_CHECKPOINT.format(path)} ({error})") from error
     state = checkpoint["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    kept = checkpoint.get("rlhf")
-    source = kept.get("model") if isinstance(kept, dict) and "_extra_state" in weights else None
+    record = checkpoint.get("rlhf")
+    source = record.get("model") if isinstance(record, dict) and "_extra_state" in weights else None
     if not isinstance(source, dict) or not isinstance(source.get("path"), str):
         raise ValueError(_NO_CHECKPOINT.format(path))
     place = {name: source[name] for name in _PLACE if name in source}

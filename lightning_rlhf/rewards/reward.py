@@ -1,4 +1,4 @@
-"""Who scores a response: any function of text, any module on token ids, or a trained reward model."""
+"""Rewards from a function of text, a module on token ids or a trained reward model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_rlhf.types import Rollout, Row
 
 
 class Scores(NamedTuple):
-    """What a reward says of a rollout.
+    """Scores of a rollout with the parts they are made of.
 
     Attributes:
         total: r_φ(x, y), (B,), reward units.
         parts: what it is made of, by name, (B,) each: for logs only.
-        raw: the total before shaping rules, (B,); None where none were applied.
+        raw: the total before shaping rules, (B,); None if none were applied.
     """
 
     total: Tensor
@@ -33,37 +33,40 @@ class Scores(NamedTuple):
 
 
 class Reward(ABC):
-    """r_φ(x, y) of every response of a rollout."""
+    """Reward r_φ(x, y) of every response of a rollout."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    """The policy's tokenizer, once `prepare` ran."""
+    """The policy's tokenizer, available after `prepare`."""
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Called once before training: build networks here.
+        """Build networks; called once before training.
 
         Args:
-            tokenizer: the policy's; None where the policy was built without one.
+            tokenizer: the policy's; None if the policy was built without one.
         """
         self.tokenizer = tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """What decides the scores, before `prepare`: a checkpoint is resumed by a run in which it is the same."""
+        """Describe what decides the scores; a resumed run must have the same identity.
+
+        The value is taken before `prepare`.
+        """
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {name: value for name, value in public.items() if name != "tokenizer"}
 
     @property
     def is_learned(self) -> bool:
-        """Whether it is, or is made of, a reward model, whose demonstrations have scores around 0."""
+        """Return True if it contains a reward model, whose demonstrations have scores around 0."""
         held = [value for x in vars(self).values() for value in (x.values() if isinstance(x, dict) else [x])]
         return any(value.is_learned for value in held if isinstance(value, Reward))
 
     def networks(self) -> list[nn.Module]:
-        """Frozen networks to move and cast with the module; they stay out of its checkpoints."""
+        """List the frozen networks to move and cast with the module; its checkpoints leave them out."""
         return []
 
     @abstractmethod
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Scores before any KL penalty, (B,), reward units.
+        """Return the scores before any KL penalty, (B,), in reward units.
 
         Args:
             rollout: B responses.
@@ -71,16 +74,16 @@ class Reward(ABC):
         """
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """The scores with the parts they are made of; a reward in one piece has none."""
+        """Return the scores with the parts they are made of; a simple reward has no parts."""
         return Scores(self(rollout, rows), {})
 
 
 class TextReward(Reward):
-    """A reward of text: subclass it and write `score`."""
+    """Base class of rewards of text; subclasses implement `score`."""
 
     @abstractmethod
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
-        """One number per response.
+        """Return one number per response.
 
         Args:
             prompts: text or messages, as in the data.
@@ -89,7 +92,7 @@ class TextReward(Reward):
         """
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Scores, (B,), float32.
+        """Return the scores, (B,), float32.
 
         Raises:
             ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
@@ -100,7 +103,7 @@ class TextReward(Reward):
         return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
 
     def responses(self, rollout: Rollout) -> list[str]:
-        """The responses as text, special tokens left out.
+        """Decode the responses without special tokens.
 
         Raises:
             ValueError: there is no tokenizer.
@@ -114,7 +117,7 @@ class TextReward(Reward):
 
 
 class FunctionReward(TextReward):
-    """A plain Python function `fn(prompts, responses, **columns)`.
+    """Reward by a plain Python function `fn(prompts, responses, **columns)`.
 
     Args:
         fn: returns one number per response. It gets the columns it names, or all of them if it takes `**kwargs`.
@@ -128,7 +131,7 @@ class FunctionReward(TextReward):
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
-        """What the function returns."""
+        """Return the result of the function."""
         return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
 
     def _name(self) -> str:
@@ -136,7 +139,7 @@ class FunctionReward(TextReward):
 
 
 class ModuleReward(Reward):
-    """A module on the policy's token ids: `module(tokens, mask)` gives (B,) scores.
+    """Reward by a module on the policy's token ids: `module(tokens, mask)` gives (B,) scores.
 
     Args:
         module: an `nn.Module`, for example a `RewardModule`; tokens are padded left and right, `mask` says which are
@@ -148,19 +151,19 @@ class ModuleReward(Reward):
         self.module = module.eval().requires_grad_(False)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Build what a LightningModule builds late."""
+        """Build the layers of a LightningModule that defers them."""
         super().prepare(tokenizer)
         if isinstance(self.module, LightningModule):
             self.module.configure_model()
             self.module.eval().requires_grad_(False)
 
     def networks(self) -> list[nn.Module]:
-        """The module."""
+        """List the wrapped module as the only frozen network."""
         return [self.module]
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Scores, (B,), float32.
+        """Return the scores, (B,), float32.
 
         Raises:
             ValueError: the module returned another shape, or something that is not finite; or prompts have no tokens.
@@ -172,7 +175,7 @@ class ModuleReward(Reward):
 
 
 def check_prompts(rollout: Rollout, *, source: str) -> None:
-    """That the tokens are those of prompt and response.
+    """Check that a rollout holds the tokens of prompt and response.
 
     Raises:
         ValueError: there are none of the prompt, as where a log was read without a tokenizer.
@@ -184,7 +187,7 @@ def check_prompts(rollout: Rollout, *, source: str) -> None:
 
 
 def checked_scores(scores: Any, *, count: int, source: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Scores as a float tensor (count,).
+    """Convert scores to a float tensor, (count,), and check them.
 
     Args:
         scores: what a reward returned.
@@ -218,7 +221,7 @@ def checked_scores(scores: Any, *, count: int, source: str, dtype: torch.dtype |
 
 
 def as_reward(reward: Reward | nn.Module | Callable[..., Any]) -> Reward:
-    """The reward itself, or the object that makes one of a module or a function.
+    """Return the reward unchanged, or wrap a module or a function in one.
 
     Raises:
         TypeError: it is none of them.

@@ -1,4 +1,4 @@
-"""What a function of text is given: responses as text, and the columns of the data that it names."""
+"""Inputs of a text reward: decoded responses and the data columns it names."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ _TAG = re.compile(r"<\w+>")
 
 
 class Everything(Container[str]):
-    """Holds every name."""
+    """Container that contains every name."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses of a rollout, as `texts_of` reads them."""
+    """Decode the responses of a rollout with `texts_of`."""
     texts = rollout.tokens[:, rollout.prompt_width :].tolist()
     return texts_of([row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)], tokenizer)
 
 
 def texts_of(responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Responses as text, special tokens left out except for opening and closing tags, `<think>` and `</think>`."""
+    """Decode responses without special tokens, except for tag pairs such as `<think>` and `</think>`."""
     tags = _tags(tokenizer)
     if not tags:
         return tokenizer.batch_decode(responses, skip_special_tokens=True)
     special = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
     omitted = special.union(tokenizer.all_special_ids) - tags
-    kept = [[token for token in row if token not in omitted] for row in responses]
-    return tokenizer.batch_decode(kept, skip_special_tokens=False)
+    plain = [[token for token in row if token not in omitted] for row in responses]
+    return tokenizer.batch_decode(plain, skip_special_tokens=False)
 
 
 def _tags(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the added tokens `<name>` and `</name>`, where both are there and neither begins or ends texts.
+    """Ids of the added tokens `<name>` and `</name>` if both exist and neither begins or ends texts.
 
-    A log that stands in for the tokenizer has none.
+    The tokenizer substitute of a log has none.
     """
     added = {str(text): token for token, text in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     for named in getattr(tokenizer, "special_tokens_map", {}).values():
@@ -51,13 +51,13 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def columns_of(rows: Sequence[Row], *, but: set[str]) -> dict[str, list[Any]]:
-    """The records' columns by name, None where a record has none; those that arrive otherwise are left out."""
+    """Collect the records' columns by name without those in `but`; None if a record lacks a value."""
     names = sorted({name for row in rows for name in row} - but)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def wanted_by(fn: Callable[..., Any]) -> Container[str]:
-    """Names of the arguments of a function, or every name if it takes `**kwargs`.
+    """Names of the arguments of a function; contains every name if it takes `**kwargs`.
 
     Raises:
         ValueError: it has no signature.

@@ -1,4 +1,4 @@
-"""A reward that must answer in time."""
+"""Reward with a time limit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_rlhf.types import Rollout, Row
 
 
 class TimedReward(Reward):
-    """Any reward, ended with an error where it hangs.
+    """Wrapper of a reward that raises an error after a time limit.
 
-    By an alarm signal in the main thread, so that autocast and gradient modes are those of the caller. It rings again
-    each second, with what `except Exception` does not catch, until the reward ends; a call into C that never returns is
-    not ended. Not on Windows.
+    It uses an alarm signal in the main thread, so that autocast and gradient modes are those of the caller. The signal
+    repeats each second, with an exception that `except Exception` does not catch, until the reward ends; a call into C
+    that never returns is not ended. Not on Windows.
 
     Args:
         reward: what scores.
@@ -36,20 +36,20 @@ class TimedReward(Reward):
         self.reward, self.seconds = as_reward(reward), seconds
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """As the reward inside."""
+        """Prepare the wrapped reward."""
         super().prepare(tokenizer)
         self.reward.prepare(tokenizer)
 
     def networks(self) -> list[nn.Module]:
-        """Those of the reward inside."""
+        """List the networks of the wrapped reward."""
         return self.reward.networks()
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Its scores."""
+        """Return the scores of the wrapped reward."""
         return self.scored(rollout, rows).total
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """Its scores and their parts.
+        """Return the scores of the wrapped reward with their parts.
 
         Raises:
             TimeoutError: it took too long.
@@ -59,11 +59,11 @@ class TimedReward(Reward):
 
 
 AGAIN = 1.0
-"""Seconds from one ring to the next."""
+"""Seconds between two signals."""
 
 
 class _Ring(BaseException):
-    """Raised in the middle of a reward, past a loop of its own that tries again after any Exception."""
+    """Exception raised inside a reward on timeout; no `except Exception` loop of the reward catches it."""
 
 
 @contextmanager

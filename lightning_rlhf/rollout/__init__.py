@@ -1,4 +1,4 @@
-"""From prompts to experience: collecting, measuring, and the order of updates."""
+"""Collection of experience from prompts and the order of updates on it."""
 
 from lightning_rlhf.rollout.collector import Collector
 from lightning_rlhf.rollout.old_logprobs import OldLogprobs, RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs

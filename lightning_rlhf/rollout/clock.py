@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step."""
+"""Wall-clock seconds of each phase of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Clock:
-    """Adds up wall seconds by phase, from one `lap` to the next.
+    """Timer that adds up wall-clock seconds by phase, from one `lap` to the next.
 
     On a GPU it waits for the device at both ends of a phase: phases are few and long, and without waiting the time of
     one would be charged to the next.
@@ -22,7 +22,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to `name`."""
+        """Context that adds the time inside to phase `name`."""
         start = _now()
         try:
             yield
@@ -30,13 +30,13 @@ class Clock:
             self._seconds[name] = self._seconds.get(name, 0.0) + _now() - start
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase since the last call, which begin anew."""
+        """Return the seconds by phase since the last call and reset them."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
 
 def cost(clock: Clock, *, seconds: float, tokens: float) -> dict[str, float]:
-    """What a step took: `time/…` in seconds by phase, of this process, `throughput/…` of all, `memory/peak_gib`.
+    """Return a step's time by phase (`time/…`, s), throughput over all processes and peak memory (GiB).
 
     Args:
         clock: of the phases.
@@ -55,7 +55,7 @@ def _now() -> float:
 
 
 def peak_memory() -> float:
-    """The most memory this process has held so far, GiB: of its GPU where it uses one, else resident."""
+    """Return the peak memory of this process in GiB: of its GPU if it uses one, otherwise resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     try:

@@ -1,4 +1,4 @@
-"""Prompts to rollouts: responses of π_old with what π_old, π_ref and V say of them."""
+"""Collector of rollouts: responses of π_old with their log-probs under π_old and π_ref and values V."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Samples and measures; only `UpdateLogprobs` leaves a gradient in it.
+    """Sampler of responses that also measures their log-probs and values, without gradient but for `UpdateLogprobs`.
 
     It owns the frozen networks. They are no part of the module's state, so `apply` carries `.to()` and casts to them.
 
@@ -54,8 +54,14 @@ class Collector:
         clock: Clock | None = None,
         agree: Agree = alone,
     ) -> None:
-        self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
-        self.ranks, self.generation, self.updates, self.agree = ranks, generation, updates, agree
+        self.policy = policy
+        self.reference = reference
+        self.value = value
+        self.reward = reward
+        self.ranks = ranks
+        self.generation = generation
+        self.updates = updates
+        self.agree = agree
         self.sampler, self.clock = Sampler(policy, generation), clock or Clock()
         self._named: set[OldLogprobs] = set()
 
@@ -70,18 +76,18 @@ class Collector:
             network.to(device)
 
     def frozen(self) -> list[nn.Module]:
-        """The reward's networks and the reference."""
+        """List the frozen networks: those of the reward and the reference."""
         own = self.reference.frozen
         return self.reward.networks() + ([] if own is None else [own])
 
     def __deepcopy__(self, memo: dict[int, object]) -> Collector:
-        """A copy that shares the frozen networks: averaging callbacks copy the module that holds this."""
+        """Copy the collector but share its frozen networks, because averaging callbacks copy the module."""
         clone = copy.copy(self)
         memo[id(self)] = clone
         return clone
 
     def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
-        """A rollout to learn from, of B·k responses, those of one prompt in consecutive rows.
+        """Sample a rollout to train on, B·k responses with those of one prompt in consecutive rows.
 
         Args:
             prompts: B prompts of this process.
@@ -97,7 +103,7 @@ class Collector:
         return self._measured(rollout, pieces, source)
 
     def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
-        """A rollout that nothing is learned from, of B·k responses, those of one prompt in consecutive rows.
+        """Sample a rollout for evaluation, B·k responses with those of one prompt in consecutive rows.
 
         Args:
             prompts: B prompts of this process.
@@ -119,7 +125,7 @@ class Collector:
             return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
 
     def _measured(self, rollout: Rollout, pieces: list[Tensor], source: OldLogprobs) -> Rollout:
-        """The rollout with log π_ref, log π_old and V of its tokens."""
+        """Add log π_ref, log π_old and V of each token to a rollout."""
         temperature = self.generation.temperature
 
         def logprobs(part: Rollout) -> Tensor:
@@ -141,12 +147,12 @@ class Collector:
         return Situation(full_precision=full, one_step=one_step, epochs=epochs)
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the weights that sample, and of those that train."""
+        """Return the dtype of the sampling weights and that of the trained weights."""
         device = self.ranks.device.type
         return self.sampler.dtype(device), self.sampler.training_dtype(device)
 
     def _tell(self, source: OldLogprobs) -> None:
-        """Log once where log π_old comes from."""
+        """Log the source of log π_old once."""
         if source not in self._named:
             self._named.add(source)
             logger.info("log π_old is %s (sampled in %s, trained in %s)", source.meaning, *self._dtypes())
@@ -154,7 +160,7 @@ class Collector:
 
 @torch.no_grad()
 def in_pieces(measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: list[Tensor]) -> Tensor:
-    """What is measured of each token of a rollout, (B, R), piece by piece.
+    """Measure each token of a rollout piece by piece, (B, R).
 
     Args:
         measure: from some rows to one number per token of them.

@@ -1,4 +1,4 @@
-"""Where log π_old, the denominator of the ratio, comes from. The first ratio of a rollout is 1 by each of them."""
+"""Sources of log π_old, the denominator of the ratio; the first ratio of a rollout is 1 under each of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Measure = Callable[[Rollout], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What decides which log-probs will do.
+    """Facts about a rollout that decide which sources of log π_old are exact.
 
     Attributes:
         full_precision: the weights that sample are those that train, in float32 or more, without autocast.
@@ -32,18 +32,18 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True)
 class OldLogprobs(ABC):
-    """A source of log π_old."""
+    """Base class of the sources of log π_old."""
 
     meaning: ClassVar[str]
-    """For the log."""
+    """Name of the source in the log."""
 
     @abstractmethod
     def why_not(self, situation: Situation) -> str | None:
-        """Why it cannot serve, and what to do; None where it can."""
+        """Return why the source is not exact here and what to do; returns None if it is."""
 
     @abstractmethod
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
-        """The rollout with its `logprobs`.
+        """Fill in the `logprobs` of a rollout.
 
         Args:
             rollout: with the sampler's log-probs.
@@ -54,12 +54,12 @@ class OldLogprobs(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerLogprobs(OldLogprobs):
-    """Those the logits gave while sampling, at no cost: equal to a forward pass within 1e-4 in float32."""
+    """Log-probs from the sampling logits at no cost, within 1e-4 of a forward pass in float32."""
 
     meaning: ClassVar[str] = "captured while sampling"
 
     def why_not(self, situation: Situation) -> str | None:
-        """In low precision they are off by tenths of a nat per token (ratios of responses from 0.4 to 2)."""
+        """Return a reason in low precision, which is off by tenths of a nat per token (ratios of 0.4 to 2)."""
         if situation.full_precision:
             return None
         return (
@@ -68,28 +68,28 @@ class SamplerLogprobs(OldLogprobs):
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
-        """The sampler's."""
+        """Take the sampler's log-probs."""
         return replace(rollout, logprobs=rollout.sampler_logprobs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputedLogprobs(OldLogprobs):
-    """By a forward pass before the updates, in their precision and kernels."""
+    """Log-probs from a forward pass before the updates, in their precision and kernels."""
 
     meaning: ClassVar[str] = "recomputed by a forward pass before the updates"
 
     def why_not(self, situation: Situation) -> str | None:
-        """It always can."""
+        """Return None: the source is always applicable."""
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
-        """The policy's, as it is now."""
+        """Recompute the log-probs with the current policy."""
         return replace(rollout, logprobs=measure(rollout))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateLogprobs(OldLogprobs):
-    """By the update's own forward pass, which is run before the scores: where there is but one, nothing is run twice.
+    """Log-probs from the only update's own forward pass, which then runs before the scores.
 
     The pass's activations stay in memory while the reward and the reference score.
     """
@@ -97,7 +97,7 @@ class UpdateLogprobs(OldLogprobs):
     meaning: ClassVar[str] = "taken from the forward pass of the only update"
 
     def why_not(self, situation: Situation) -> str | None:
-        """With several updates or microbatches, the graph of the first forward pass is not that of the others."""
+        """Return a reason if there are several updates or microbatches, whose graphs differ from the first's."""
         if situation.one_step:
             return None
         return (
@@ -106,14 +106,14 @@ class UpdateLogprobs(OldLogprobs):
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
-        """The policy's, with their graph in `live`."""
+        """Compute the log-probs with the current policy and keep their graph in `logprobs_with_grad`."""
         with torch.enable_grad():
             live = whole(rollout)
         return replace(rollout, logprobs=live.detach(), logprobs_with_grad=live)
 
 
 def choose(setting: OldLogprobs | None, situation: Situation) -> OldLogprobs:
-    """The setting where it can serve, or the cheapest that can.
+    """Return the configured source if it is applicable, or else the cheapest applicable one.
 
     Raises:
         ValueError: the setting cannot serve.

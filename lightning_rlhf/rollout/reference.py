@@ -1,4 +1,4 @@
-"""Responses of the reference, drawn as the policy's are, with random numbers of their own."""
+"""Responses of the reference, drawn as the policy's with a random stream of their own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_rlhf.rollout.collector import Collector
 from lightning_rlhf.types import PromptBatch, Rollout
 
 STREAM = "reference"
-"""Of random numbers; each response to a prompt has a stream of its own below it."""
+"""Random stream of the reference; each response to a prompt has a stream of its own below it."""
 
 
 @torch.no_grad()
 def reference_rollout(collector: Collector, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
-    """B·k responses of π_ref, those of one prompt in consecutive rows, with the sampler's log-probs alone.
+    """Sample B·k responses of π_ref with the sampler's log-probs, those of one prompt in consecutive rows.
 
     Response j to a prompt is the same however many are asked for and whatever the number of processes. Of a sharded
     reference all processes must call this together.

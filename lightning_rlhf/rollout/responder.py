@@ -1,4 +1,4 @@
-"""Responses to prompts and their scores: what training and evaluation ask of a policy and its reward."""
+"""Responses to prompts and their scores, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_rlhf.types import PromptBatch, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Responder:
-    """The policy, its reference and the reward of a module.
+    """Policy, reference and reward of a module behind one interface.
 
     Attributes:
         collector: draws responses and measures them.
         algorithm: whose shaping rules the scores go through.
-        tokenizer: for text; None where the policy has none.
+        tokenizer: for text; None if the policy has none.
     """
 
     collector: Collector
@@ -33,38 +33,38 @@ class Responder:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that respond together."""
+        """Ranks of the processes that respond together."""
         return self.collector.ranks
 
     def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
-        """A rollout to learn from (see `Collector.collect`)."""
+        """Sample a rollout to train on (see `Collector.collect`)."""
         self._check_length(prompts)
         return self.collector.collect(prompts, samples=samples, iteration=iteration)
 
     def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
-        """A rollout that nothing is learned from (see `Collector.respond`)."""
+        """Sample a rollout for evaluation (see `Collector.respond`)."""
         self._check_length(prompts)
         return self.collector.respond(prompts, samples=samples, stream=stream, iteration=iteration)
 
     def respond_as_reference(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
-        """Responses of the reference (see `reference_rollout`)."""
+        """Sample responses of the reference (see `reference_rollout`)."""
         return reference_rollout(self.collector, prompts, samples=samples, iteration=iteration)
 
     @torch.no_grad()
     def score(self, rollout: Rollout, prompts: PromptBatch, *, iteration: int) -> Scores:
-        """r_φ(x, y) after the shaping rules, (B,), reward units, with the parts of the reward before them.
+        """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts.
 
         Raises:
             RewardError: the reward failed on some process.
         """
         with self.collector.clock.phase("reward"):
-            found = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
-        raw = found.total.detach().to(rollout.logprobs)
+            scores = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
+        raw = scores.total.detach().to(rollout.logprobs)
         shaped = self.algorithm.shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
-        return Scores(shaped, found.parts, raw)
+        return Scores(shaped, scores.parts, raw)
 
     def score_by(self, reward: Reward, rollout: Rollout, prompts: PromptBatch, *, iteration: int) -> Scores:
-        """Scores of any reward, (B,), agreed on by all processes, before shaping.
+        """Score a rollout with any reward, (B,), before shaping; every process fails if one does.
 
         Raises:
             RewardError: the reward failed on some process.

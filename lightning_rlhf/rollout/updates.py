@@ -1,4 +1,4 @@
-"""Which sequences each optimizer step of a rollout learns from."""
+"""Division of a rollout into epochs, minibatches and microbatches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_rlhf.types import Experience, Rollout, TextBatch
 
 Minibatch = tuple[Experience, TextBatch | None]
 Agree = Callable[[int], int]
-"""From the pieces one process has to those that all must have: a sharded network needs all of them in every pass."""
+"""Map of one process's number of pieces to the number that all run: every pass of a sharded network needs all."""
 
 
 def alone(count: int) -> int:
-    """No other process need make as many passes."""
+    """Return the count unchanged: no other process has to run as many passes."""
     return count
 
 
@@ -28,7 +28,7 @@ class UpdateSchedule:
     """Inner epochs, minibatches and microbatches of one rollout. All sizes count sequences per process."""
 
     epochs: int = 1
-    """How often a rollout is learned from; InstructGPT's RL stage uses 1."""
+    """Number of passes over a rollout; InstructGPT's RL stage uses 1."""
     minibatch: int | None = None
     """Sequences per optimizer step; None takes the whole rollout. Must divide the rollout."""
     microbatch: int | None = None
@@ -40,7 +40,7 @@ class UpdateSchedule:
     max_grad_norm: float | None = 1.0
     """Norm to which gradients are clipped; None does not clip."""
     old_logprobs: OldLogprobs | None = None
-    """Where the ratio's log π_old comes from; None takes the cheapest that is exact, and logs which."""
+    """Source of the ratio's log π_old; None takes the cheapest that is exact and logs which."""
 
     def __post_init__(self) -> None:
         names = ("minibatch", "microbatch", "microbatch_tokens", "max_grad_norm")
@@ -53,7 +53,7 @@ class UpdateSchedule:
             )
 
     def steps(self, episodes: int) -> int:
-        """Optimizer steps of a rollout of `episodes` sequences.
+        """Number of optimizer steps of a rollout of `episodes` sequences.
 
         Raises:
             ValueError: `minibatch` does not divide it.
@@ -70,7 +70,7 @@ class UpdateSchedule:
     def minibatches(
         self, experience: Experience, text: TextBatch | None, *, seed: int, rank: int = 0, world: int = 1
     ) -> Iterator[Minibatch]:
-        """The experience and its share of the text, one optimizer step after the other.
+        """Yield the experience and its share of the text for one optimizer step after the other.
 
         The first epoch keeps the order of the prompts, which the data loader has shuffled; later epochs draw a fresh
         permutation of the responses of all processes. So several processes together cut the minibatches of one. In
@@ -98,10 +98,10 @@ class UpdateSchedule:
                 yield part if len(rows) else part.unlearned(), share
 
     def pieces(self, rollout: Rollout, agree: Agree = alone) -> list[Tensor]:
-        """Row numbers of each microbatch of the first epoch, (b,), int64, those of similar length together.
+        """Row numbers of each microbatch of the first epoch, (b,), int64; similar lengths together.
 
-        What is measured of these very pieces before the updates is what the first epoch measures, to the bit, although
-        kernels of low precision round differently in other company.
+        Measuring these very pieces before the updates gives what the first epoch measures, to the bit. Otherwise
+        kernels of low precision round differently in batches of other rows.
 
         Args:
             rollout: B responses.
@@ -112,19 +112,19 @@ class UpdateSchedule:
         return [rows[piece] for rows in minibatches for piece in self.split(rollout.select(rows), agree)]
 
     def split(self, rollout: Rollout, agree: Agree = alone) -> list[Tensor]:
-        """Row numbers of each microbatch, (b,), int64, those of similar length together.
+        """Row numbers of each microbatch, (b,), int64; similar lengths together.
 
         Args:
             rollout: a minibatch, or what nothing is learned from.
             agree: how many pieces there must be.
         """
-        found = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
-        return at_least(found, agree(len(found)))
+        pieces = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
+        return at_least(pieces, agree(len(pieces)))
 
     def passes(
         self, experience: Experience, text: TextBatch | None, agree: Agree = alone
     ) -> list[Experience | TextBatch]:
-        """Microbatches of a minibatch's texts, then of its responses, of which the last passes through every network.
+        """List the microbatches of a minibatch's texts, then those of its responses; the last uses every network.
 
         Args:
             experience: a minibatch.
@@ -134,23 +134,23 @@ class UpdateSchedule:
         return [*self.text_microbatches(text, agree), *self.microbatches(experience, agree)]
 
     def microbatches(self, experience: Experience, agree: Agree = alone) -> list[Experience]:
-        """A minibatch in pieces that fit in memory, those of similar length together.
+        """Split a minibatch into pieces that fit in memory, with similar lengths together.
 
         Args:
             experience: a minibatch.
             agree: how many pieces there must be; of a row that comes again for that, no action counts.
         """
-        found: list[Experience] = []
+        pieces: list[Experience] = []
         seen: set[int] = set()
         for rows in self.split(experience.rollout, agree):
             piece = experience.select(rows)
             first = int(rows[0])
-            found.append(piece.unlearned() if first in seen else piece)
+            pieces.append(piece.unlearned() if first in seen else piece)
             seen.add(first)
-        return found
+        return pieces
 
     def text_microbatches(self, text: TextBatch | None, agree: Agree = alone) -> list[TextBatch]:
-        """Pretraining texts in pieces that fit in memory.
+        """Split pretraining texts into pieces that fit in memory.
 
         Args:
             text: those of a minibatch; None if there are none.
@@ -170,20 +170,20 @@ class UpdateSchedule:
 
 
 def _places(rollout: Rollout, rank: int, world: int) -> Tensor:
-    """Where each of this process's responses stands among those of all, (B,), int64, on CPU."""
+    """Position of each response of this process among those of all, (B,), int64 on the CPU."""
     rows, prompts = torch.arange(len(rollout)), rollout.prompt_index.cpu()
     samples = len(rollout) // (int(prompts.max()) + 1)
     return (prompts * world + rank) * samples + rows % samples
 
 
 def _rows_at(places: Tensor, positions: Tensor) -> Tensor:
-    """This process's rows among those at `positions`, in their order."""
+    """Select this process's rows among those at `positions`, in their order."""
     matches = (positions[:, None] == places[None, :]).nonzero()
     return matches[:, 1]
 
 
 def split_text(text: TextBatch | None, parts: int) -> list[TextBatch | None]:
-    """Consecutive, nearly equal shares of the rows; None for an empty share."""
+    """Split the rows into consecutive, nearly equal shares; None for an empty share."""
     if text is None:
         return [None] * parts
     shares = [TextBatch(*fields) for fields in zip(*(field.tensor_split(parts) for field in text), strict=True)]

@@ -1,4 +1,4 @@
-"""Text and dialogues as token ids: what data and rewards both need."""
+"""Conversion of text and dialogues to token ids, for data and rewards."""
 
 from lightning_rlhf.text.encoder import LONG_TEXT, Encoder, Exchange, Tokens, load_tokenizer
 from lightning_rlhf.text.ends import after_turn, end_tokens, turn_end

@@ -1,4 +1,4 @@
-"""Text and dialogues as token ids."""
+"""Encoder of text and dialogues as token ids."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Tokens: TypeAlias = "array[int]"
 """Token ids as 32-bit integers: a tenth of a list's memory, and cheap to hand to loader workers."""
 
 LONG_TEXT = 2**20
-"""Characters. Longer texts are tokenized only where a limit allows for them: each takes hundreds of bytes of memory."""
+"""Characters of a long text. It is tokenized only if a limit allows for it: each takes hundreds of bytes of memory."""
 _WIDE_TOKEN = 64
-"""Characters."""
+"""Number of characters of a wide token."""
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one in a folder or under a hub name; remote code is never run.
+    """Load a tokenizer from a folder or hub name without remote code; returns a built one unchanged.
 
     Raises:
         ValueError: there is no such folder, or it holds no tokenizer that can be loaded.
@@ -41,7 +41,7 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 class Exchange(NamedTuple):
-    """A prompt and the response to it.
+    """Token ids of a prompt and of the response to it.
 
     Attributes:
         prompt: token ids, at least one.
@@ -55,7 +55,7 @@ class Exchange(NamedTuple):
 
 
 class Encoder:
-    """Token ids of prompts, responses and documents.
+    """Encoder of prompts, responses and documents as token ids.
 
     Args:
         tokenizer: needs an end token; a prompt of messages also needs its chat template.
@@ -97,10 +97,10 @@ class Encoder:
         self._closes = self._ends("a", special=True) and not self._ends("a", special=False)
 
     def exceeds(self, limit: int, *parts: Prompt) -> bool:
-        """Whether texts or dialogues are together over a limit of tokens by far, told without tokenizing them.
+        """Return True if texts or dialogues are together far over a limit of tokens, without tokenizing them.
 
-        They are where they have more than `LONG_TEXT` characters and more than `limit` tokens as wide as the widest of
-        the vocabulary, or as 64 characters, would hold.
+        They exceed it if they have more than `LONG_TEXT` characters and more than `limit` tokens as wide as the widest
+        of the vocabulary, or as 64 characters, would hold.
 
         Args:
             limit: tokens.
@@ -114,7 +114,7 @@ class Encoder:
         return characters > LONG_TEXT and characters > limit * max(_WIDE_TOKEN, *map(len, self.tokenizer.get_vocab()))
 
     def prompt(self, prompt: Prompt, arguments: Mapping[str, Any] | None = None) -> Tokens:
-        """The prompt up to where the response begins.
+        """Encode a prompt up to the start of the response.
 
         A text with the tokenizer's opening tokens; a dialogue through the chat template, which writes its own.
 
@@ -137,7 +137,7 @@ class Encoder:
     def exchange(
         self, prompt: Prompt, answer: str | list[Message], arguments: Mapping[str, Any] | None = None
     ) -> Exchange:
-        """A prompt and the response to learn.
+        """Encode a prompt and the response to learn.
 
         Args:
             prompt: a text or messages.
@@ -163,7 +163,7 @@ class Encoder:
         return Exchange(tokens, self.response(text if once is None else once, messages), mended=once is not None)
 
     def response(self, text: str, prompt: Prompt = "") -> Tokens:
-        """What a rollout would yield: the text without opening tokens, then one end token.
+        """Encode a text as a rollout would yield it: no opening tokens and one end token.
 
         Args:
             text: without opening tokens; an end token that it ends with stays, or becomes that of a turn.
@@ -185,11 +185,11 @@ class Encoder:
         return self.end if self.prompt_role is None and isinstance(prompt, str) else self.turn_end
 
     def document(self, text: str) -> Tokens:
-        """A pretraining document with the tokenizer's opening tokens, then one end token."""
+        """Encode a pretraining document with the tokenizer's opening tokens and one end token."""
         return self._ended(self._opened(text))
 
     def _dialogue(self, prompt: Prompt, arguments: Mapping[str, Any] | None) -> list[Message] | None:
-        """The messages that the template writes, or None where the prompt is plain text."""
+        """Return the messages for the template; returns None if the prompt is plain text."""
         if self.prompt_role is not None or not isinstance(prompt, str):
             return as_dialogue(prompt, self.prompt_role or "user")
         lost = [*(arguments or {}), *self.template.arguments]
@@ -202,7 +202,7 @@ class Encoder:
         return None
 
     def _asked(self, text: str, *, templated: bool) -> Tokens:
-        """A prompt as tokens; the last one is remembered, for a row may have several answers to it."""
+        """Encode a prompt and cache the last one, because a row may have several answers to it."""
         if self._recent is None or self._recent[:2] != (text, templated):
             tokens = self._encode(text, special=False) if templated else self._opened(text)
             if not tokens:

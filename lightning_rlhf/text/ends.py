@@ -1,4 +1,4 @@
-"""What ends a response: the one set that is taught, stopped at, scored at and exported."""
+"""End tokens of a response: one set for training, sampling and export."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 _ASKED = {"role": "user", "content": "a"}
 _PROBE = "qzxq"
-"""A content whose end is easily found in what a template writes."""
+"""Message content that is easy to find in the text of a template."""
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase | None, named: int | Sequence[int] | None = None) -> list[int]:
-    """Ids of the tokens that end a response, each once: of a turn, of a text, and those that a network's config names.
+    """Ids of the tokens that end a turn or a text or that a network's config names, each once.
 
     Args:
         tokenizer: names the end of a text and, by its chat template, that of a turn; None names neither.
@@ -21,16 +21,16 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase | None, named: int | Sequence[
     Returns:
         the first is the one that is taught: after a dialogue the end of a turn, where the template has one.
     """
-    found = [] if tokenizer is None else [turn_end(tokenizer), tokenizer.eos_token_id]
-    found += [named] if named is None or isinstance(named, int) else named
-    return list(dict.fromkeys(token for token in found if token is not None))
+    ids = [] if tokenizer is None else [turn_end(tokenizer), tokenizer.eos_token_id]
+    ids += [named] if named is None or isinstance(named, int) else named
+    return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the special token that the chat template writes after an answer, such as `<|im_end|>`.
 
     Returns:
-        None where it writes none, takes no question with its answer, or is not there.
+        None if it writes none, takes no question with its answer, or is not there.
     """
     after = after_turn(tokenizer)
     tokens = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
@@ -39,7 +39,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def after_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes after the last answer of a dialogue, without the spaces around it."""
+    """Return the stripped text that the chat template writes after the last answer of a dialogue."""
     if getattr(tokenizer, "chat_template", None) is None:
         return ""
     dialogue = [_ASKED, {"role": "assistant", "content": _PROBE}]

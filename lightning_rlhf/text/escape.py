@@ -1,4 +1,4 @@
-"""Text that a model or a data file wrote, made safe to show: it can neither drive a terminal nor become markup."""
+"""Escaping of untrusted text for display: it can neither drive a terminal nor become markup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BREAKS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def terminal(text: str) -> str:
-    r"""The text on one line of printable characters; every other one as its Python escape, such as `\x1b`.
+    r"""Escape a text to one line of printable characters, with Python escapes such as `\x1b` for others.
 
     What is escaped: C0 and C1 controls with ESC and NUL (ANSI sequences lose their first character and with it their
     effect), line breaks of every kind, bidirectional overrides and other invisible format characters, surrogates,
@@ -19,7 +19,7 @@ def terminal(text: str) -> str:
 
 
 def html(text: str) -> str:
-    """The text as HTML content or a quoted attribute: markup characters as entities, line breaks as `<br>`.
+    """Escape a text as HTML content or a quoted attribute: markup characters as entities, line breaks as `<br>`.
 
     What `terminal` escapes is escaped here too, tabs apart: a bidirectional override would reorder a page as well.
     """
@@ -28,7 +28,7 @@ def html(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """The text as Markdown content, in a table's cell too: all punctuation but commas as entities, breaks as `<br>`.
+    """Escape a text as Markdown, also in a table's cell: punctuation but commas as entities and breaks as `<br>`.
 
     An entity is never syntax, so that there is no link, image, emphasis, code, cell or HTML in it.
     """

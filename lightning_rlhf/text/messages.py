@@ -6,21 +6,21 @@ from typing import Any
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
-"""What a response answers: a text, or a dialogue that waits for the assistant."""
+"""Prompt of a response: a text, or a dialogue that waits for the assistant."""
 
 
 def as_dialogue(prompt: Prompt, role: str = "user") -> list[Message]:
-    """The prompt as messages: itself, or one message of `role` around a text."""
+    """Convert a prompt to messages: a dialogue stays, a text becomes one message of `role`."""
     return [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def extras(message: Message) -> list[str]:
-    """The keys beyond role and content that hold something."""
+    """List the keys beyond role and content that hold something."""
     return [key for key, value in message.items() if key not in ("role", "content") and value not in (None, "", [], {})]
 
 
 def checked_messages(value: Any, key: str) -> list[Message]:
-    """`value` if it is a dialogue.
+    """Return `value` if it is a dialogue and raise otherwise.
 
     Args:
         value: what the record holds.
@@ -57,7 +57,7 @@ def checked_messages(value: Any, key: str) -> list[Message]:
 
 
 def checked_prompt(value: Any, key: str) -> Prompt:
-    """`value` if it is a text, or a dialogue that waits for an answer.
+    """Return `value` if it is a text or a dialogue that waits for an answer.
 
     Raises:
         ValueError: it is neither, or the assistant spoke last.
@@ -73,7 +73,7 @@ def checked_prompt(value: Any, key: str) -> Prompt:
 
 
 def checked_answer(value: Any, key: str) -> str | list[Message]:
-    """`value` if it is a text, or messages whose last is the assistant's.
+    """Return `value` if it is a text or messages that end with the assistant's.
 
     Raises:
         ValueError: it is neither.

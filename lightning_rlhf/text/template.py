@@ -1,4 +1,4 @@
-"""Dialogues as the tokenizer's chat template writes them: prompts, and the turn that answers one."""
+"""Rendering of dialogues by the tokenizer's chat template: prompts, and the turn that answers one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.text.messages import Message, extras
 
 _PROBE = "qzxq"
-"""A content whose end is easily found in what a template writes."""
+"""Message content that is easy to find in the text of a template."""
 _TAG = re.compile(r"<\w+>\s*\Z")
-"""An opening tag at the end of a prompt, such as `<think>`."""
+"""Pattern of an opening tag at the end of a prompt, such as `<think>`."""
 _LABELS = ("name", "tool_call_id")
-"""Keys of a message that a template may leave out: they say nothing."""
+"""Keys of a message without content of their own, which a template may leave out."""
 _OWN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents", "kwargs"}
-"""Arguments of `apply_chat_template` that are no business of a row."""
+"""Arguments of `apply_chat_template` that a row must not set."""
 
 
 class ChatTemplate:
-    """What a tokenizer's chat template writes, with arguments of one's own.
+    """Renderer of a tokenizer's chat template, with additional arguments.
 
     Args:
         tokenizer: needs a chat template once a dialogue comes.
@@ -35,7 +35,7 @@ class ChatTemplate:
         self._ends: set[str] = set()
 
     def prompt(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-        """The dialogue up to where the answer begins.
+        """Render the dialogue up to the start of the answer.
 
         Args:
             messages: at least one.
@@ -52,9 +52,9 @@ class ChatTemplate:
         return self._written(messages, arguments, prompt=True)
 
     def turn(self, messages: Sequence[Message], answer: Message, prompt: str, arguments: Mapping[str, Any]) -> str:
-        """The answer as the template writes it after the prompt, with tool calls and reasoning, without its end.
+        """Render the answer after the prompt with tool calls and reasoning, without its end.
 
-        Where the template writes the content and an end, this is the content as it is.
+        If the template writes only the content and an end, this is the unchanged content.
 
         Args:
             messages: what is answered.
@@ -93,7 +93,7 @@ class ChatTemplate:
         return content if body.strip() == content.strip() else body
 
     def _end(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-        """What the template writes after a content."""
+        """Return the text that the template writes after a content."""
         probed = self._written([*messages, {"role": "assistant", "content": _PROBE}], arguments)
         end = probed.rpartition(_PROBE)[2]
         self._ends.add(end)
@@ -102,7 +102,7 @@ class ChatTemplate:
     def _check_written(
         self, messages: Sequence[Message], number: int, arguments: Mapping[str, Any], *, answer: bool = False
     ) -> None:
-        """Refuse a key that is not written; one of an earlier turn may be left out by a template that names it."""
+        """Raise if a key is not written, unless a template that names it leaves it out of an earlier turn."""
         message = messages[number]
         for key in extras(message):
             if key in _LABELS or (not answer and self._names(key, arguments)):
@@ -135,7 +135,7 @@ class ChatTemplate:
                     "`columns.tools` or `columns.chat_template_kwargs` name another"
                 )
         try:
-            found = self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=prompt, tokenize=False, **arguments
             )
         except Exception as error:  # a template is a program that came with the tokenizer: it may raise anything
@@ -143,11 +143,11 @@ class ChatTemplate:
                 f"the chat template of {self.tokenizer.name_or_path!r} does not take these messages ({error}): change "
                 "their roles or their order, or the template"
             ) from error
-        return cast(str, found)
+        return cast(str, text)
 
 
 def doubled(prompt: str, response: str) -> str | None:
-    """The response without the opening tag that the prompt already ends in, or None where it doesn't begin with it."""
+    """Remove an opening tag from the response that also ends the prompt; returns None if there is none."""
     opening = _TAG.search(prompt)
     if opening is None or not response.lstrip().startswith(opening[0].rstrip()):
         return None

@@ -339,7 +339,9 @@ def test_export_of_shards_is_refused_before_training(tmp_path):
 
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
-    export, module = Export(str(tmp_path / "out")), torch.nn.Linear(1, 1)
+    export = Export(str(tmp_path / "out"))
+    module = torch.nn.Linear(1, 1)
+    module.save_pretrained = None
     with pytest.raises(ValueError, match="FSDPStrategy leaves each process a shard: take ModelParallelStrategy"):
         export.on_fit_start(SimpleNamespace(strategy=FSDPStrategy()), module)
     export.on_fit_start(SimpleNamespace(strategy=DDPStrategy(), fast_dev_run=True), module)
