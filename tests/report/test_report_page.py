@@ -118,7 +118,9 @@ def test_callback_reports_with_the_last_lines_logged(tmp_path: Path, caplog: pyt
     log = CSVLogger(tmp_path, name="run", flush_logs_every_n_steps=100)
     trainer = Trainer(logger=log, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
     log.log_metrics({"objective/scores": 1.0}, step=0)
-    Report(str(tmp_path / "run")).on_fit_end(trainer, LightningModule())
+    report = Report(str(tmp_path / "run"))
+    report.setup(trainer, LightningModule(), "fit")
+    report.on_fit_end(trainer, LightningModule())
     assert "objective/scores" in (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
     assert (tmp_path / "run" / "report" / "reward.png").exists()
 
@@ -126,7 +128,9 @@ def test_callback_reports_with_the_last_lines_logged(tmp_path: Path, caplog: pyt
 def test_callback_warns_of_a_log_it_cannot_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_csv(tmp_path / "run" / "metrics.csv", [{"step": 0, "objective/scores": "often"}])
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
-    Report(str(tmp_path / "run")).on_fit_end(trainer, LightningModule())
+    report = Report(str(tmp_path / "run"))
+    report.setup(trainer, LightningModule(), "fit")
+    report.on_fit_end(trainer, LightningModule())
     assert "no report" in caplog.text
     assert "often" in caplog.text
 
