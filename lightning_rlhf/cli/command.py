@@ -11,14 +11,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from yaml import YAMLError
 
-import lightning_rlhf.callbacks
-import lightning_rlhf.core
-import lightning_rlhf.data
-import lightning_rlhf.engines
-import lightning_rlhf.evaluation
-import lightning_rlhf.modules
-import lightning_rlhf.rewards
-import lightning_rlhf.rollout
 from lightning_rlhf.cli.consent import objection
 from lightning_rlhf.cli.documents import load, replaced_callbacks
 from lightning_rlhf.cli.ending import numbers, predictions, results
@@ -31,18 +23,6 @@ from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.models.shards import guard
 
 logger = logging.getLogger(__name__)
-
-NAMED = (
-    lightning_rlhf.core,
-    lightning_rlhf.engines,
-    lightning_rlhf.rewards,
-    lightning_rlhf.rollout,
-    lightning_rlhf.data,
-    lightning_rlhf.evaluation,
-    lightning_rlhf.modules,
-    lightning_rlhf.callbacks,
-)
-"""Imported, so that their classes can be named in YAML by one word."""
 
 
 class SaveFitConfig(SaveConfigCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -43,8 +44,7 @@ def console() -> None:
         SystemExit: 2 where the command line or a config was refused, 1 where data or a model was; the reason, one
             sentence, is on stderr. A bug keeps its traceback.
     """
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    sys.path.insert(0, os.getcwd())  # not "": jsonargparse changes into the folder of a config
     try:
         main()
     except Exception as error:

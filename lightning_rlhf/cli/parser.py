@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_rlhf.cli.failure import TRACEBACK, one_line
+from lightning_rlhf.cli.suggestions import suggestion
 from lightning_rlhf.cli.words import expanded
 from lightning_rlhf.core import Algorithm
 
@@ -75,14 +76,17 @@ def _sentence(message: str, ex: BaseException | None) -> str:
     """`key` of Class: what is wrong with it; what was given."""
     keys = re.findall(r'Parser key "(.+?)":', message)
     if not keys:
-        return message
+        hint = suggestion(message, "")
+        return f"{message}: {hint}" if hint else message
     classes = re.findall(r"Problem with given class_path '(?:\w+\.)*(\w+)'", message)
     innermost = message[message.rindex("Parser key") :]
     given = re.search(r"(?:Given value|Got value): (?:NestedArg\(key='[^']*', val=)?(.*?)\)?$", innermost, re.MULTILINE)
     reasons = _reasons(innermost, ex)
+    hint = suggestion(" ".join(map(_tidied, reasons)), ".".join(keys))
     where = f"`{'.'.join(keys)}`" + (f" ({classes[-1]})" if classes and len(keys) > 1 else "")
     known = given is None or any(given[1] in reason for reason in reasons) or "Namespace(" in given[1]
-    return f"{where}: {'; or '.join(map(_tidied, reasons))}" + ("" if known else f"; got {given[1][:80]}")
+    said = f"{where}: {'; or '.join(map(_tidied, reasons))}" + ("" if known else f"; got {given[1][:80]}")
+    return f"{said}: {hint}" if hint else said
 
 
 def _reasons(text: str, ex: BaseException | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from lightning_rlhf.cli.configs import path_of
@@ -29,7 +30,15 @@ def expanded(words: Sequence[str]) -> list[str]:
         else:
             long = SHORT.get(flag, flag)
             others += [long] if value is None else [f"{long}={value}"]
+    _refuse_files(others)
     return [*words[:start], *configs, *others]
+
+
+def _refuse_files(words: Sequence[str]) -> None:
+    """Raise ValueError if a class or function is given by a file."""
+    for flag, value in re.findall(r"--(model[\w.]*)[= ](\S+)\.py(?:\s|$)", " ".join(words)):
+        module = value.strip("./").replace("/", ".")
+        raise ValueError(f"`{flag}`: {value}.py is a file: name what is in it by module and name, {module}.NAME")
 
 
 def configs_of(words: Sequence[str]) -> list[str]:

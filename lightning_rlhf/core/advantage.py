@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.core.adaptive import Adaptive
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.baseline import Baseline, NoBaseline
 from lightning_rlhf.core.checks import check_unit_interval
 from lightning_rlhf.core.masked import AllSum, whiten
@@ -30,6 +31,9 @@ class AdvantagesAndReturns(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class AdvantageEstimator(Adaptive, ABC):
     """Base class of estimators that turn rewards into advantages."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def needs_value(self) -> bool:

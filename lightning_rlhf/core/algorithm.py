@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.advantage import AdvantageEstimator, BanditAdvantage
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.clip import Clip
 from lightning_rlhf.core.controller import FixedKL, KLController
@@ -62,6 +63,7 @@ class Algorithm(Adaptive):
     """γ ≥ 0, weight of the pretraining loss; above 0 the data must serve pretraining texts (PPO-ptx)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_not_negative(ptx_coef=self.ptx_coef)
         if not isinstance(self.beta, KLController):
             check_not_negative(beta=self.beta)

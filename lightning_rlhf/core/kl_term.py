@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.level import ActionLevel
 
@@ -122,6 +123,7 @@ class KLInLoss(ReferenceKL):
     The estimate of a response is shared out evenly over its tokens, those of tokens sum to a response's."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if isinstance(self.estimator, K1):
             raise ValueError(
                 "`estimator`=K1 does nothing in the loss: its gradient is 0 in expectation. Take K2 (the gradient of "

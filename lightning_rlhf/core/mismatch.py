@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.core.clip import Clip
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
@@ -62,6 +63,7 @@ class TruncatedIS(MismatchIS):
     """Largest weight C > 0."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_positive(cap=self.cap)
 
     def correction(self, ratio: Tensor) -> Tensor:
@@ -79,6 +81,7 @@ class MaskedIS(MismatchIS):
     """Largest weight, > 0."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_positive(largest=self.largest)
         if not (math.isfinite(self.smallest) and 0 <= self.smallest < self.largest):
             raise ValueError(f"`smallest` must lie in [0, largest): got {self.smallest} with largest={self.largest}")

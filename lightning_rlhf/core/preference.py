@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_not_negative
 
 
@@ -148,6 +149,7 @@ class Centered(PreferenceLoss):
     coef: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_not_negative(coef=self.coef)
 
     def __call__(self, scores: Tensor, rank: Tensor, strength: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_count, check_positive
 from lightning_rlhf.core.seed import seed_of_run
 
@@ -39,6 +40,7 @@ class SamplingParams:
     of `seed_everything`, else 0."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         samples = self.samples_per_prompt
         check_count(max_new_tokens=self.max_new_tokens, samples_per_prompt=1 if samples is None else samples)
         check_positive(temperature=self.temperature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,8 @@ FUSED = ("cpu", "cuda")
 """Devices on which torch has fused optimizers."""
 ENDLESS = 10**9
 """Number of steps assumed for a run without end."""
+
+logger = logging.getLogger(__name__)
 
 
 def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
@@ -106,6 +110,12 @@ def chosen_optimizer(
         return partial(torch.optim.AdamW, lr=default if lr is None else lr, eps=eps, weight_decay=0.0)
     if lr is not None:
         raise ValueError(f"`lr`={lr} is of the default optimizer: give it to `optimizer` instead, or leave that out")
+    rate = inspect.signature(optimizer).parameters.get("lr") if inspect.isclass(optimizer) else None
+    if rate is not None and rate.default is not inspect.Parameter.empty:
+        logger.warning(
+            "`optimizer`=%s trains at its own default learning rate, %g: give partial(%s, lr=...), or `lr` alone",
+            *(optimizer.__name__, rate.default, optimizer.__name__),
+        )
     return optimizer
 
 

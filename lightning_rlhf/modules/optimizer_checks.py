@@ -29,6 +29,25 @@ def picklable(build: OptimizerCallable) -> OptimizerCallable:
     return partial(type(example), **{name: value for name, value in example.defaults.items() if name in parameters})
 
 
+def refuse_trainer_settings(module: LightningModule) -> None:
+    """Raise if the trainer clips or accumulates gradients for a module that does so itself.
+
+    Raises:
+        ValueError: the trainer clips or accumulates gradients.
+    """
+    trainer = module.trainer
+    instead = {
+        "gradient_clip_val": "`updates.max_grad_norm` (--model.updates.max_grad_norm), 1.0 by default",
+        "accumulate_grad_batches": "`batch_size` of the data and `updates.microbatch_tokens`, which bounds the memory",
+    }
+    if trainer.state.fn != "fit" or module.automatic_optimization:
+        return
+    for name, setting in instead.items():
+        value = getattr(trainer, name)
+        if value not in (None, 0, 1) or (name == "gradient_clip_val" and value):
+            raise ValueError(f"`trainer.{name}`={value} is not of PPO, whose step is a rollout: set {setting}")
+
+
 def refuse_finder(module: LightningModule) -> None:
     """Raise if Lightning would search for a learning rate: it sets an attribute that no module reads.
 

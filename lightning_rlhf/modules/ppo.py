@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Algorithm, ConstantSchedule, Schedule
+from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.distributed.sharding import built_whole, most_passes, shard_networks
@@ -97,6 +98,7 @@ class PPOModule(CheckedRevival, LightningModule):
         compile: bool = False,
         evaluations: Sequence[Evaluator] = (),
     ) -> None:
+        check_arguments(PPOModule, locals())
         super().__init__()
         policy = as_source(policy)
         reference = as_source(reference)
@@ -284,8 +286,8 @@ class PPOModule(CheckedRevival, LightningModule):
         self.episodes += episodes
         stats = means | cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
         stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
-        rate = self.optimizers().param_groups[0]["lr"]
-        stats |= {"objective/kl_coef": self.algorithm.kl.coef, "episode": float(self.episodes), "lr": rate}
+        stats |= {"objective/kl_coef": self.algorithm.kl.coef, "episode": float(self.episodes)}
+        stats["lr"] = self.optimizers().param_groups[0]["lr"]
         stats |= {f"surrogate/{name}": number for name, number in self.algorithm.surrogate.state().items()}
         self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])
         self.log_dict(stats, batch_size=episodes)
@@ -316,8 +318,8 @@ class PPOModule(CheckedRevival, LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        remember = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        means = self.evaluation.conclude(self.responder, remember=remember)
+        trains = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        means = self.evaluation.conclude(self.responder, remember=trains)
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -326,7 +328,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
-        groups: list[dict[str, Any]] = [{"params": trainable(self.policy)}]
+        groups = [{"params": trainable(self.policy)}]
         if self.value is not None:
             groups.append({"params": trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr}))
         return scheduled(self.optimizer(groups), self.schedule, lambda: rollouts_of(self))

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 
 from lightning_rlhf.models.checkpoint import check_version, read_checkpoint
 from lightning_rlhf.models.shards import guard
+from lightning_rlhf.modules.optimizer_checks import refuse_trainer_settings
 
 OLD = ("hparams", "module_arguments")
 """Key of a module's arguments in checkpoints of Lightning before 1.0, which today's Lightning still reads."""
@@ -23,8 +24,9 @@ class CheckedRevival:
     """Mixin for a LightningModule that checks checkpoints; it precedes the module among the bases."""
 
     def configure_callbacks(self) -> list[Callback]:
-        """Make the trainer check a checkpoint before it loads it; adds no callbacks."""
+        """Make the trainer check checkpoints and refuse settings that the module replaces; adds no callbacks."""
         guard(self.trainer.strategy)  # type: ignore[attr-defined]
+        refuse_trainer_settings(self)  # type: ignore[arg-type]
         return []
 
     @classmethod

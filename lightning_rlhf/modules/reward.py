@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
+from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.distributed.sharding import built_whole, shard_networks
@@ -74,6 +75,7 @@ class RewardModule(CheckedRevival, LightningModule):
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = CosineSchedule(),
     ) -> None:
+        check_arguments(RewardModule, locals())
         super().__init__()
         model = as_source(model)
         optimizer = chosen_optimizer(optimizer, lr, default=9e-6)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import CosineSchedule, Schedule, next_token_loss
+from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.distributed.sharding import built_whole, shard_networks
@@ -53,6 +54,7 @@ class SFTModule(CheckedRevival, LightningModule):
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = CosineSchedule(),
     ) -> None:
+        check_arguments(SFTModule, locals())
         super().__init__()
         model = as_source(model)
         optimizer = chosen_optimizer(optimizer, lr, default=9.65e-6)

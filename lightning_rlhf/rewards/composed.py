@@ -39,6 +39,11 @@ class ComposedReward(Reward):
         for member in self.members.values():
             member.prepare(tokenizer)
 
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if a member needs a column that the data lack."""
+        for member in self.members.values():
+            member.check_columns(names)
+
     def networks(self) -> list[nn.Module]:
         """List the networks of every member."""
         return [network for member in self.members.values() for network in member.networks()]

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
-from lightning_rlhf.rewards.text import columns_of, decoded, wanted_by
+from lightning_rlhf.rewards.text import columns_of, decoded, needed_by, wanted_by
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -59,6 +59,13 @@ class Reward(ABC):
         """Return True if it contains a reward model, whose demonstrations have scores around 0."""
         held = [value for x in vars(self).values() for value in (x.values() if isinstance(x, dict) else [x])]
         return any(value.is_learned for value in held if isinstance(value, Reward))
+
+    def check_columns(self, names: set[str]) -> None:  # noqa: B027
+        """Raise ValueError if the reward needs a column that the data lack.
+
+        Args:
+            names: columns of the records.
+        """
 
     def networks(self) -> list[nn.Module]:
         """List the frozen networks to move and cast with the module; its checkpoints leave them out."""
@@ -127,8 +134,18 @@ class FunctionReward(TextReward):
         self.fn = fn
         try:
             self._wanted = wanted_by(fn)
+            self._needed = needed_by(fn)
         except ValueError as error:
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
+
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if the function needs a column that the data lack."""
+        missing = [name for name in self._needed if name not in names - {"prompt"}]
+        if missing:
+            raise ValueError(
+                f"`reward`: {self._name()} needs {', '.join(missing)}, but the rows "
+                f"have {', '.join(sorted(names)) or 'none'}: rename the argument, or give it a default"
+            )
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
         """Return the result of the function."""

@@ -56,6 +56,15 @@ def columns_of(rows: Sequence[Row], *, but: set[str]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
+def needed_by(fn: Callable[..., Any]) -> list[str]:
+    """List the arguments of a reward function after prompts and responses that have no default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(fn).parameters.values())
+    positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:2]
+    others = [p for p in parameters if p not in positional and p.kind in named]
+    return [p.name for p in others if p.default is inspect.Parameter.empty]
+
+
 def wanted_by(fn: Callable[..., Any]) -> Container[str]:
     """Names of the arguments of a function; contains every name if it takes `**kwargs`.
 

@@ -40,6 +40,10 @@ class TimedReward(Reward):
         super().prepare(tokenizer)
         self.reward.prepare(tokenizer)
 
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if the wrapped reward needs a column that the data lack."""
+        self.reward.check_columns(names)
+
     def networks(self) -> list[nn.Module]:
         """List the networks of the wrapped reward."""
         return self.reward.networks()

@@ -38,12 +38,13 @@ class Responder:
 
     def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
         """Sample a rollout to train on (see `Collector.collect`)."""
-        self._check_length(prompts)
+        self._check(prompts)
+        self.collector.updates.steps(len(prompts.tokens) * samples)
         return self.collector.collect(prompts, samples=samples, iteration=iteration)
 
     def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
         """Sample a rollout for evaluation (see `Collector.respond`)."""
-        self._check_length(prompts)
+        self._check(prompts)
         return self.collector.respond(prompts, samples=samples, stream=stream, iteration=iteration)
 
     def respond_as_reference(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
@@ -72,7 +73,10 @@ class Responder:
         rows = prompts.rows_of(rollout)
         return scored_or_told(reward, rollout, rows, agreed=self.ranks.all, iteration=iteration)
 
-    def _check_length(self, prompts: PromptBatch) -> None:
+    def _check(self, prompts: PromptBatch) -> None:
+        """Raise ValueError before anything is sampled if the prompts are too long or lack a column."""
+        if prompts.rows:
+            self.collector.reward.check_columns({name for row in prompts.rows for name in row})
         longest = prompts.tokens.shape[1] + self.collector.generation.max_new_tokens
         limits = "the data's `max_prompt_tokens` or `max_new_tokens`"
         check_length(self.collector.policy.network, longest, limits=limits)

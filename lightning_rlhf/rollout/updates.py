@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.models.microbatching import at_least, pieces_of
 from lightning_rlhf.rollout.old_logprobs import OldLogprobs
@@ -30,7 +31,7 @@ class UpdateSchedule:
     epochs: int = 1
     """Number of passes over a rollout; InstructGPT's RL stage uses 1."""
     minibatch: int | None = None
-    """Sequences per optimizer step; None takes the whole rollout. Must divide the rollout."""
+    """Sequences per optimizer step; None takes the whole rollout. Divides the rollout, unless that is smaller."""
     microbatch: int | None = None
     """Responses, or pretraining texts, per forward and backward; None takes the whole minibatch. Changes memory, never
     the result."""
@@ -43,6 +44,7 @@ class UpdateSchedule:
     """Source of the ratio's log π_old; None takes the cheapest that is exact and logs which."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         names = ("minibatch", "microbatch", "microbatch_tokens", "max_grad_norm")
         named = {name: getattr(self, name) for name in names}
         check_positive(epochs=self.epochs, **{name: value for name, value in named.items() if value is not None})
@@ -56,9 +58,9 @@ class UpdateSchedule:
         """Number of optimizer steps of a rollout of `episodes` sequences.
 
         Raises:
-            ValueError: `minibatch` does not divide it.
+            ValueError: `minibatch` is smaller and does not divide it.
         """
-        size = self.minibatch or episodes
+        size = min(self.minibatch or episodes, episodes)
         if episodes % size:
             fits = [n for n in range(1, episodes + 1) if episodes % n == 0]
             nearest = min(fits, key=lambda n: abs(n - size))
