@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_repo_architecture import BELOW
 
 import lightning_rlhf
@@ -69,7 +70,39 @@ def test_pages_build_without_a_warning(tmp_path: Path, caplog: pytest.LogCapture
     assert not warnings_of(DOCS.parent, tmp_path, caplog)
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r'<(script|link|img|iframe)\b[^>]*\b(src|href)="(https?:)?//', page.read_text("utf-8"))
-    assert 'id="lightning_rlhf.core.clip.Clip"' in (tmp_path / "api/core/index.html").read_text(encoding="utf-8")
+    for room, names in lightning_rlhf._EXPORTS.items():
+        api = (tmp_path / "api" / room / "index.html").read_text(encoding="utf-8")
+        for kind in (getattr(lightning_rlhf, name) for name in names):
+            anchor = f'id="{kind.__module__}.{kind.__qualname__}"'
+            assert anchor in api or kind.__name__ == "PPOBatch", f"{kind.__name__} is filtered out in mkdocs.yml"
+    modules = (tmp_path / "api/modules/index.html").read_text(encoding="utf-8")
+    assert not re.search(r'id="[^"]*\.(on_\w+|configure_\w+|[A-Z]{4,})"', modules)
+
+
+def test_equations_are_drawn_by_what_lies_in_the_site() -> None:
+    """KaTeX, its fonts and its license are beside the pages, and no style asks for a font elsewhere."""
+    katex = DOCS / "assets" / "katex"
+    style = (katex / "katex.min.css").read_text(encoding="utf-8")
+    fonts = re.findall(r"url\(([^)]+)\)", style)
+    assert fonts
+    assert not [font for font in fonts if not font.startswith("fonts/")]
+    assert all((katex / font).is_file() for font in fonts if font.endswith(".woff2"))
+    assert "MIT" in (katex / "LICENSE").read_text(encoding="utf-8")
+    settings = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    for name in re.findall(r"assets/[\w./-]+", settings):
+        text = (DOCS / name).read_text(encoding="utf-8")
+        asked = set(re.findall(r"https?://[^\s\"')]+", text))
+        assert asked <= {"http://www.w3.org/1998/Math/MathML", "http://www.w3.org/2000/svg"}, (
+            "names of XML, not fetched"
+        )
+
+
+def test_equations_close() -> None:
+    """A `$$` without its partner would turn the rest of a page into an equation."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall(r"(?m)^\$\$$", text)) % 2 == 0, page.name
+        assert text.count("$$") == len(re.findall(r"(?m)^\$\$$", text)), f"{page.name}: $$ stands in a line of its own"
 
 
 def test_broken_anchor_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,3 +114,60 @@ def test_broken_anchor_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
     (tmp_path / "mkdocs.yml").write_text(f"site_name: x\n{validation}", encoding="utf-8")
     (warning,) = warnings_of(tmp_path, tmp_path / "site", caplog)
     assert "nowhere" in warning
+
+
+def test_memory_page_shows_today_s_estimate() -> None:
+    """To renew it, put what `python docs/memory.py` prints into docs/memory.md."""
+    pytest.importorskip("peft")
+    memory = runpy.run_path(str(DOCS / "memory.py"))
+    page = (DOCS / "memory.md").read_text(encoding="utf-8")
+    assert memory["fits"]() in page
+    assert memory["pieces"]() in page
+
+
+def test_memory_of_the_smallest_model_is_counted_by_hand() -> None:
+    """494,032,768 weights: 16 bytes each and 2 of the reference stay; 2 of autocast and the activations come on top."""
+    memory = runpy.run_path(str(DOCS / "memory.py"))
+    activations = 4096 * 896 * (2 * 2 * 24 + 34 * 1.4)  # inputs of 24 layers in float32, one layer whole (autocast)
+    assert memory["peak_of"](memory["parts_of"]("0.5B")) * 2**30 == pytest.approx(
+        494_032_768 * (16 + 2 + 2) + activations, rel=1e-3
+    )
+    assert memory["card_of"](21.6) == "24 GB"
+    assert memory["card_of"](21.7) == "40 GB"
+    assert memory["card_of"](72.1) == "several"
+
+
+def starts() -> list[list[str]]:
+    """Rows of the table of defaults in docs/methods.md, without marks."""
+    page = (DOCS / "methods.md").read_text(encoding="utf-8").partition("## Where to start from")[2]
+    table = re.search(r"(?ms)^\| config .*?\n\n", page)[0].splitlines()[2:]
+    return [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table if row]
+
+
+@pytest.mark.parametrize("row", starts(), ids=lambda row: row[0])
+def test_numbers_to_start_from_are_the_configs(row: list[str]) -> None:
+    """Which are themselves held to the papers by tests/repo/test_repo_configs.py."""
+    names, *cells, source = row
+    assert source
+    for name in re.findall(r"\w+", names):
+        config = yaml.safe_load((DOCS.parent / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        numbers = [
+            model["optimizer"]["init_args"]["lr"],
+            model["algorithm"]["init_args"]["beta"],
+            model["generation"].get("samples_per_prompt", 1),
+            data["batch_size"],
+            model["updates"]["minibatch"],
+            model["updates"]["epochs"],
+        ]
+        assert [None if cell == "all" else float(cell) for cell in cells] == numbers, name
+
+
+def test_every_method_with_a_config_has_numbers_to_start_from() -> None:
+    named = {name for row in starts() for name in re.findall(r"\w+", row[0])}
+    stages = {path.stem for path in (DOCS.parent / "configs").glob("*.yaml")}
+    assert named | {"bandit_klpen"} == stages - {
+        "sft",
+        "reward",
+        "evaluate",
+    }  # ppo but for KLPEN
