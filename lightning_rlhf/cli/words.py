@@ -11,6 +11,7 @@ CONFIG = ("--config", "-c")
 COMMANDS = ("fit", "validate", "test", "predict")
 SHORT = {"--run": "--trainer.default_root_dir"}
 """Short flags, and the long ones that they stand for."""
+METHOD = "--model.algorithm"
 
 
 def expanded(words: Sequence[str]) -> list[str]:
@@ -29,7 +30,7 @@ def expanded(words: Sequence[str]) -> list[str]:
             configs.append(f"--config={path_of(value)}")
         else:
             long = SHORT.get(flag, flag)
-            others += [long] if value is None else [f"{long}={value}"]
+            others += [long] if value is None else [*_cleared(long, value), f"{long}={value}"]
     _refuse_files(others)
     return [*words[:start], *configs, *others]
 
@@ -46,12 +47,20 @@ def configs_of(words: Sequence[str]) -> list[str]:
     return [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
 
 
+def _cleared(flag: str, value: str) -> list[str]:
+    """Return a flag that takes back a config's algorithm before a method is named.
+
+    Otherwise the parts that the config lists would stay, and `--config ppo --model.algorithm=GRPO` be the bandit.
+    """
+    return [f"{METHOD}=null"] if flag == METHOD and value.rpartition(".")[2].isidentifier() else []
+
+
 def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each flag with its value where that belongs to `--config` or a short flag; all other words alone."""
+    """Yield the flags that are rewritten with their values; all other words alone."""
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in (*CONFIG, *SHORT):
+        if flag not in (*CONFIG, *SHORT, METHOD):
             yield word, None
         elif equals:
             yield flag, value

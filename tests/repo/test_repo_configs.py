@@ -358,3 +358,13 @@ def test_ddp_runs_on_two_processes(ppo: Callable[..., list[str]], forking_python
     with Path("runs/ppo/version_0/metrics.csv").open(encoding="utf-8") as file:
         episodes = [float(row["episode"]) for row in csv.DictReader(file) if row["episode"]]
     assert episodes == [4, 8]  # two rollouts of 2 prompts on each of 2 processes
+
+
+@pytest.mark.parametrize("method", [GRPO, GSPO, ReinforcePP, Algorithm])
+def test_method_named_beside_a_config_is_the_method(
+    method: type[Algorithm], ppo: Callable[..., list[str]], workplace: Path, capsys: Any
+) -> None:
+    """The parts that the config's own algorithm lists do not stay under the other name."""
+    words = [*ppo(model__algorithm__beta=None), f"--model.algorithm={method.__name__}", "--model.algorithm.beta=0.5"]
+    written = yaml.safe_load(printed(capsys, *words))["model"]["init_args"]["algorithm"]
+    assert algorithm_of(f"--algorithm={json.dumps(written)}") == method(beta=0.5)
