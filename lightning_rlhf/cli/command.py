@@ -14,6 +14,7 @@ from yaml import YAMLError
 from lightning_rlhf.cli.consent import objection
 from lightning_rlhf.cli.documents import load, replaced_callbacks
 from lightning_rlhf.cli.ending import numbers, predictions, results
+from lightning_rlhf.cli.help import EPILOG
 from lightning_rlhf.cli.messages import quiet, speak
 from lightning_rlhf.cli.parser import Parser
 from lightning_rlhf.cli.standard import STANDARD, add_standard, with_standard
@@ -158,6 +159,7 @@ class RLHFCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the standard callbacks and the run's folder."""
+        parser.epilog = EPILOG
         add_standard(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

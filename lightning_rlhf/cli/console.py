@@ -10,11 +10,33 @@ from importlib.metadata import version
 from typing import Any
 
 TOOLS = {
+    "completion": "lightning_rlhf.cli.completion",
     "configs": "lightning_rlhf.cli.configs",
     "report": "lightning_rlhf.report.command",
     "rescore": "lightning_rlhf.cli.rescore",
 }
 """Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
+
+
+COMMANDS = {
+    "fit": "train: supervised fine-tuning, a reward model, or reinforcement learning",
+    "validate": "evaluate a model on the held-out data of `--data.val`",
+    "test": "evaluate a model on the data of `--data.test`",
+    "predict": "write responses to the prompts of `--data.predict`",
+    "configs": "list the shipped configs, or print one",
+    "report": "make one page of a run, or of several beside each other",
+    "rescore": "score the responses of a run by another reward",
+    "completion": "print a script for the shell's tab key",
+}
+"""Commands, with what the help says of each."""
+HELP = """usage: lightning-rlhf COMMAND [--config NAME_OR_FILE] [--run FOLDER] [--KEY VALUE ...]
+
+{commands}
+
+  lightning-rlhf fit --config ppo --model.policy MODEL --model.reward my_rewards.brevity --data.train prompts.jsonl
+  lightning-rlhf COMMAND --help
+  lightning-rlhf --version
+"""
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -29,6 +51,9 @@ def main(args: Sequence[str] | None = None) -> Any:
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
         print(f"lightning-rlhf {version('lightning-rlhf')}")
+        return None
+    if given in ([], ["-h"], ["--help"]):
+        print(HELP.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())), end="")
         return None
     if given and given[0] in TOOLS:
         return import_module(TOOLS[given[0]]).main(given[1:])

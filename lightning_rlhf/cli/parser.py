@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_rlhf.cli.failure import TRACEBACK, one_line
+from lightning_rlhf.cli.help import HelpFormatter
 from lightning_rlhf.cli.suggestions import suggestion
 from lightning_rlhf.cli.words import expanded
 from lightning_rlhf.core import Algorithm
@@ -43,6 +44,11 @@ class Defaults(Namespace):
 class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence, without the usage in front and the parsed config behind."""
 
+    _of_algorithm = False
+
+    def __init__(self, *args: Any, formatter_class: type[HelpFormatter] = HelpFormatter, **options: Any) -> None:
+        super().__init__(*args, formatter_class=formatter_class, **options)
+
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:
         """Parse, with shipped configs by their names."""
         words = sys.argv[1:] if args is None else args
@@ -52,8 +58,6 @@ class Parser(LightningArgumentParser):
             except ValueError as error:
                 self.error(str(error))
         return super().parse_args(words, *rest, **options)
-
-    _of_algorithm = False
 
     def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> list[str]:
         """Add those of a class."""

@@ -19,6 +19,7 @@ from lightning_rlhf.callbacks import (
     RunCheckpoint,
     SampleLog,
 )
+from lightning_rlhf.cli.help import OPTIONAL
 
 RUN = "runs/run"
 """Folder of a run whose config and flags name none."""
@@ -39,7 +40,7 @@ def add_standard(parser: LightningArgumentParser) -> None:
     """Add a key for each callback, whose value may be its arguments, another class, or null to leave it out."""
     for key, (callback, text) in STANDARD.items():
         default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
-        parser.add_argument(f"--{key}", type=callback | None, default=default, help=f"{text} null leaves it out.")
+        parser.add_argument(f"--{key}", type=callback | None, default=default, help=f"{text} {OPTIONAL}")
     parser.set_defaults({"trainer.default_root_dir": RUN, "trainer.log_every_n_steps": 1})
 
 

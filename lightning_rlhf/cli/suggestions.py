@@ -56,12 +56,12 @@ def suggestion(reason: str, key: str) -> str:
 
 def _of_key(name: str, key: str) -> str:
     leaf = name.rpartition(".")[2]
-    elsewhere = [path for path in _keys() if path.rpartition(".")[2] == leaf]
+    elsewhere = [path for path in keys() if path.rpartition(".")[2] == leaf]
     root = key.partition(".")[0]
     if elsewhere and key:
         elsewhere = [path for path in elsewhere if path.startswith(root)] or elsewhere
         return f"`{leaf}` belongs to {_listed('--' + path for path in elsewhere[:2])}"
-    leaves = {path.rpartition(".")[2]: path for path in _keys() if not key or path.startswith(root)}
+    leaves = {path.rpartition(".")[2]: path for path in keys() if not key or path.startswith(root)}
     near = get_close_matches(leaf, leaves, n=2, cutoff=0.7)
     return f"did you mean {_listed('--' + leaves[each] for each in near)}?" if near else ""
 
@@ -69,9 +69,9 @@ def _of_key(name: str, key: str) -> str:
 def _of_class(name: str, key: str) -> str:
     classes = {each.__name__: each for each in _classes()}
     if name in classes:
-        places = [path for path, kind in _keys().items() if kind is not None and issubclass(classes[name], kind)]
+        places = [path for path, kind in keys().items() if kind is not None and issubclass(classes[name], kind)]
         return f"it belongs to {_listed('--' + path + '=' + name for path in places[:2])}" if places else ""
-    kind = _keys().get(key)
+    kind = keys().get(key)
     fitting = [each for each, found in classes.items() if kind is None or issubclass(found, kind)]
     near = get_close_matches(name, fitting, n=2, cutoff=0.6)
     if near:
@@ -80,19 +80,19 @@ def _of_class(name: str, key: str) -> str:
 
 
 @cache
-def _keys() -> dict[str, type | None]:
+def keys() -> dict[str, type | None]:
     """All keys of the command line, with the class that the value of each must be of; None for plain values."""
-    keys: dict[str, type | None] = {}
+    table: dict[str, type | None] = {}
     for root, base in {"model": LightningModule, "data": LightningDataModule}.items():
-        keys[root] = base
+        table[root] = base
         for kind in _classes():
             if issubclass(kind, base):
-                _add(keys, root, kind, DEPTH)
+                _add(table, root, kind, DEPTH)
     for key, (callback, _) in STANDARD.items():
-        keys[key] = None
-        _add(keys, key, callback, DEPTH)
-    _add(keys, "trainer", Trainer, 0)
-    return keys
+        table[key] = None
+        _add(table, key, callback, DEPTH)
+    _add(table, "trainer", Trainer, 0)
+    return table
 
 
 def _add(keys: dict[str, type | None], path: str, kind: type, depth: int) -> None:

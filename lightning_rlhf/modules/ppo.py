@@ -53,7 +53,8 @@ class PPOModule(CheckedRevival, LightningModule):
     Args:
         policy: π_θ at the start: a folder or name, a source, or a causal language model already built.
         reward: a `Reward`, an `nn.Module` on token ids, or a function `fn(prompts, responses, **columns)`.
-        algorithm: eq. 2: what is learned from scored responses; None is the contextual bandit, `Algorithm()`.
+        algorithm: eq. 2: what is learned from scored responses; None is the contextual bandit, `Algorithm()`. As an
+            attribute it has today's β, baseline and surrogate, and the shaping and lengths that were left to the run.
         generation: how responses are drawn, and how many to each prompt.
         updates: inner epochs, minibatches, microbatches, gradient clipping.
         reference: π_SFT of the KL penalty; None is the policy at the start (the adapter off, under PEFT).
@@ -71,7 +72,6 @@ class PPOModule(CheckedRevival, LightningModule):
         evaluations: what validation and test measure beside reward and KL: `WinRate`, `BestOfN`, `GoldReward`, ...
 
     Attributes:
-        algorithm: with today's β, baseline and surrogate; the shaping and the lengths that it left to the run are set.
         iteration: rollouts that were learned from.
         episodes: their responses, of all processes.
         outcome: the responses scored last, in training or evaluation, for callbacks; None after held-out texts.
