@@ -9,17 +9,20 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.engines.progress import Progress, Watch
 
 
 class RolloutProgress(Callback):
-    """In front of the progress bar: responses and tokens/s while they are drawn, and how long the run will take.
+    """Text of the progress bar during a step: responses and tokens/s while they are drawn, then which update it is.
 
-    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. Reward (`score`) and `kl`
-    are on the bar anyway. Responses are those of process 0. It knows `TQDMProgressBar` and `RichProgressBar`, and does
-    nothing under another bar, without one, and in the stages without rollouts.
+    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. Reward (`score`), `kl` and
+    the time left to the end of the run are on the bar, the logger's version is not. Responses are those of process 0.
+    It knows `TQDMProgressBar` and `RichProgressBar`, and does nothing under another bar, without one, and in the stages
+    without rollouts.
 
     Args:
         every: seconds between two changes of the bar, at least; raise it where the output goes to a file.
@@ -31,17 +34,32 @@ class RolloutProgress(Callback):
     def __init__(self, every: float = 0.5) -> None:
         check_not_negative(every=every)
         self.every = every
-        self._start, self._before = 0.0, 0.0
+        self._start = 0.0
+        self._before = 0.0
+        self._updates = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; what an earlier run did took no time of this one."""
         if _shown(trainer, pl_module):
             self._start, self._before = perf_counter(), _share(trainer, pl_module)
+            _hide_version(trainer.progress_bar_callback)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the rollout."""
+        self._updates = 0
         if _shown(trainer, pl_module):
             pl_module.collector.sampler.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Say which update is computed."""
+        if _shown(trainer, pl_module) and pl_module.outcome is not None:
+            total = pl_module.updates.steps(len(pl_module.outcome.rollout))
+            update = f"update {self._updates + 1}/{total}"
+            _describe(trainer, ", ".join(filter(None, [update, self._left(trainer, pl_module)])))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Count the updates of the rollout."""
+        self._updates += 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,6 +95,12 @@ def _shown(trainer: Trainer, module: LightningModule) -> bool:
     bar = trainer.progress_bar_callback
     known = isinstance(bar, TQDMProgressBar | RichProgressBar) and bar.is_enabled
     return known and getattr(module, "collector", None) is not None
+
+
+def _hide_version(bar: TQDMProgressBar | RichProgressBar) -> None:
+    """Take the logger's version off the bar, where it takes the room of a metric."""
+    metrics = bar.get_metrics
+    bar.get_metrics = lambda *each: {name: value for name, value in metrics(*each).items() if name != "v_num"}
 
 
 def _describe(trainer: Trainer, text: str) -> None:

@@ -7,6 +7,7 @@ import re
 import warnings
 
 from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils.logging import disable_progress_bar
 
 WARNINGS = (
     r".*module\(s\) in eval mode at the start of training",  # dropout is off in all stages
@@ -19,8 +20,8 @@ WARNINGS = (
 )
 """Beginnings of warnings that have no meaning for a user here, as regular expressions."""
 RECORDS = {
-    "lightning.pytorch.utilities.rank_zero": re.compile("💡|.*litlogger|.*litmodels", re.IGNORECASE),
-    "lightning.pytorch.trainer.setup": re.compile("💡|(TPU|IPU|HPU) available"),
+    "lightning.pytorch.utilities.rank_zero": re.compile("💡|TPU available"),
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": re.compile("`weights_only` was not set"),
     "lightning.fabric.utilities.seed": re.compile("Seed set to"),
 }
 """Log records that have none, by logger."""
@@ -42,6 +43,7 @@ def quiet() -> None:
     """Leave out warnings and log records of other packages that are harmless here."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    disable_progress_bar()  # of reading and writing weights, which takes the library a moment
     for name, pattern in RECORDS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Without) for each in logger.filters):

@@ -291,7 +291,7 @@ class PPOModule(CheckedRevival, LightningModule):
         stats |= {f"surrogate/{name}": number for name, number in self.algorithm.surrogate.state().items()}
         self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])
         self.log_dict(stats, batch_size=episodes)
-        bar = {"score": stats["objective/scores"], "kl": stats["objective/kl"]}
+        bar = {"score": stats["objective/scores"], "kl": round(stats["objective/kl"], 4) + 0.0}  # no minus zero
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
