@@ -6,5 +6,5 @@ import os
 
 
 def seed_of_run(seed: int | None) -> int:
-    """Return the seed that was given, else that of Lightning's `seed_everything`, else 0."""
+    """Return the given seed, or that of Lightning's `seed_everything` if it is None."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
