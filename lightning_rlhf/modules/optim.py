@@ -109,11 +109,6 @@ def chosen_optimizer(
     return optimizer
 
 
-def optimizer_of(build: OptimizerCallable, network: nn.Module) -> Optimizer:
-    """Build the optimizer of one network's trainable parameters."""
-    return build(trainable(network))
-
-
 def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Clip all gradients to a total norm of `max_norm` and return their norm before it.
 

@@ -29,7 +29,6 @@ from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import resume
 from lightning_rlhf.modules.compatibility import check_compatible
-from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.optim import chosen_optimizer, clip_gradients, rollouts_of, scheduled, trainable
@@ -107,7 +106,9 @@ class PPOModule(CheckedRevival, LightningModule):
         longest = self.generation.max_new_tokens
         self.algorithm = algorithm.for_run(learned_reward=self.reward.is_learned, max_new_tokens=longest)
         check_compatible(self.algorithm, self.generation, value=value, value_lr=value_lr)
-        keep_hyperparameters(self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype)
+        resume.keep_hyperparameters(
+            self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
+        )
         self.automatic_optimization = False
         self.tokenizer = find_tokenizer(policy, tokenizer)
         self.updates = updates

@@ -1,4 +1,4 @@
-"""Compatibility of a checkpoint with the settings of the run that resumes it."""
+"""Settings that a checkpoint keeps and their agreement with those of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from lightning_rlhf.core.checks import check_not_negative
@@ -142,3 +143,22 @@ def _list(names: set[str]) -> str:
 
 def _shapes(state: dict[str, Any]) -> dict[str, str]:
     return {name: str(list(value.shape)) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def keep_hyperparameters(module: LightningModule, **arguments: Any) -> None:
+    """Save the CLI's config or else the arguments that are plain values as hyperparameters.
+
+    Because live objects would be pickled, a checkpoint with them does not load under `weights_only=True`.
+
+    Args:
+        module: whose `hparams`.
+        arguments: of its constructor, by name.
+    """
+    if _given_hyperparameters.get() is not None:
+        module.save_hyperparameters()
+    else:
+        module.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
