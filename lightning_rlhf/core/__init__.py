@@ -14,7 +14,7 @@ from lightning_rlhf.core.advantage import (
 )
 from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
-from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
+from lightning_rlhf.core.best_of_n import best_of_n_kl, expected_best, n_of_kl
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
 from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWeighted, WorstReward
@@ -25,7 +25,7 @@ from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInR
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
-from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
+from lightning_rlhf.core.logprobs import full_precision, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, TruncatedIS
@@ -133,9 +133,7 @@ __all__ = [
     "ValueLoss",
     "Whitened",
     "WorstReward",
-    "best_of_n",
     "best_of_n_kl",
-    "entropy",
     "expected_best",
     "full_precision",
     "group_mean",

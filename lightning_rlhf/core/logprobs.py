@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens and entropy at the temperature of sampling."""
+"""Log-probs of chosen tokens at the temperature of sampling."""
 
 from __future__ import annotations
 
@@ -33,17 +33,3 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     precise = full_precision(logits)
     scaled = (precise - precise.detach().amax(-1, keepdim=True)) / temperature  # or a common offset would cost digits
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
-
-
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """H = −Σ_v π_v log π_v of the next-token distribution at temperature τ.
-
-    Args:
-        logits: (..., V), any float dtype.
-        temperature: τ > 0.
-
-    Returns:
-        entropy (...), float32 (float64 if the logits are), nats, in [0, log V].
-    """
-    logprobs = (full_precision(logits) / temperature).log_softmax(-1)
-    return -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)
