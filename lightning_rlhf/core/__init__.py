@@ -21,11 +21,11 @@ from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWei
 from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, NoScale
 from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
-from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL
+from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
-from lightning_rlhf.core.logprobs import full_precision, token_logprobs
+from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, TruncatedIS
@@ -37,9 +37,7 @@ from lightning_rlhf.core.preference import (
     preferred_pairs,
     score_margins,
 )
-from lightning_rlhf.core.pretrain import next_token_loss
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
-from lightning_rlhf.core.reward import penalized_rewards
 from lightning_rlhf.core.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
 from lightning_rlhf.core.shaping import (
     ClipScore,

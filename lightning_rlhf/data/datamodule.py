@@ -10,16 +10,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import MOST
-from lightning_rlhf.core.seed import seed_of_run
-from lightning_rlhf.core.settings import accept_differences
+from lightning_rlhf.core.settings import accept_differences, seed_of_run
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.drop_report import DropReport
-from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
-from lightning_rlhf.data.loader import ResumableLoader, make_loader
-from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.loader import JointStream, ResumableLoader, Stream, make_loader
+from lightning_rlhf.data.records import HashedRecords, Located, digest_of_tokens
 from lightning_rlhf.data.sampling_order import FileOrder, ShuffledOrder
 from lightning_rlhf.data.sources import Source, read_records
-from lightning_rlhf.data.stream import JointStream, Stream
 from lightning_rlhf.text import Encoder, load_tokenizer
 
 Reader = Callable[[Sequence[Located], Encoder, ColumnNames, DropReport], Sequence[Any]]

@@ -14,10 +14,9 @@ from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import TextDataModule, check_least
 from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
-from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.loader import JointStream, ResumableLoader
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.stream import JointStream
 from lightning_rlhf.text import Encoder
 
 

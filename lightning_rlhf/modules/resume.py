@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import metadata
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.settings import Difference, accept_differences, described
-from lightning_rlhf.models.digest import weights_digest
+from lightning_rlhf.models.adapter import is_adapted, sampled
 from lightning_rlhf.rewards import Reward
 
 FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
@@ -162,3 +163,18 @@ def keep_hyperparameters(module: LightningModule, **arguments: Any) -> None:
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
+
+
+@torch.no_grad()
+def weights_digest(network: nn.Module) -> str:
+    """Return a digest of up to 64 numbers of each parameter; for an adapted network, of its base.
+
+    Those of the base are what the reference of the RL stage is made of, and training an adapter leaves them as they
+    are.
+    """
+    digest, adapted = hashlib.sha256(), is_adapted(network)
+    for name, weight in network.named_parameters():
+        if weight.is_meta or (adapted and weight.requires_grad):
+            continue
+        digest.update(name.encode() + sampled(weight).double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -17,15 +17,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
-from lightning_rlhf.models.context_length import check_length
+from lightning_rlhf.models.limits import check_length, check_rows
 from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import without_dropout
-from lightning_rlhf.models.vocabulary import check_rows
-from lightning_rlhf.modules.calibration import Calibration
-from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
-from lightning_rlhf.modules.metrics import Mean, begin
+from lightning_rlhf.modules.reward_metrics import (
+    Calibration,
+    LengthAccuracy,
+    LengthCorrelation,
+    Mean,
+    SystemAccuracy,
+    begin,
+)
 from lightning_rlhf.modules.supervised import SupervisedModule
-from lightning_rlhf.modules.system_accuracy import SystemAccuracy
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import CosineSchedule, Schedule, next_token_loss
 from lightning_rlhf.models import ModelSource, PolicyModel
-from lightning_rlhf.models.context_length import check_length
-from lightning_rlhf.modules.metrics import Mean, begin
+from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.modules.networks import build_policy
+from lightning_rlhf.modules.reward_metrics import Mean, begin
 from lightning_rlhf.modules.supervised import SupervisedModule
 from lightning_rlhf.types import TextBatch
 

@@ -16,12 +16,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Schedule
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.distributed.sharding import built_whole, shard_networks
+from lightning_rlhf.distributed.strategies import built_whole, shard_networks
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules.networks import as_source, find_tokenizer
-from lightning_rlhf.modules.optim import chosen_optimizer, scheduled, trainable, training_steps
-from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
+from lightning_rlhf.modules.optim import (
+    begin_training,
+    chosen_optimizer,
+    picklable,
+    refuse_finder,
+    scheduled,
+    trainable,
+    training_steps,
+)
 from lightning_rlhf.modules.resume import check_resumable, keep_hyperparameters, settings, version
 from lightning_rlhf.modules.revival import CheckedRevival
 

@@ -12,7 +12,7 @@ from gathered import gathered
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, ConstantSchedule, LeaveOneOut, TokenLevel
-from lightning_rlhf.distributed.sharding import most_passes
+from lightning_rlhf.distributed.strategies import most_passes
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
