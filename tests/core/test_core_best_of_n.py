@@ -6,7 +6,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from lightning_rlhf.core.best_of_n import best_of_n_kl, expected_best, n_of_kl
+from lightning_rlhf.core.evaluation import best_of_n_kl, expected_best, n_of_kl
 
 
 @pytest.mark.parametrize("n", [0, -1])
