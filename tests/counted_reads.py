@@ -9,9 +9,9 @@ import transformers.modeling_utils
 from safetensors import safe_open
 from torch import Tensor
 
-import lightning_rlhf.models.unread
+import lightning_rlhf.models.stored_weights
 
-READERS = (lightning_rlhf.models.unread, transformers.modeling_utils)
+READERS = (lightning_rlhf.models.stored_weights, transformers.modeling_utils)
 """Modules whose `safe_open` reads weights."""
 
 

@@ -14,18 +14,24 @@ from lightning_rlhf.core.advantage import (
 )
 from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
-from lightning_rlhf.core.best_of_n import best_of_n, best_of_n_kl, expected_best, n_of_kl
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
 from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWeighted, WorstReward
+from lightning_rlhf.core.evaluation import (
+    best_of_n_kl,
+    expected_best,
+    length_controlled,
+    n_of_kl,
+    ratio_standard_error,
+    standard_error,
+)
 from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, NoScale
 from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
-from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL
+from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.length_control import length_controlled
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
-from lightning_rlhf.core.logprobs import entropy, full_precision, token_logprobs
+from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, TruncatedIS
@@ -37,9 +43,7 @@ from lightning_rlhf.core.preference import (
     preferred_pairs,
     score_margins,
 )
-from lightning_rlhf.core.pretrain import next_token_loss
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
-from lightning_rlhf.core.reward import penalized_rewards
 from lightning_rlhf.core.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
 from lightning_rlhf.core.shaping import (
     ClipScore,
@@ -50,7 +54,6 @@ from lightning_rlhf.core.shaping import (
     SoftOverlong,
     TruncatedScore,
 )
-from lightning_rlhf.core.standard_error import ratio_standard_error, standard_error
 from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
@@ -133,9 +136,7 @@ __all__ = [
     "ValueLoss",
     "Whitened",
     "WorstReward",
-    "best_of_n",
     "best_of_n_kl",
-    "entropy",
     "expected_best",
     "full_precision",
     "group_mean",

@@ -16,13 +16,12 @@ from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.clip import Clip
 from lightning_rlhf.core.controller import FixedKL, KLController
 from lightning_rlhf.core.kl import k2
-from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL
+from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
 from lightning_rlhf.core.mismatch import MismatchIS
 from lightning_rlhf.core.reduction import Reduction, TokenMean
-from lightning_rlhf.core.reward import penalized_rewards
 from lightning_rlhf.core.shaping import Shaping, TruncatedScore
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss

@@ -63,26 +63,20 @@ def masked_variance(x: Tensor, mask: Tensor, all_sum: AllSum = local) -> Tensor:
     return masked_mean((x - masked_mean(x, mask, all_sum)).square(), mask, all_sum)
 
 
-def whiten(
-    x: Tensor, mask: Tensor, *, shift_mean: bool = True, epsilon: float = 1e-8, all_sum: AllSum = local
-) -> Tensor:
-    """Whiten to (x − mean) / √(var + ε) over the entries that count of all processes; var is biased.
+def whiten(x: Tensor, mask: Tensor, *, all_sum: AllSum = local) -> Tensor:
+    """Whiten to (x − mean) / √(var + 1e-8) over the entries that count of all processes (Ziegler et al. 2019, code).
 
-    Ziegler et al. 2019, code: advantages are shifted to mean 0, rewards keep their mean (`shift_mean=False`).
+    The variance is biased; equal entries give 0.
 
     Args:
         x: any shape.
         mask: same shape, bool.
-        shift_mean: False puts the mean back after scaling.
-        epsilon: added to the variance, > 0, so that equal entries give 0 and not NaN.
         all_sum: sums a tensor over processes.
 
     Returns:
         the shape of `x`; 0 where masked.
     """
-    mean = masked_mean(x, mask, all_sum)
-    centered = x - mean
+    centered = x - masked_mean(x, mask, all_sum)
     centered = centered - masked_mean(centered, mask, all_sum)  # the rounding of the mean, which √ε would blow up
-    white = centered * torch.rsqrt(masked_variance(centered, mask, all_sum) + epsilon)
-    white = white if shift_mean else white + mean
+    white = centered * torch.rsqrt(masked_variance(centered, mask, all_sum) + 1e-8)
     return torch.where(mask, white, torch.zeros_like(white))

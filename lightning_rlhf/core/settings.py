@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, NamedTuple
+
+
+def seed_of_run(seed: int | None) -> int:
+    """Return the given seed, or that of Lightning's `seed_everything` if it is None."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
 
 logger = logging.getLogger(__name__)
 

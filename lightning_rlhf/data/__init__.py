@@ -3,10 +3,9 @@
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.comparisons import ComparisonDataModule
 from lightning_rlhf.data.demonstrations import DemonstrationDataModule
-from lightning_rlhf.data.hub import HubData
-from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.loader import BatchSchedule, ResumableLoader
 from lightning_rlhf.data.prompts import PromptDataModule
-from lightning_rlhf.data.schedule import BatchSchedule
+from lightning_rlhf.data.tables import HubData
 
 __all__ = [
     "BatchSchedule",

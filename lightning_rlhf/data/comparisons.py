@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.collate import collate_comparisons, collate_texts
-from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.datamodule import TextDataModule, at_least
+from lightning_rlhf.data.datamodule import TextDataModule, check_least
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples
 from lightning_rlhf.data.loader import ResumableLoader
 from lightning_rlhf.data.sources import Source
 
 
+@dataclass(eq=False, repr=False)
 class ComparisonDataModule(TextDataModule):
     """Batches of prompts (`ComparisonBatch`), each with all of its K ranked responses.
 
@@ -24,57 +24,28 @@ class ComparisonDataModule(TextDataModule):
     responses `"systems"` may name who wrote each, by which an evaluation then gives the accuracy.
     Evaluation serves a list of loaders: comparisons, then `TextBatch`es where `demonstrations` is given.
 
+    Arguments from `batch_size` to `seed` are those of `TextDataModule`, by name.
+
     Args:
         train: comparisons to train on.
         val: comparisons to validate on.
         test: comparisons to test on.
         demonstrations: answers, `{"prompt", "response"}`, whose mean score is to be 0 (Ouyang et al. 2022, §3.5).
-        batch_size: prompts per process and batch.
-        eval_batch_size: prompts, or demonstrations, per process and evaluation batch; None for `batch_size`.
         max_tokens: longest prompt + response + end token, tokens; longer ones are dropped and counted.
-        prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
-        chat_template_kwargs: arguments of the chat template for every dialogue, such as `{"enable_thinking": false}`; a
-            row's own come first.
-        columns: names of the keys in the files.
-        tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
-        num_workers: processes that assemble batches; 0 for none.
-        seed: seed of the order of the prompts; None is that of `seed_everything`, else 0.
 
     Raises:
         ValueError: a size is too small.
     """
 
-    def __init__(
-        self,
-        train: Source,
-        val: Source = None,
-        test: Source = None,
-        demonstrations: Source = None,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        max_tokens: int = 1024,
-        prompt_role: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        columns: ColumnNames = ColumnNames(),
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            prompt_role=prompt_role,
-            chat_template_kwargs=chat_template_kwargs,
-            columns=columns,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.train = train
-        self.val = val
-        self.test = test
-        self.demonstrations = demonstrations
-        self.max_tokens = at_least(2, max_tokens=max_tokens)
+    train: Source
+    val: Source = None
+    test: Source = None
+    demonstrations: Source = None
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(2, max_tokens=self.max_tokens)
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (`fit`, `validate` or `test`).

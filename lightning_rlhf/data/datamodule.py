@@ -1,8 +1,7 @@
 """Base class of the data modules: reads files into examples once and serves examples by loaders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,16 +10,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import MOST
-from lightning_rlhf.core.seed import seed_of_run
-from lightning_rlhf.core.settings import accept_differences
+from lightning_rlhf.core.settings import accept_differences, seed_of_run
 from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.drop_report import DropReport
-from lightning_rlhf.data.identity import HashedRecords, digest_of_tokens
-from lightning_rlhf.data.loader import ResumableLoader, make_loader
-from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.loader import JointStream, ResumableLoader, Stream, make_loader
+from lightning_rlhf.data.records import HashedRecords, Located, digest_of_tokens
 from lightning_rlhf.data.sampling_order import FileOrder, ShuffledOrder
 from lightning_rlhf.data.sources import Source, read_records
-from lightning_rlhf.data.stream import JointStream, Stream
 from lightning_rlhf.text import Encoder, load_tokenizer
 
 Reader = Callable[[Sequence[Located], Encoder, ColumnNames, DropReport], Sequence[Any]]
@@ -29,16 +25,18 @@ TOKENS = "tokens, as the chat template writes them today"
 """Key of the digest that changes with a template, the date in it, or a limit on lengths."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TextDataModule(LightningDataModule):
     """Base class for rows that are read and tokenized when a stage first needs them, served by step number.
 
     Args:
-        tokenizer: a tokenizer, its folder or hub name, or None for that of the module being trained.
-        prompt_role: role under which a text prompt becomes a message; None leaves it plain text.
-        chat_template_kwargs: arguments of the chat template for every dialogue.
+        batch_size: rows per process and batch; in PPO, prompts per process and rollout.
+        eval_batch_size: rows per process and evaluation batch; None for `batch_size`.
+        prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
+        chat_template_kwargs: arguments of the chat template for every dialogue, such as `{"enable_thinking": false}`; a
+            row's own come first.
         columns: names of the keys in the files.
-        batch_size: rows per batch and process, training.
-        eval_batch_size: rows per batch and process, evaluation; None for `batch_size`.
+        tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
         num_workers: processes that assemble batches; 0 for none.
         seed: seed of the order of the rows; None is that of `seed_everything`, else 0.
 
@@ -46,27 +44,22 @@ class TextDataModule(LightningDataModule):
         tallies: what was dropped, by argument name.
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: str | PreTrainedTokenizerBase | None,
-        prompt_role: str | None,
-        chat_template_kwargs: dict[str, Any] | None,
-        columns: ColumnNames,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        seed: int | None,
-    ) -> None:
+    batch_size: int = 64
+    eval_batch_size: int | None = None
+    prompt_role: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    columns: ColumnNames = ColumnNames()
+    tokenizer: str | PreTrainedTokenizerBase | None = None
+    num_workers: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
-        self.prompt_role = prompt_role
-        self.chat_template_kwargs = chat_template_kwargs
-        self.columns = columns
-        self.batch_size = at_least(1, batch_size=batch_size)
-        self.eval_batch_size = batch_size if eval_batch_size is None else at_least(1, eval_batch_size=eval_batch_size)
-        self.num_workers = at_least(0, most=1024, num_workers=num_workers)
-        self.seed = seed_of_run(seed)
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.batch_size
+        check_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        check_least(0, most=1024, num_workers=self.num_workers)
+        self.seed = seed_of_run(self.seed)
         self.tallies: dict[str, DropReport] = {}
         self._encoder: Encoder | None = None
         self._examples: dict[str, Sequence[Any]] = {}
@@ -178,15 +171,10 @@ class TextDataModule(LightningDataModule):
         return (0, 1) if place is None else (place["rank"], place["num_replicas"])
 
 
-def at_least(least: int, *, most: int = MOST, **argument: int) -> int:
-    """Return the one keyword argument if it is large enough, and no larger than makes sense.
-
-    Raises:
-        ValueError: it is not; names it.
-    """
-    ((name, value),) = argument.items()
-    if not isinstance(value, int) or value < least:  # a config's null passes for any type
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    if value > most:
-        raise ValueError(f"`{name}` must be at most {most}, got {value}")
-    return value
+def check_least(least: int, *, most: int = MOST, **arguments: int) -> None:
+    """Raise ValueError unless every named argument is from `least` to `most`."""
+    for name, value in arguments.items():
+        if not isinstance(value, int) or value < least:  # a config's null passes for any type
+            raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        if value > most:
+            raise ValueError(f"`{name}` must be at most {most}, got {value}")

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_rlhf.data.arguments import template_arguments
-from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.dialogues import Answer
+from lightning_rlhf.data.columns import ColumnNames, template_arguments
 from lightning_rlhf.data.drop_report import DropReport
-from lightning_rlhf.data.formats import demonstration_of, is_document, prompt_of, text_of
+from lightning_rlhf.data.formats import Answer, demonstration_of, is_document, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.text import Encoder, Exchange, Prompt, Tokens

@@ -1,15 +1,91 @@
-"""Data loaders over streams of batches, with one that resumes at its saved position."""
+"""Data loaders over streams of batches by step number, with one that resumes at its saved position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_rlhf.data.schedule import BatchSchedule
-from lightning_rlhf.data.stream import JointStream, Stream
+from lightning_rlhf.data.sampling_order import Order
+
+
+class Stream(Dataset[Any]):
+    """Batches of examples, indexed by step from the start of training.
+
+    Args:
+        examples: rows as tokens.
+        order: which of them make up the batch of a step on this rank.
+        collate: examples, and whether each counts, to a batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        order: Order,
+        collate: Callable[[Sequence[Any], Sequence[bool]], Any],
+    ) -> None:
+        self.examples = examples
+        self.order = order
+        self.collate = collate
+
+    def __len__(self) -> int:
+        """Number of batches of one epoch."""
+        return self.order.steps
+
+    def __getitem__(self, step: int) -> Any:
+        """Return this rank's batch at `step`."""
+        keys = self.order(step)
+        return self.collate([self.examples[max(key, ~key)] for key in keys], [key >= 0 for key in keys])
+
+
+class JointStream(Dataset[dict[str, Any]]):
+    """Several streams in step with the first, so that one position holds for all of them.
+
+    Args:
+        streams: by name; the first gives the epoch its length, the others never end.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        self.streams = dict(streams)
+
+    def __len__(self) -> int:
+        """Number of batches of one epoch."""
+        return len(next(iter(self.streams.values())))
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Return each stream's batch at `step`, by name."""
+        return {name: stream[step] for name, stream in self.streams.items()}
+
+
+class BatchSchedule(DistributedSampler[int]):
+    """Steps of one epoch, e · steps + start … (e + 1) · steps - 1: whole batches and not rows.
+
+    A `DistributedSampler` by type only: that is how Lightning knows to put no sampler of its own in its place. The
+    batch of a step already belongs to one rank, so every rank has the same steps.
+
+    Args:
+        steps: batches of one epoch.
+
+    Attributes:
+        start: batches of the next epoch to skip; the loader sets it when it resumes.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(range(steps), num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        self.steps = steps
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the steps of the epoch last given to `set_epoch`."""
+        first = self.epoch * self.steps
+        return iter(range(first + self.start, first + self.steps))
+
+    def __len__(self) -> int:
+        """Number of batches of a whole epoch, even if the epoch is resumed in its middle."""
+        return self.steps
+
 
 _END = object()
 Loader = TypeVar("Loader", bound="DataLoader[Any]")

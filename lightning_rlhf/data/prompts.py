@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.datamodule import TextDataModule, at_least
+from lightning_rlhf.data.datamodule import TextDataModule, check_least
 from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
-from lightning_rlhf.data.loader import ResumableLoader
+from lightning_rlhf.data.loader import JointStream, ResumableLoader
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.stream import JointStream
 from lightning_rlhf.text import Encoder
 
 
+@dataclass(eq=False, repr=False)
 class PromptDataModule(TextDataModule):
     """Batches `{"prompts": PromptBatch}` for PPO, with `"pretrain": TextBatch` if `pretrain` is set.
 
@@ -29,6 +29,8 @@ class PromptDataModule(TextDataModule):
     Python, be a `datasets.Dataset` or a list. Evaluation serves bare batches from a list of loaders: prompts, then
     texts where `val_pretrain` is given.
 
+    Arguments from `batch_size` to `seed` are those of `TextDataModule`, by name.
+
     Args:
         train: prompts to train on.
         val: prompts to validate on.
@@ -36,62 +38,29 @@ class PromptDataModule(TextDataModule):
         predict: prompts to respond to in `predict`; None for `test`, or else `val`.
         pretrain: pretraining documents to mix into training.
         val_pretrain: pretraining documents to validate and test on.
-        batch_size: prompts per process and rollout.
-        eval_batch_size: prompts, or texts, per process and evaluation batch; None for `batch_size`.
         pretrain_ratio: pretraining texts per episode, where an episode is one response (Ouyang et al. 2022, C.4).
         max_prompt_tokens: longer prompts are dropped and counted, tokens.
         text_tokens: length of a pretraining text, tokens.
-        prompt_role: role under which a text prompt becomes a message for the chat template; None leaves it plain text.
-        chat_template_kwargs: arguments of the chat template for every dialogue, such as `{"enable_thinking": false}`; a
-            row's own come first.
-        columns: names of the keys in the files.
-        tokenizer: a tokenizer, its folder or hub name; None for that of the module being trained.
-        num_workers: processes that assemble batches; 0 for none.
-        seed: seed of the order of prompts and texts; None is that of `seed_everything`, else 0.
 
     Raises:
         ValueError: a size is too small.
     """
 
-    def __init__(
-        self,
-        train: Source = None,
-        val: Source = None,
-        test: Source = None,
-        predict: Source = None,
-        pretrain: Source = None,
-        val_pretrain: Source = None,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        pretrain_ratio: float = 8.0,
-        max_prompt_tokens: int = 1024,
-        text_tokens: int = 512,
-        prompt_role: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        columns: ColumnNames = ColumnNames(),
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            prompt_role=prompt_role,
-            chat_template_kwargs=chat_template_kwargs,
-            columns=columns,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        check_positive(pretrain_ratio=pretrain_ratio)
-        self.train = train
-        self.val = val
-        self.test = test
-        self.predict = predict
-        self.pretrain, self.val_pretrain = pretrain, val_pretrain
-        self.pretrain_ratio = pretrain_ratio
-        self.max_prompt_tokens = at_least(1, max_prompt_tokens=max_prompt_tokens)
-        self.text_tokens = at_least(2, text_tokens=text_tokens)
+    train: Source = None
+    val: Source = None
+    test: Source = None
+    predict: Source = None
+    pretrain: Source = None
+    val_pretrain: Source = None
+    pretrain_ratio: float = 8.0
+    max_prompt_tokens: int = 1024
+    text_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(pretrain_ratio=self.pretrain_ratio)
+        check_least(1, max_prompt_tokens=self.max_prompt_tokens)
+        check_least(2, text_tokens=self.text_tokens)
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (`fit`, `validate`, `test` or `predict`).

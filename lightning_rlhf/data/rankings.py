@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.dialogues import Answer, answered
-from lightning_rlhf.data.formats import one_of, prompt_key, split_pair, value_of
+from lightning_rlhf.data.formats import Answer, answered, one_of, prompt_key, split_pair, value_of
 from lightning_rlhf.text import Prompt, checked_prompt
 from lightning_rlhf.types import Row
 

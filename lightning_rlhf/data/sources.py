@@ -8,10 +8,18 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_rlhf.data.hub import HubData, hub_data
 from lightning_rlhf.data.records import Located, read_lines, stream_lines
 from lightning_rlhf.data.spreadsheets import read_cells
-from lightning_rlhf.data.tables import Table, is_saved, read_hub, read_parquet, read_saved, table_records
+from lightning_rlhf.data.tables import (
+    HubData,
+    Table,
+    hub_data,
+    is_saved,
+    read_hub,
+    read_parquet,
+    read_saved,
+    table_records,
+)
 
 if TYPE_CHECKING:
     Source = str | HubData | list[str | HubData] | Table | None

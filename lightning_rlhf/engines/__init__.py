@@ -1,7 +1,6 @@
 """Samplers: the decode loop and the weights it uses."""
 
 from lightning_rlhf.engines.decode import decode
-from lightning_rlhf.engines.draw import inverse_cdf
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.engines.sampler import Sampler
@@ -11,6 +10,5 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "decode",
-    "inverse_cdf",
     "row_uniforms",
 ]

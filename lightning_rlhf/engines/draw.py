@@ -45,34 +45,30 @@ def draw(logits: Tensor, uniforms: Tensor | None, *, temperature: float) -> Draw
         _check_finite(probabilities.sum(-1))
         token = scaled.argmax(-1)
     else:
-        token = _inverse_cdf(probabilities, uniforms)
+        token = inverse_cdf(probabilities, uniforms)
     place = token.unsqueeze(1)
     logprob = probabilities.gather(1, place).log().squeeze(1)
     mean = torch.linalg.vecdot(probabilities, scaled.clamp(min=torch.finfo(scaled.dtype).min))  # 0·−∞ is no number
     return Draw(token, logprob, (scaled.gather(1, place).squeeze(1) - logprob - mean).clamp(min=0))
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
-    """Draw tokens from softmax(logits): the first whose cumulative probability exceeds u.
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor, *, block: int = 256) -> Tensor:
+    """Draw the first token of each row whose cumulative probability exceeds u.
 
     The block of the vocabulary is chosen first, then the token in it, so that only one block is summed token by token.
     The running sums are float64: in float32, over a whole vocabulary, up to 2e-4 of the mass can never be drawn.
 
     Args:
-        logits: (B, V), already divided by the temperature.
+        probabilities: (B, V), float32 or float64; a token of probability 0 is never drawn.
         uniforms: (B,), float64, in [0, 1).
         block: tokens per block.
 
     Returns:
-        (B,), int64; a token of probability 0 is never drawn.
+        (B,), int64.
 
     Raises:
-        ValueError: a logit is NaN or infinite.
+        ValueError: a probability is NaN.
     """
-    return _inverse_cdf(full_precision(logits).softmax(-1), uniforms, block)
-
-
-def _inverse_cdf(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
     blocks = pad(probabilities, (0, -probabilities.shape[1] % block)).unflatten(1, (-1, block))
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     _check_finite(mass[:, -1])

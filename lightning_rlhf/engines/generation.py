@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_count, check_positive
-from lightning_rlhf.core.seed import seed_of_run
+from lightning_rlhf.core.settings import seed_of_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from lightning_rlhf.folders.inspection import check_weights, loading
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import holds_adapter
-from lightning_rlhf.models.fit import check_unexpected
 from lightning_rlhf.models.source import ModelSource
-from lightning_rlhf.models.unread import UnreadWeights, weight_files
+from lightning_rlhf.models.stored_weights import UnreadWeights, check_unexpected, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.models.adapter import bare_base, fold, is_adapted, is_off
+from lightning_rlhf.models.limits import rows_of
 from lightning_rlhf.models.replica import Blueprint, twin, whole_tensor
-from lightning_rlhf.models.vocabulary import rows_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from lightning_rlhf.folders.inspection import check_tokenizer, check_weights, ho
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
 from lightning_rlhf.models.cache import bare
-from lightning_rlhf.models.fit import check_shapes, check_unexpected
+from lightning_rlhf.models.stored_weights import check_shapes, check_unexpected
 
 logger = logging.getLogger(__name__)
 

@@ -19,22 +19,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Algorithm, ConstantSchedule, Schedule
 from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
+from lightning_rlhf.distributed import strategies
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.distributed.sharding import built_whole, most_passes, shard_networks
-from lightning_rlhf.distributed.strategies import check_rl_strategy, gradient_norm, one_backward
 from lightning_rlhf.engines import SamplingParams
-from lightning_rlhf.evaluation.evaluation import Evaluation, Evaluator
+from lightning_rlhf.evaluation.evaluation import Evaluation, Evaluator, credited, outcome_of
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
-from lightning_rlhf.evaluation.observation import credited, outcome_of
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
-from lightning_rlhf.modules import resume
+from lightning_rlhf.modules import optim, resume
 from lightning_rlhf.modules.compatibility import check_compatible
-from lightning_rlhf.modules.hparams import keep_hyperparameters
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
-from lightning_rlhf.modules.optim import chosen_optimizer, clip_gradients, rollouts_of, scheduled, trainable
-from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.training_signal import TrainingSignal
 from lightning_rlhf.rewards import Reward, Scores, as_reward
@@ -109,12 +104,14 @@ class PPOModule(CheckedRevival, LightningModule):
         longest = self.generation.max_new_tokens
         self.algorithm = algorithm.for_run(learned_reward=self.reward.is_learned, max_new_tokens=longest)
         check_compatible(self.algorithm, self.generation, value=value, value_lr=value_lr)
-        keep_hyperparameters(self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype)
+        resume.keep_hyperparameters(
+            self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
+        )
         self.automatic_optimization = False
         self.tokenizer = find_tokenizer(policy, tokenizer)
         self.updates = updates
         self.reference_dtype, self.compile_networks = reference_dtype, compile
-        self.optimizer = picklable(chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
+        self.optimizer = optim.picklable(optim.chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
         self.value_lr, self.schedule = value_lr, schedule
         self.iteration = self.episodes = 0
         self.policy: PolicyModel | None = None
@@ -136,7 +133,7 @@ class PPOModule(CheckedRevival, LightningModule):
             **{name: getattr(self, name) for name in DECISIVE},
         )
 
-    @built_whole
+    @strategies.built_whole
     def configure_model(self) -> None:
         """Build the networks once and shard them if the strategy asks for it.
 
@@ -145,8 +142,8 @@ class PPOModule(CheckedRevival, LightningModule):
         """
         if self.policy is not None:
             return
-        refuse_finder(self)
-        check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
+        optim.refuse_finder(self)
+        strategies.check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
         policy, reference, value = self._sources
         self.policy = build_policy(policy, self.tokenizer)
         self.reward.prepare(self.tokenizer)
@@ -164,11 +161,11 @@ class PPOModule(CheckedRevival, LightningModule):
             generation=self.generation,
             updates=self.updates,
             clock=self.clock,
-            agree=partial(most_passes, self),
+            agree=partial(strategies.most_passes, self),
         )
         self.responder = Responder(collector=collector, algorithm=self.algorithm, tokenizer=self.tokenizer)
         of_evaluations = self.evaluation.panel.networks(self.tokenizer)
-        shard_networks(self, [self.policy, self.value, *collector.frozen(), *of_evaluations])
+        strategies.shard_networks(self, [self.policy, self.value, *collector.frozen(), *of_evaluations])
 
     @property
     def collector(self) -> Collector:
@@ -186,7 +183,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def on_train_start(self) -> None:
         """Apply learning rates that differ from the resumed checkpoint's."""
-        begin_training(self, self._changed)
+        optim.begin_training(self, self._changed)
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
         """Run one rollout and its updates (Ouyang et al. 2022, eq. 2)."""
@@ -252,7 +249,7 @@ class PPOModule(CheckedRevival, LightningModule):
         metrics = MeanMetrics()
         optimizer.zero_grad()
         for number, piece in enumerate(pieces, start=1):
-            with one_backward(self, optimizer, last=number == len(pieces)):
+            with strategies.one_backward(self, optimizer, last=number == len(pieces)):
                 if isinstance(piece, TextBatch):
                     loss, measured = self.objective.text(piece, count=words)
                     loss = self.algorithm.ptx_coef * loss
@@ -263,7 +260,7 @@ class PPOModule(CheckedRevival, LightningModule):
             metrics += measured
         with self.clock.phase("optimizer"):
             optimizer.step()
-        return metrics + MeanMetrics.of({"policy/grad_norm": gradient_norm(self, self._grad_norm)})
+        return metrics + MeanMetrics.of({"policy/grad_norm": strategies.gradient_norm(self, self._grad_norm)})
 
     def counts(self, minibatch: Experience, text: TextBatch | None) -> Tensor:
         """Return the denominators of a step, (2,): the reduction's and the text tokens, at least 1.
@@ -296,7 +293,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which fp16 training has unscaled by now."""
-        self._grad_norm = clip_gradients(self, optimizer, self.updates.max_grad_norm)
+        self._grad_norm = optim.clip_gradients(self, optimizer, self.updates.max_grad_norm)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the means of the evaluation."""
@@ -328,10 +325,12 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
-        groups = [{"params": trainable(self.policy)}]
+        groups = [{"params": optim.trainable(self.policy)}]
         if self.value is not None:
-            groups.append({"params": trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr}))
-        return scheduled(self.optimizer(groups), self.schedule, lambda: rollouts_of(self))
+            groups.append(
+                {"params": optim.trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr})
+            )
+        return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters and the adaptive numbers of the algorithm, as Python numbers."""

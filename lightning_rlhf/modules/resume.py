@@ -1,18 +1,20 @@
-"""Compatibility of a checkpoint with the settings of the run that resumes it."""
+"""Settings that a checkpoint keeps and their agreement with those of the run that resumes it."""
 
 from __future__ import annotations
 
+import hashlib
 from importlib import metadata
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.settings import Difference, accept_differences, described
-from lightning_rlhf.models.digest import weights_digest
+from lightning_rlhf.models.adapter import is_adapted, sampled
 from lightning_rlhf.rewards import Reward
 
 FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
@@ -142,3 +144,37 @@ def _list(names: set[str]) -> str:
 
 def _shapes(state: dict[str, Any]) -> dict[str, str]:
     return {name: str(list(value.shape)) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def keep_hyperparameters(module: LightningModule, **arguments: Any) -> None:
+    """Save the CLI's config or else the arguments that are plain values as hyperparameters.
+
+    Because live objects would be pickled, a checkpoint with them does not load under `weights_only=True`.
+
+    Args:
+        module: whose `hparams`.
+        arguments: of its constructor, by name.
+    """
+    if _given_hyperparameters.get() is not None:
+        module.save_hyperparameters()
+    else:
+        module.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+@torch.no_grad()
+def weights_digest(network: nn.Module) -> str:
+    """Return a digest of up to 64 numbers of each parameter; for an adapted network, of its base.
+
+    Those of the base are what the reference of the RL stage is made of, and training an adapter leaves them as they
+    are.
+    """
+    digest, adapted = hashlib.sha256(), is_adapted(network)
+    for name, weight in network.named_parameters():
+        if weight.is_meta or (adapted and weight.requires_grad):
+            continue
+        digest.update(name.encode() + sampled(weight).double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

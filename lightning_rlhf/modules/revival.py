@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from lightning_rlhf.models.checkpoint import check_version, read_checkpoint
 from lightning_rlhf.models.shards import guard
-from lightning_rlhf.modules.optimizer_checks import refuse_trainer_settings
+from lightning_rlhf.modules.optim import refuse_trainer_settings
 
 OLD = ("hparams", "module_arguments")
 """Key of a module's arguments in checkpoints of Lightning before 1.0, which today's Lightning still reads."""

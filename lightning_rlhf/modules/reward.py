@@ -5,45 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
 from lightning_rlhf.core.arguments import check_arguments
-from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.distributed.sharding import built_whole, shard_networks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
-from lightning_rlhf.models.context_length import check_length
+from lightning_rlhf.models.limits import check_length, check_rows
 from lightning_rlhf.models.meta import unread
-from lightning_rlhf.models.source import DType, without_dropout
-from lightning_rlhf.models.vocabulary import check_rows
-from lightning_rlhf.modules.calibration import Calibration
-from lightning_rlhf.modules.demonstration_bias import DemonstrationBias
-from lightning_rlhf.modules.hparams import keep_hyperparameters
-from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
-from lightning_rlhf.modules.metrics import Mean, begin
-from lightning_rlhf.modules.networks import as_source, find_tokenizer
-from lightning_rlhf.modules.optim import chosen_optimizer, optimizer_of, scheduled, training_steps
-from lightning_rlhf.modules.optimizer_checks import begin_training, picklable, refuse_finder
-from lightning_rlhf.modules.resume import check_resumable, settings, version
-from lightning_rlhf.modules.revival import CheckedRevival
-from lightning_rlhf.modules.step_mean import StepMean
-from lightning_rlhf.modules.system_accuracy import SystemAccuracy
+from lightning_rlhf.models.source import without_dropout
+from lightning_rlhf.modules.reward_metrics import (
+    Calibration,
+    LengthAccuracy,
+    LengthCorrelation,
+    Mean,
+    SystemAccuracy,
+    begin,
+)
+from lightning_rlhf.modules.supervised import SupervisedModule
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
 logger = logging.getLogger(__name__)
 
 
-class RewardModule(CheckedRevival, LightningModule):
+class RewardModule(SupervisedModule):
     """Reward model r_θ(x, y) from K-wise rankings (Ouyang et al. 2022, eq. 1), 0 on demonstrations on average.
 
     r_θ(x, y) = raw score + b, with b = −(mean raw score of the demonstrations). The loss does not see a constant added
@@ -66,6 +58,8 @@ class RewardModule(CheckedRevival, LightningModule):
         schedule: of the learning rate, per optimizer step; the paper decays to 10 %.
     """
 
+    kind = "RewardModule"
+
     def __init__(
         self,
         model: str | ModelSource | nn.Module,
@@ -76,15 +70,8 @@ class RewardModule(CheckedRevival, LightningModule):
         schedule: Schedule = CosineSchedule(),
     ) -> None:
         check_arguments(RewardModule, locals())
-        super().__init__()
-        model = as_source(model)
-        optimizer = chosen_optimizer(optimizer, lr, default=9e-6)
-        keep_hyperparameters(self, tokenizer=tokenizer, lr=lr)
-        self.tokenizer = find_tokenizer(model, tokenizer)
-        self.model: ScalarModel | None = None
+        super().__init__(model, tokenizer, lr, optimizer, schedule, default_lr=9e-6, loss=loss)
         self.loss = loss
-        self.optimizer = picklable(optimizer)
-        self.schedule = schedule
         self.accuracy = Mean()
         self.margin = Mean()
         self.eval_loss = Mean()
@@ -92,10 +79,6 @@ class RewardModule(CheckedRevival, LightningModule):
         self.calibration = Calibration()
         self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
         self.system_accuracy = SystemAccuracy()
-        self._step = StepMean()
-        self._changed: list[Difference] = []
-        self._source = (model,)  # in a tuple, so that a built module is not registered twice
-        self._settings = settings(optimizer, model=model, loss=loss, schedule=schedule)
 
     def setup(self, stage: str) -> None:
         """Add the callback that scores the demonstrations when training ends."""
@@ -103,18 +86,10 @@ class RewardModule(CheckedRevival, LightningModule):
         if stage == "fit" and not any(isinstance(callback, DemonstrationBias) for callback in callbacks):
             callbacks.insert(0, DemonstrationBias())
 
-    @built_whole
-    def configure_model(self) -> None:
-        """Build the network once and shard it if the strategy asks for it."""
-        if self.model is None:
-            refuse_finder(self)
-            source = self._source[0]
-            network = (
-                unread(source).scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
-            )
-            check_rows(network, self.tokenizer, name="reward")
-            self.model = ScalarModel(network, self.tokenizer)
-            shard_networks(self, [self.model])
+    def _build(self, source: ModelSource | nn.Module) -> ScalarModel:
+        network = unread(source).scorer(new_head=True) if isinstance(source, ModelSource) else without_dropout(source)
+        check_rows(network, self.tokenizer, name="reward")
+        return ScalarModel(network, self.tokenizer)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return r_θ at the last token of each row with its bias, (B,).
@@ -143,53 +118,22 @@ class RewardModule(CheckedRevival, LightningModule):
         scores = self.raw(batch.tokens[present], batch.mask[present])
         return torch.zeros(present.shape, dtype=scores.dtype, device=scores.device).masked_scatter(present, scores)
 
-    def on_train_start(self) -> None:
-        """Apply a learning rate that differs from the resumed checkpoint's."""
-        begin_training(self, self._changed)
-
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Return the batch's share of the step's mean over prompts that have a pair."""
         counts = preferred_pairs(batch.rank).any(2).any(1)
         losses = self.loss(self._raw_rank(batch), batch.rank, batch.strength)
         total = torch.where(counts, losses, 0.0).sum()
-        loss = self._step.loss(self, total, Ranks(self).sum(counts.sum()))
-        self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=len(batch.rank))
-        self.log("lr", self.optimizers().param_groups[0]["lr"])
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the count of all accumulated batches."""
-        self._step.finish(optimizer)
+        return self.step_loss(total, counts.sum(), rows=len(batch.rank))
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics of the evaluation."""
-        self._begin()
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the metrics of the evaluation."""
-        self._begin()
-
-    def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add comparisons to the metrics and demonstrations to the mean of the bias."""
-        self._observe(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics and set the bias."""
-        self._conclude("eval")
-
-    def test_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the test metrics; the bias stays."""
-        self._observe(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._conclude("test")
-
-    def _begin(self) -> None:
         begin(*(metric for metric in self.children() if isinstance(metric, Metric)))
         self.system_accuracy.begin()
 
-    def _observe(self, batch: ComparisonBatch | TextBatch) -> None:
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: ComparisonBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add comparisons to the metrics and demonstrations to the mean of the bias."""
         if isinstance(batch, TextBatch):
             with self.model.in_float32():
                 scores = self.raw(batch.tokens, batch.mask)  # fillers too: a pass may need all processes
@@ -209,6 +153,16 @@ class RewardModule(CheckedRevival, LightningModule):
             self.length_accuracy.update(margins, longer)
             self.length_correlation.update(scores, lengths, pairs.any(1) | pairs.any(2))
             self.system_accuracy.update(margins, longer, pairs, batch.systems)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics and set the bias."""
+        self._conclude("eval")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._conclude("test")
 
     def _conclude(self, stage: str) -> None:
         if self._seen(self.accuracy):
@@ -275,28 +229,20 @@ class RewardModule(CheckedRevival, LightningModule):
         self.model.bias = -total / count
         return self.model.bias
 
-    def configure_optimizers(self) -> dict:
-        """Build the optimizer and its schedule."""
-        return scheduled(optimizer_of(self.optimizer, self.model), self.schedule, lambda: training_steps(self))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the run's settings and the source of the model, so that `LearnedReward` can load the file alone."""
         source = self._source[0]
-        checkpoint["rlhf"] = {"module": "RewardModule", "settings": self._settings, "version": version()}
+        super().on_save_checkpoint(checkpoint)
         if isinstance(source, ModelSource) and source.peft is None:
             checkpoint["rlhf"]["model"] = asdict(source)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise if the checkpoint belongs to a run with other settings."""
-        self._changed = check_resumable(self, checkpoint, self._settings)
 
-    def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
-        """Write a folder that `AutoModelForSequenceClassification` loads, the bias in its config.
+class DemonstrationBias(Callback):
+    """Callback that scores the demonstrations when training ends, before others save the reward model.
 
-        Args:
-            folder: written whole or not at all.
-            merge_adapter: fold a LoRA adapter into the weights.
-            dtype: of the weights in the folder; None is that in which they were trained.
-        """
-        self.configure_model()
-        self.model.save_pretrained(folder, merge_adapter=merge_adapter, dtype=dtype)
+    `RewardModule` adds it to the trainer's callbacks, as the first.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: RewardModule) -> None:
+        """Set the demonstration bias over all processes."""
+        pl_module.score_demonstrations()

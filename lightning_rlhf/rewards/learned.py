@@ -16,11 +16,10 @@ from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.folders.fingerprint import fingerprint
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.checkpoint import read_checkpoint
-from lightning_rlhf.models.context_length import check_length
+from lightning_rlhf.models.limits import check_length, check_rows
 from lightning_rlhf.models.meta import tell_whole, unread
 from lightning_rlhf.models.microbatching import batches_of
 from lightning_rlhf.models.source import DType
-from lightning_rlhf.models.vocabulary import check_rows
 from lightning_rlhf.rewards.reward import TextReward, check_prompts, checked_scores
 from lightning_rlhf.text import Encoder, as_dialogue
 from lightning_rlhf.types import Rollout, Row

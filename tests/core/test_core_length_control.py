@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.core.length_control import fitted, length_controlled, standardized
+from lightning_rlhf.core.evaluation import fitted, length_controlled, standardized
 
 
 def sigmoid(z):

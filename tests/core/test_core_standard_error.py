@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.core.standard_error import ratio_standard_error, standard_error
+from lightning_rlhf.core.evaluation import ratio_standard_error, standard_error
 
 
 def test_standard_error_by_hand():

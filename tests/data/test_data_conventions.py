@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.dialogues import shared_messages, shared_text
 from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import comparison_examples, demonstration_examples, prompt_examples
-from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of
+from lightning_rlhf.data.formats import Demonstration, demonstration_of, prompt_of, shared_messages, shared_text
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Record
 from lightning_rlhf.text import Encoder

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rlhf.data.loader import ResumableLoader, make_loader
+from lightning_rlhf.data.loader import BatchSchedule, JointStream, ResumableLoader, Stream, make_loader
 from lightning_rlhf.data.sampling_order import FileOrder, ShuffledOrder
-from lightning_rlhf.data.schedule import BatchSchedule
-from lightning_rlhf.data.stream import JointStream, Stream
 
 
 def keep(examples: Any, counts: Any) -> list[tuple[str, bool]]:

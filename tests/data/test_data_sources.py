@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lightning_rlhf.data import ComparisonDataModule, HubData, PromptDataModule
-from lightning_rlhf.data.hub import hub_data
 from lightning_rlhf.data.sources import read_records
+from lightning_rlhf.data.tables import hub_data
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")

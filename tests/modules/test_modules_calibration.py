@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.modules.calibration import Calibration
+from lightning_rlhf.modules.reward_metrics import Calibration
 
 
 def measured(*batches: list[float]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from lightning_rlhf.core import (
     TruncatedIS,
 )
 from lightning_rlhf.engines import SamplingParams
-from lightning_rlhf.evaluation import observation
+from lightning_rlhf.evaluation import evaluation
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rewards import Scores
@@ -87,7 +87,7 @@ def credited(left_padded):
         assert len(set(rollout.lengths.tolist())) > 2  # ragged, or these tests mean little
         scores = Scores(module.reward(rollout, [{}] * 8), {})
         experience = module.credit(rollout, scores)
-        return experience, numbers(observation.credited(rollout, scores, experience))
+        return experience, numbers(evaluation.credited(rollout, scores, experience))
 
     return run
 

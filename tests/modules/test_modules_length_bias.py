@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
+from lightning_rlhf.modules.reward_metrics import LengthAccuracy, LengthCorrelation
 
 ALL, WITHIN = "score_length_correlation", "score_length_correlation_within_prompt"
 

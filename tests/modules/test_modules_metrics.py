@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_rlhf.modules.calibration import Calibration
-from lightning_rlhf.modules.length_bias import LengthAccuracy, LengthCorrelation
-from lightning_rlhf.modules.metrics import Mean, binned
+from lightning_rlhf.modules.reward_metrics import Calibration, LengthAccuracy, LengthCorrelation, Mean, binned
 
 MARGINS = torch.tensor([1.3, -0.2, 0.4, 3.0, -1.0])
 LONGER = torch.tensor([12, -3, -40, 0, 11])

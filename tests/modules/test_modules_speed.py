@@ -12,7 +12,7 @@ from gathered import gathered
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, ConstantSchedule, LeaveOneOut, TokenLevel
-from lightning_rlhf.distributed.sharding import most_passes
+from lightning_rlhf.distributed.strategies import most_passes
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule
@@ -115,7 +115,7 @@ def test_pass_more_is_counted_and_changes_no_weight(make_ppo, weights, monkeypat
     """As where another process of a sharded model needs it: one more in each of two epochs of two rollouts."""
     options = {"updates": UpdateSchedule(epochs=2, microbatch_tokens=25), "optimizer": SGD, "level": TokenLevel()}
     found, passes = weights(make_ppo(**options))
-    monkeypatch.setattr("lightning_rlhf.modules.ppo.most_passes", lambda module, count: count + 1)
+    monkeypatch.setattr("lightning_rlhf.distributed.strategies.most_passes", lambda module, count: count + 1)
     other, more = weights(make_ppo(**options))
     assert sum(more) == sum(passes) + 2 * 2
     assert torch.allclose(found, other, rtol=0, atol=1e-10)

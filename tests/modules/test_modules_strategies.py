@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lightning_rlhf import ModelSource, PPOModule, RewardModule, SFTModule, UpdateSchedule
 from lightning_rlhf.callbacks import EMA, RollBack
-from lightning_rlhf.distributed.sharding import shard_networks
-from lightning_rlhf.distributed.strategies import check_rl_strategy
+from lightning_rlhf.distributed.strategies import check_rl_strategy, shard_networks
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_rlhf.modules.system_accuracy import SystemAccuracy
+from lightning_rlhf.modules.reward_metrics import SystemAccuracy
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from switch_harness import Table, case, to
 from transformers import PreTrainedTokenizerFast
 
 from lightning_rlhf.data import ColumnNames, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
-from lightning_rlhf.data.arguments import template_arguments
+from lightning_rlhf.data.columns import template_arguments
 from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import ranking_of
 from lightning_rlhf.data.sources import read_records

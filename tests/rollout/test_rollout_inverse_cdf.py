@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.engines import inverse_cdf
+from lightning_rlhf.core import full_precision
+from lightning_rlhf.engines import draw as drawing
 from lightning_rlhf.engines.draw import draw
 
 JUST_BELOW_ONE = 1 - 2**-53
@@ -15,6 +16,10 @@ JUST_BELOW_ONE = 1 - 2**-53
 
 def uniforms(count: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inverse_cdf(logits: torch.Tensor, u: torch.Tensor, **options: int) -> torch.Tensor:
+    return drawing.inverse_cdf(full_precision(logits).softmax(-1), u, **options)
 
 
 def naive(logits: list[float], u: float) -> int:
