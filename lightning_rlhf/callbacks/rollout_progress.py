@@ -19,8 +19,8 @@ from lightning_rlhf.engines.progress import Progress, Watch
 class RolloutProgress(Callback):
     """Text of the progress bar during a step: responses and tokens/s while they are drawn, then which update it is.
 
-    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. The reward (`score`), `kl`
-    and the time left to the end of the run are on the bar, the logger's version is not. Responses are of process 0.
+    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. The score, the KL and
+    the time left to the end of the run are on the bar, the logger's version is not. Responses are of process 0.
     It knows `TQDMProgressBar` and `RichProgressBar`, and does nothing under another bar, without one, and in the stages
     without rollouts.
 
