@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
 
-from lightning_rlhf import ModuleReward, PPOModule, SamplingParams, ScalarModel, UpdateSchedule
+from lightning_rlhf import PPOModule, SamplingParams, UpdateSchedule
 from lightning_rlhf.callbacks.preflight_memory import memory_estimate, memory_peak
+from lightning_rlhf.models import ScalarModel
+from lightning_rlhf.rewards import ModuleReward
 
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),

@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM
 from turns import prepared
 from work import Work, parsed, parser, works
 
-from lightning_rlhf import PolicyModel, PromptBatch, SamplingParams
+from lightning_rlhf import SamplingParams
 from lightning_rlhf.engines import Sampler, row_uniforms
+from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.types import PromptBatch
 
 Row = dict[str, Any]
 DTYPES = {"bf16-mixed": "bfloat16", "32-true": "float32"}

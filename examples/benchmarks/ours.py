@@ -18,15 +18,8 @@ from torch import nn
 from turns import Turns
 from work import Work
 
-from lightning_rlhf import (
-    RLOO,
-    ConstantSchedule,
-    ModelSource,
-    PPOModule,
-    PromptDataModule,
-    SamplingParams,
-    UpdateSchedule,
-)
+from lightning_rlhf import RLOO, ModelSource, PPOModule, PromptDataModule, SamplingParams, UpdateSchedule
+from lightning_rlhf.core import ConstantSchedule
 
 
 def ended(

@@ -19,8 +19,10 @@ from table import show, write
 from turns import prepared
 from work import Work, parsed, parser, works
 
-from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, SamplingParams
+from lightning_rlhf import ModelSource, SamplingParams
 from lightning_rlhf.engines import Sampler, row_uniforms, slots
+from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.types import PromptBatch
 
 Row = dict[str, Any]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_rlhf import AdvantageEstimator, AdvantagesAndReturns
-from lightning_rlhf.core import AllSum
+from lightning_rlhf import AdvantageEstimator
+from lightning_rlhf.core import AdvantagesAndReturns, AllSum
 
 
 @dataclass(frozen=True, kw_only=True)

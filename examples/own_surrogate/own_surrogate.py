@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_rlhf import PerAction, Surrogate
-from lightning_rlhf.core import importance_ratio
+from lightning_rlhf import Surrogate
+from lightning_rlhf.core import PerAction, importance_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,10 @@ def fit(config: str, overlay: str, *flags: str) -> None:
 
 def sample_comparisons() -> None:
     """K responses of the SFT model to each of the first prompts, ranked by the labeler."""
-    from lightning_rlhf import ModelSource, PolicyModel, PromptBatch, PromptDataModule, SamplingParams
+    from lightning_rlhf import ModelSource, PromptDataModule, SamplingParams
     from lightning_rlhf.engines import Sampler, row_uniforms
+    from lightning_rlhf.models import PolicyModel
+    from lightning_rlhf.types import PromptBatch
 
     source = ModelSource(path=str(RUN / "sft/model"), attention="eager")
     policy = PolicyModel(source.causal_lm(), source.tokenizer())

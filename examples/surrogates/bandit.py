@@ -12,17 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlhf import (
-    AdvantageEstimator,
+from lightning_rlhf import AdvantageEstimator, Surrogate
+from lightning_rlhf.core import (
     BanditAdvantage,
     BatchMean,
     Clip,
     ConstantSchedule,
     Schedule,
     SeqMeanTokenSum,
-    Surrogate,
+    k3,
+    local,
+    penalized_rewards,
 )
-from lightning_rlhf.core import k3, local, penalized_rewards
 
 BETA = 0.5
 """Reward units per nat: the beta of J, whatever beta a run trains with."""

@@ -13,7 +13,15 @@ from bandit import BETA, Bandit, Learner, Run, gradient_noise, kl
 from grid import NAMES, Scale, append
 from torch import Tensor
 
-from lightning_rlhf import BanditAdvantage, BatchMean, KLPen, LeaveOneOut, LinearSchedule, NoBaseline, RunningMean
+from lightning_rlhf.core import (
+    BanditAdvantage,
+    BatchMean,
+    KLPen,
+    LeaveOneOut,
+    LinearSchedule,
+    NoBaseline,
+    RunningMean,
+)
 
 SCALE = Scale(beta=BETA, b=2.0, target=0.02)
 MEANS = (0.0, 2.0)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from lightning_rlhf import Clip, ImportanceSampling, KLPen, Surrogate
+from lightning_rlhf import Surrogate
+from lightning_rlhf.core import Clip, ImportanceSampling, KLPen
 
 NAMES = ("CLIP", "KLPEN fixed", "KLPEN adaptive", "unclipped")
 EPOCHS = (1, 4)

@@ -22,18 +22,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf import (
-    BanditAdvantage,
-    BatchMean,
-    ConstantSchedule,
-    FixedKL,
-    ModelSource,
-    PPOModule,
-    PromptDataModule,
-    SamplingParams,
-    UpdateSchedule,
-)
-from lightning_rlhf.core import Algorithm
+from lightning_rlhf import ModelSource, PPOModule, PromptDataModule, SamplingParams, UpdateSchedule
+from lightning_rlhf.core import Algorithm, BanditAdvantage, BatchMean, ConstantSchedule, FixedKL
 
 Settings = tuple[str, float, int]
 """Surrogate, beta, inner epochs."""

@@ -37,7 +37,7 @@ class ComparisonDataModule(TextDataModule):
         ValueError: a size is too small.
     """
 
-    train: Source
+    train: Source = None
     val: Source = None
     test: Source = None
     demonstrations: Source = None

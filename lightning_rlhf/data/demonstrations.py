@@ -35,7 +35,7 @@ class DemonstrationDataModule(TextDataModule):
         ValueError: a size is too small.
     """
 
-    train: Source
+    train: Source = None
     val: Source = None
     test: Source = None
     loss_on_prompt: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -30,6 +32,12 @@ class Ranks:
         """Number of processes in the run."""
         trainer = self._module._trainer
         return 1 if trainer is None else trainer.world_size
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run, the trainer's `default_root_dir`; the working directory without a trainer."""
+        trainer = self._module._trainer
+        return Path() if trainer is None else Path(trainer.default_root_dir)
 
     @property
     def device(self) -> torch.device:

@@ -160,12 +160,11 @@ class ScalarModel(nn.Module):
             if not (target / "config.json").is_file():  # in an adapter's folder; the bias stands in it
                 network.config.save_pretrained(target)
             if self.tokenizer is not None:
-                self._padding_tokenizer().save_pretrained(target)
+                self._padding_tokenizer(network.config.pad_token_id).save_pretrained(target)
 
-    def _padding_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Copy the tokenizer with right padding by the config's padding token."""
+    def _padding_tokenizer(self, padding: int | None) -> PreTrainedTokenizerBase:
+        """Copy the tokenizer with right padding by a token, or unchanged if there is none."""
         tokenizer = deepcopy(self.tokenizer)
-        padding = self.network.config.pad_token_id
         if padding is not None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
             tokenizer.padding_side = "right"

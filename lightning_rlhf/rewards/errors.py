@@ -13,8 +13,8 @@ from lightning_rlhf.rewards.text import texts_of
 from lightning_rlhf.types import Rollout, Row
 
 T = TypeVar("T")
-FOLDER = Path("failed-rewards")
-"""Folder, below the working directory, of the prompts and responses of rollouts that could not be scored."""
+FOLDER = "failed-rewards"
+"""Folder, in that of the run, of the prompts and responses of rollouts that could not be scored."""
 
 
 class RewardError(ValueError):
@@ -22,7 +22,7 @@ class RewardError(ValueError):
 
 
 def scored_or_told(
-    reward: Reward, rollout: Rollout, rows: Sequence[Row], *, agreed: Callable[[bool], bool], iteration: int
+    reward: Reward, rollout: Rollout, rows: Sequence[Row], *, agreed: Callable[[bool], bool], iteration: int, run: Path
 ) -> Scores:
     """Return the reward's checked scores once it succeeded on every process.
 
@@ -32,6 +32,7 @@ def scored_or_told(
         rows: the records of their prompts.
         agreed: whether something is true on every process.
         iteration: which rollout it is, for the error and the file in `FOLDER`.
+        run: folder of the run.
 
     Raises:
         RewardError: it failed here or on another process.
@@ -47,7 +48,7 @@ def scored_or_told(
         return scores
     if problem is None:
         raise RewardError(f"rollout {iteration}: the reward failed on another process, which says more")
-    path = FOLDER / f"rollout-{iteration}.process-{os.getpid()}.jsonl"
+    path = run / FOLDER / f"rollout-{iteration}.process-{os.getpid()}.jsonl"
     location = _written(reward, rollout, rows, path)
     raise RewardError(
         f"rollout {iteration}: the reward failed with {type(problem).__name__}: {problem}. {location}; nothing was "

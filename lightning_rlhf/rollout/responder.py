@@ -99,7 +99,7 @@ class Responder:
             RewardError: the reward failed on some process.
         """
         rows = prompts.rows_of(rollout)
-        return scored_or_told(reward, rollout, rows, agreed=self.ranks.all, iteration=iteration)
+        return scored_or_told(reward, rollout, rows, agreed=self.ranks.all, iteration=iteration, run=self.ranks.folder)
 
     def _check(self, prompts: PromptBatch) -> None:
         """Raise ValueError before anything is sampled if the prompts are too long or lack a column."""

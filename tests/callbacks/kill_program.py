@@ -22,7 +22,6 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa:
 
 from lightning_rlhf import (
     EMA,
-    AdaptiveKL,
     ComparisonDataModule,
     DemonstrationDataModule,
     ModelSource,
@@ -36,7 +35,7 @@ from lightning_rlhf import (
     SFTModule,
     UpdateSchedule,
 )
-from lightning_rlhf.core import Algorithm
+from lightning_rlhf.core import AdaptiveKL, Algorithm
 
 BOUNDARIES = (
     "on_validation_start",

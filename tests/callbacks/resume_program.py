@@ -20,21 +20,16 @@ from transformers import GPT2LMHeadModel  # noqa: F401  here, once for all forks
 
 from lightning_rlhf import (
     EMA,
-    AdaptiveKL,
-    BanditAdvantage,
-    KLPen,
-    LinearSchedule,
     ModelSource,
     PPOModule,
     PromptDataModule,
     RunCheckpoint,
-    RunningMean,
     SamplingParams,
     UpdateSchedule,
 )
 from lightning_rlhf.callbacks import checked_io
 from lightning_rlhf.callbacks import checkpoint as checkpoint_room
-from lightning_rlhf.core import Algorithm
+from lightning_rlhf.core import AdaptiveKL, Algorithm, BanditAdvantage, KLPen, LinearSchedule, RunningMean
 
 DEATH = 4  # rollouts that were finished before: the second of the second epoch, of three each
 

@@ -235,7 +235,7 @@ def test_failing_reward_names_the_rollout_and_keeps_what_it_was_asked(fit, tmp_p
     with pytest.raises(RewardError, match=f"(?s)rollout 2: the reward failed with .*{said}.*mend the reward"):
         fit(4, [RunCheckpoint(str(tmp_path / "kept"))], reward=flaky(answer))
     assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["rlhf"]["iteration"] == 2
-    (path,) = Path("failed-rewards").glob("rollout-2.*.jsonl")
+    (path,) = tmp_path.glob("failed-rewards/rollout-2.*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["prompt"] for record in records] == ["p0", "p1", "p2", "p3"]
     assert all(isinstance(record["response"], str) for record in records)
@@ -281,7 +281,7 @@ def test_reward_that_fails_elsewhere_fails_here(fit, token_reward, left_padded):
     module = fit(1)
     rollout = module.responder.respond(left_padded(RAGGED), samples=1, stream="eval", iteration=0)
     with pytest.raises(RewardError, match="rollout 7: the reward failed on another process"):
-        scored_or_told(token_reward(), rollout, [{}] * 4, agreed=lambda fine: False, iteration=7)
+        scored_or_told(token_reward(), rollout, [{}] * 4, agreed=lambda fine: False, iteration=7, run=Path())
 
 
 def test_half_of_a_surrogate_pair_is_kept_with_what_failed(fit, left_padded, tmp_path, monkeypatch):
@@ -294,6 +294,8 @@ def test_half_of_a_surrogate_pair_is_kept_with_what_failed(fit, left_padded, tmp
 
     rollout = fit(1).responder.respond(left_padded(RAGGED), samples=1, stream="eval", iteration=0)
     with pytest.raises(RewardError, match="the reward failed with KeyError: 'answer'"):
-        scored_or_told(Fails(), rollout, [{"prompt": "a\ud83d"}] * 4, agreed=lambda fine: fine, iteration=7)
-    (path,) = Path("failed-rewards").glob("rollout-7.*.jsonl")
+        scored_or_told(
+            Fails(), rollout, [{"prompt": "a\ud83d"}] * 4, agreed=lambda fine: fine, iteration=7, run=tmp_path
+        )
+    (path,) = tmp_path.glob("failed-rewards/rollout-7.*.jsonl")
     assert len(path.read_text(encoding="utf-8").splitlines()) == 4

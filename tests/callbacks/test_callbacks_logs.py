@@ -161,7 +161,7 @@ def test_logs_predictions_and_failures_hold_the_text_that_the_reward_saw(
     assert [record["response"] for record in records] == seen[1]
     with pytest.raises(ValueError, match="failed-rewards"):
         make_trainer().fit(module, as_loader([{"prompts": batch}]))
-    (kept,) = Path("failed-rewards").glob("rollout-*.jsonl")
+    (kept,) = tmp_path.glob("failed-rewards/rollout-*.jsonl")
     assert [line["response"] for line in read(kept)] == seen[2]
 
 

@@ -11,24 +11,26 @@ import torch
 
 from lightning_rlhf import (
     GRPO,
-    K3,
     Algorithm,
+    PPOModule,
+    RewardModule,
+    SamplingParams,
+    SFTModule,
+    UpdateSchedule,
+    WinRate,
+)
+from lightning_rlhf.core import (
+    K3,
     Centered,
     Clip,
     ConstantSchedule,
     GroupAdvantage,
     GroupStd,
     KLInLoss,
-    PPOModule,
     RankingLoss,
-    RewardModule,
-    SamplingParams,
-    SFTModule,
     TokenLevel,
     TruncatedIS,
-    UpdateSchedule,
     Whitened,
-    WinRate,
 )
 from lightning_rlhf.core.arguments import check_arguments
 

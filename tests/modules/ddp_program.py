@@ -19,46 +19,48 @@ from peft import LoraConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
-    GAE,
-    AdaptiveKL,
     AlignmentTax,
-    BanditAdvantage,
-    BatchStd,
     BestOfN,
     ComparisonDataModule,
-    ConstantSchedule,
     DemonstrationDataModule,
     EnsembleReward,
-    FixedKL,
     GoldReward,
-    GroupAdvantage,
-    KLInLoss,
-    KLPen,
     LearnedReward,
-    LeaveOneOut,
-    LinearSchedule,
     ModelSource,
-    NoScale,
     PPOModule,
     PromptDataModule,
     Reward,
     RewardModule,
+    SamplingParams,
+    SFTModule,
+    UpdateSchedule,
+    WeightedReward,
+    WinRate,
+)
+from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
+from lightning_rlhf.core import (
+    GAE,
+    AdaptiveKL,
+    Algorithm,
+    BanditAdvantage,
+    BatchStd,
+    ConstantSchedule,
+    FixedKL,
+    GroupAdvantage,
+    KLInLoss,
+    KLPen,
+    LeaveOneOut,
+    LinearSchedule,
+    NoScale,
     RewardToGo,
     RunningMean,
-    SamplingParams,
     SeqMeanTokenMean,
     SeqMeanTokenSumNorm,
     SequenceLevel,
-    SFTModule,
     TokenLevel,
-    UpdateSchedule,
-    WeightedReward,
     Whitened,
-    WinRate,
     WorstReward,
 )
-from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
-from lightning_rlhf.core import Algorithm
 from lightning_rlhf.models.replica import whole_tensor
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree

@@ -18,14 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from counted_reads import READERS, counting
 
 from lightning_rlhf import (
-    GAE,
-    AdaptiveKL,
     ComparisonDataModule,
-    ConstantSchedule,
     DemonstrationDataModule,
-    FixedKL,
     GradientNorms,
-    ImportanceSampling,
     LearnedReward,
     ModelSource,
     PPOModule,
@@ -33,11 +28,18 @@ from lightning_rlhf import (
     RewardModule,
     SamplingParams,
     SFTModule,
-    TokenLevel,
     UpdateSchedule,
+)
+from lightning_rlhf.core import (
+    GAE,
+    AdaptiveKL,
+    Algorithm,
+    ConstantSchedule,
+    FixedKL,
+    ImportanceSampling,
+    TokenLevel,
     Whitened,
 )
-from lightning_rlhf.core import Algorithm
 
 STRATEGIES = {
     "low": lambda devices: "auto",

@@ -17,14 +17,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from standins import zero_config
 
-from lightning_rlhf import (
-    ConstantSchedule,
-    DemonstrationDataModule,
-    PPOModule,
-    SamplingParams,
-    SFTModule,
-    UpdateSchedule,
-)
+from lightning_rlhf import DemonstrationDataModule, PPOModule, SamplingParams, SFTModule, UpdateSchedule
+from lightning_rlhf.core import ConstantSchedule
 
 STRATEGIES = {
     "gpu": lambda devices: "auto",

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lightning_rlhf import (
-    ConstantSchedule,
     DemonstrationDataModule,
     ModelSource,
     PPOModule,
@@ -19,6 +18,7 @@ from lightning_rlhf import (
     SamplingParams,
     SFTModule,
 )
+from lightning_rlhf.core import ConstantSchedule
 
 
 class Keep(Callback):

@@ -14,22 +14,17 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf import (
-    GAE,
     ComparisonDataModule,
-    ConstantSchedule,
     DemonstrationDataModule,
-    FixedKL,
     PPOModule,
     PromptDataModule,
     RewardModule,
     SamplingParams,
     SFTModule,
-    TokenLevel,
     UpdateSchedule,
-    Whitened,
 )
 from lightning_rlhf.callbacks import NonFiniteGuard
-from lightning_rlhf.core import Algorithm
+from lightning_rlhf.core import GAE, Algorithm, ConstantSchedule, FixedKL, TokenLevel, Whitened
 from lightning_rlhf.models.replica import whole_tensor
 
 

@@ -10,18 +10,8 @@ import pytest
 import torch
 from gathered import gathered
 
-from lightning_rlhf import (
-    AlignmentTax,
-    BestOfN,
-    ConstantSchedule,
-    Evaluator,
-    GoldReward,
-    PPOModule,
-    Reward,
-    SamplingParams,
-    WinRate,
-)
-from lightning_rlhf.core import length_controlled
+from lightning_rlhf import AlignmentTax, BestOfN, Evaluator, GoldReward, PPOModule, Reward, SamplingParams, WinRate
+from lightning_rlhf.core import ConstantSchedule, length_controlled
 from lightning_rlhf.models import ModelSource
 
 PROMPTS = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]

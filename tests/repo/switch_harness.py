@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from public import PUBLIC
 from torch import Tensor
 
-import lightning_rlhf
 from lightning_rlhf.core import Algorithm
 
 RECORDS = {
@@ -85,7 +85,7 @@ def settable() -> dict[str, type]:
 
     Published methods have the arguments of `Algorithm` and no code of their own, which test_core_algorithm.py holds.
     """
-    public = {name: getattr(lightning_rlhf, name) for name in lightning_rlhf.__all__ if name not in RECORDS}
+    public = {name: kind for name, kind in PUBLIC.items() if name not in RECORDS}
     methods = {name for name, kind in public.items() if Algorithm in kind.__mro__[1:]}
     return {name: kind for name, kind in public.items() if name not in methods and not inspect.isabstract(kind)}
 

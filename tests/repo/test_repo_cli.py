@@ -14,19 +14,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_rlhf import (
-    DAPO,
-    GRPO,
-    RLOO,
-    AdaptiveKL,
-    Clip,
-    KLPen,
-    ModuleReward,
-    PPOModule,
-    RewardModule,
-    SFTModule,
-)
+from lightning_rlhf import DAPO, GRPO, RLOO, PPOModule, RewardModule, SFTModule
 from lightning_rlhf.cli import console, main
+from lightning_rlhf.core import AdaptiveKL, Clip, KLPen
+from lightning_rlhf.rewards import ModuleReward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Arguments = Callable[..., list[str]]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from public import ROOMS, classes_of
 from test_repo_architecture import BELOW
-
-import lightning_rlhf
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -38,10 +37,9 @@ def test_picture_has_every_room_above_what_it_imports(picture: dict[str, Any]) -
 def test_every_public_name_is_on_an_api_page() -> None:
     hook = runpy.run_path(str(DOCS / "complete.py"))
     pages = {path.stem: hook["completed"](path.read_text("utf-8"), path.stem) for path in (DOCS / "api").glob("*.md")}
-    assert lightning_rlhf._EXPORTS.keys() <= pages.keys()
-    for room, names in lightning_rlhf._EXPORTS.items():
-        for name in names:
-            kind = getattr(lightning_rlhf, name)
+    assert set(ROOMS) <= pages.keys()
+    for room in ROOMS:
+        for name, kind in classes_of(room).items():
             assert f"\n::: {kind.__module__}\n" in pages[room], f"{name} is not on docs/api/{room}.md"
 
 
@@ -70,9 +68,9 @@ def test_pages_build_without_a_warning(tmp_path: Path, caplog: pytest.LogCapture
     assert not warnings_of(DOCS.parent, tmp_path, caplog)
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r'<(script|link|img|iframe)\b[^>]*\b(src|href)="(https?:)?//', page.read_text("utf-8"))
-    for room, names in lightning_rlhf._EXPORTS.items():
+    for room in ROOMS:
         api = (tmp_path / "api" / room / "index.html").read_text(encoding="utf-8")
-        for kind in (getattr(lightning_rlhf, name) for name in names):
+        for kind in classes_of(room).values():
             anchor = f'id="{kind.__module__}.{kind.__qualname__}"'
             assert anchor in api or kind.__name__ == "PPOBatch", f"{kind.__name__} is filtered out in mkdocs.yml"
     modules = (tmp_path / "api/modules/index.html").read_text(encoding="utf-8")

@@ -20,9 +20,10 @@ import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from lightning_rlhf import LearnedReward, RankingLoss
+from lightning_rlhf import LearnedReward
 from lightning_rlhf.callbacks.preflight_memory import memory_estimate
 from lightning_rlhf.cli import main
+from lightning_rlhf.core import RankingLoss
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN = ["own_reward", "own_surrogate", "own_advantage"]

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 
-from lightning_rlhf import Clip, ModelSource, StopTraining
+from lightning_rlhf import ModelSource
+from lightning_rlhf.callbacks import StopTraining
 from lightning_rlhf.cli import console
 from lightning_rlhf.cli.failure import TRACEBACK, one_line, sentence, status
+from lightning_rlhf.core import Clip
 
 
 def caught(act: Callable[[], Any]) -> Exception:

@@ -59,9 +59,9 @@ model:
   class_path: lightning_rlhf.PPOModule
   init_args:
     advantage:
-      class_path: lightning_rlhf.BanditAdvantage
-      init_args: {baseline: {class_path: lightning_rlhf.NoBaseline, init_args: {}}}
-    shaping: [{class_path: lightning_rlhf.TruncatedScore, init_args: {value: -1.0, other: null}}]
+      class_path: lightning_rlhf.core.BanditAdvantage
+      init_args: {baseline: {class_path: lightning_rlhf.core.NoBaseline, init_args: {}}}
+    shaping: [{class_path: lightning_rlhf.core.TruncatedScore, init_args: {value: -1.0, other: null}}]
     extra: {}
 """
     (tmp_path / "config.yaml").write_text(config)

@@ -183,8 +183,7 @@ def fit(tmp_path, make_folder, write_rows):
         else:
             arguments += ["--data=DemonstrationDataModule", f"--data.train={demonstrations}"]
         cli = main(["fit", *sorted(arguments, key=lambda a: "=" in a and a.count("."))])
-        (path,) = tmp_path.glob("checkpoints/*.ckpt")
-        return cli, str(path)
+        return cli, str(tmp_path / "checkpoints/last.ckpt")
 
     return run
 
