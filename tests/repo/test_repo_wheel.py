@@ -89,7 +89,5 @@ def test_grpo_of_the_readme(command: Command, tiny: Any, tmp_path: Path) -> None
     shutil.copy(tiny.file("prompts"), tmp_path / "prompts.jsonl")
     short = "__import__('lightning_rlhf').SamplingParams(max_new_tokens=4)"
     program = block.replace('"MODEL"', f"{tiny.policy!r}, generation={short}")
-        '"MODEL"', f"{tiny.policy!r}, generation=__import__('lightning_rlhf').SamplingParams(max_new_tokens=4)"
-    )
     command(program=program)
     assert (tmp_path / "runs/brief/model.safetensors").exists()
