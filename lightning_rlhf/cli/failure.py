@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dis
+import linecache
 import os
 import sys
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ def sentence(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and error.filename is not None and _asked_by_speaker(trace):
         return f"{error.filename}: {error.strerror}"
-    frame, instruction = trace[-1]
-    on_purpose = dis.opname[frame.f_code.co_code[instruction]] == "RAISE_VARARGS"
+    frame, line = trace[-1]
+    on_purpose = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
     stopped = isinstance(error, RuntimeError) and _module(frame).startswith("lightning_rlhf.")  # by a guard
     if (stopped or isinstance(error, _refusals())) and on_purpose and _speaks(frame):
         return one_line(str(error))
@@ -77,10 +77,10 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
-    """Frames from the outermost inwards, each with the offset of the instruction it stopped at."""
+    """Frames from the outermost inwards, each with the number of the line it stopped at."""
     traceback: TracebackType | None = error.__traceback__
     while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lasti
+        yield traceback.tb_frame, traceback.tb_lineno
         traceback = traceback.tb_next
 
 

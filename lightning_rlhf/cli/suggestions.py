@@ -36,6 +36,8 @@ NAMED: tuple[ModuleType, ...] = (
     lightning_rlhf.callbacks,
 )
 """Subpackages whose classes are named in YAML by one word, once they are imported."""
+PACKAGES = ("datasets", "deepspeed", "gguf", "matplotlib", "peft", "tensorboard", "trl", "wandb")
+"""Packages that only some configs need."""
 DEPTH = 4
 """Objects inside each other that are looked into."""
 
@@ -50,6 +52,9 @@ def suggestion(reason: str, key: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", reason)
     if unknown is not None:
         return _of_key(unknown[1] or unknown[2], key)
+    missing = re.search(r"No module named '(\w+)'", reason)
+    if missing is not None:
+        return f"pip install {missing[1]}" if missing[1] in PACKAGES else "its folder is neither here nor installed"
     unknown = re.search(r"there is no ([\w.]+)", reason)
     return "" if unknown is None else _of_class(unknown[1].rpartition(".")[2], key)
 

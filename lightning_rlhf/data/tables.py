@@ -163,7 +163,7 @@ def _library(wanted: str) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"reading {wanted} needs `datasets`: pip install 'lightning-rlhf[datasets]', or write the rows as JSONL"
+            f"reading {wanted} needs `datasets`: pip install datasets, or write the rows as JSONL"
         ) from error
     return datasets
 

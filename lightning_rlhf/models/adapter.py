@@ -208,5 +208,5 @@ def _peft(reason: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f"{reason}, but the package is missing: pip install 'lightning-rlhf[peft]'") from error
+        raise ValueError(f"{reason}, but the package is missing: pip install peft") from error
     return peft

@@ -61,9 +61,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "a report draws with matplotlib, which is missing: pip install 'lightning-rlhf[plots]'"
-        ) from error
+        raise ImportError("a report draws with matplotlib, which is missing: pip install matplotlib") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import pytest
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.ending import numbers
 from lightning_rlhf.cli.messages import WARNINGS, quiet, speak
+from lightning_rlhf.cli.suggestions import suggestion
 
 Arguments = Callable[..., list[str]]
 REPOSITORY = Path(__file__).parents[2]
@@ -42,6 +43,7 @@ NEAR = {
     "--trainer.max_epoch=1": "did you mean `--trainer.max_epochs`",
     "--minibatch=4": "did you mean `--model.updates.minibatch`",
     "--model.reward=rewards/mine.py": "name what is in it by module and name, rewards.mine.NAME",
+    "--model.reward=nowhere.at_all": "No module named 'nowhere'",
     "--model.quantum=1": "Option 'quantum' is not accepted",
 }
 
@@ -53,6 +55,10 @@ def test_refused_key_or_class_has_its_nearest(
     error = refused(capsys, "fit", *ppo(), flag)
     assert answer in error
     assert ("did you mean" in error) == ("did you mean" in answer)
+
+
+def test_package_that_is_missing_is_named() -> None:
+    assert suggestion("No module named 'peft'", "model.policy.peft") == "pip install peft"
 
 
 def test_reward_in_the_working_directory_is_found_from_a_config_elsewhere(

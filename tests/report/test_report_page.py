@@ -137,7 +137,7 @@ def test_callback_warns_of_a_log_it_cannot_read(tmp_path: Path, caplog: pytest.L
 
 def test_missing_matplotlib_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-rlhf\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         Report("run").setup(None, None, "fit")
 
 
