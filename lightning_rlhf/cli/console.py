@@ -53,8 +53,9 @@ def main(args: Sequence[str] | None = None) -> Any:
         print(f"lightning-rlhf {version('lightning-rlhf')}")
         return None
     if given in ([], ["-h"], ["--help"]):
-        print(HELP.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())), end="")
-        return None
+        text = HELP.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items()))
+        print(text, end="", file=sys.stdout if given else sys.stderr)
+        sys.exit(0 if given else 2)
     if given and given[0] in TOOLS:
         return import_module(TOOLS[given[0]]).main(given[1:])
     from lightning_rlhf.cli.command import RLHFCLI

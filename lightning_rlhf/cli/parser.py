@@ -19,6 +19,8 @@ from lightning_rlhf.core import Algorithm
 _NOISE = (
     "Expected a path but",
     "Expected a <class 'NoneType'>",
+    "Expected a <class 'str'>",
+    "Import path lightning_rlhf.ModelSource does not correspond",
     "Does not validate against",
     "Not a valid subclass of",
     "Type collections.abc",

@@ -11,6 +11,8 @@ CONFIG = ("--config", "-c")
 COMMANDS = ("fit", "validate", "test", "predict")
 SHORT = {"--run": "--trainer.default_root_dir"}
 """Short flags, and the long ones that they stand for."""
+CLASSES = ("--model", "--data")
+"""Flags that are read before the configs too, so that a config may hold arguments of the class that they name."""
 METHOD = "--model.algorithm"
 
 
@@ -23,6 +25,7 @@ def expanded(words: Sequence[str]) -> list[str]:
         ValueError: a config is no file, and none of that name is shipped.
     """
     start = next((place + 1 for place, word in enumerate(words) if word in COMMANDS), 0)
+    classes: list[str] = []
     configs: list[str] = []
     others: list[str] = []
     for flag, value in _pairs(words[start:]):
@@ -30,9 +33,10 @@ def expanded(words: Sequence[str]) -> list[str]:
             configs.append(f"--config={path_of(value)}")
         else:
             long = SHORT.get(flag, flag)
+            classes += [f"{flag}={value}"] if flag in CLASSES else []
             others += [long] if value is None else [*_cleared(long, value), f"{long}={value}"]
     _refuse_files(others)
-    return [*words[:start], *configs, *others]
+    return [*words[:start], *classes, *configs, *others]
 
 
 def _refuse_files(words: Sequence[str]) -> None:
@@ -60,7 +64,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in (*CONFIG, *SHORT, METHOD):
+        if flag not in (*CONFIG, *SHORT, *CLASSES, METHOD):
             yield word, None
         elif equals:
             yield flag, value

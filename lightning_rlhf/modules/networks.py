@@ -15,7 +15,7 @@ from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.rewards import LearnedReward, Reward
 
 
-def as_source(model: str | ModelSource | nn.Module | None) -> ModelSource | nn.Module | None:
+def as_source(model: ModelSource | str | nn.Module | None) -> ModelSource | nn.Module | None:
     """Convert a folder or hub name to a `ModelSource` and return anything else unchanged."""
     return ModelSource(path=model) if isinstance(model, str) else model
 

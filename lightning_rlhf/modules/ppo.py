@@ -77,14 +77,14 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def __init__(
         self,
-        policy: str | ModelSource | nn.Module,
+        policy: ModelSource | str | nn.Module,
         reward: Reward | Callable[..., Any],
         algorithm: Algorithm | None = None,
         generation: SamplingParams = SamplingParams(),
         updates: UpdateSchedule = UpdateSchedule(),
-        reference: str | ModelSource | None = None,
+        reference: ModelSource | str | None = None,
         reference_dtype: DType | None = None,
-        value: str | ModelSource | None = None,
+        value: ModelSource | str | None = None,
         value_lr: float | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         lr: float | None = None,

@@ -62,7 +62,7 @@ class RewardModule(SupervisedModule):
 
     def __init__(
         self,
-        model: str | ModelSource | nn.Module,
+        model: ModelSource | str | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         loss: PreferenceLoss = RankingLoss(),
         lr: float | None = None,

@@ -35,7 +35,7 @@ class SFTModule(SupervisedModule):
 
     def __init__(
         self,
-        model: str | ModelSource | nn.Module,
+        model: ModelSource | str | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         lr: float | None = None,
         optimizer: OptimizerCallable | None = None,

@@ -51,7 +51,7 @@ class SupervisedModule(CheckedRevival, LightningModule):
 
     def __init__(
         self,
-        model: str | ModelSource | nn.Module,
+        model: ModelSource | str | nn.Module,
         tokenizer: PreTrainedTokenizerBase | str | None,
         lr: float | None,
         optimizer: OptimizerCallable | None,

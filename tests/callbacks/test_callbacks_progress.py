@@ -106,7 +106,8 @@ def test_bar_shows_responses_speed_and_time_left(fit, capsys, monkeypatch, kind)
     module = fit(bar, RolloutProgress(every=0.0))
     first = next(i for i, text in enumerate(told) if re.fullmatch(r"Epoch 0, 0:00:0\d left", text))
     assert re.fullmatch(r"Epoch 0, [0-3]/4 responses, \d+ tokens/s", told[0])  # no end is known yet
-    assert re.fullmatch(r"Epoch 0, 4/4 responses, \d+ tokens/s", told[first - 1])
+    assert re.fullmatch(r"Epoch 0, 4/4 responses, \d+ tokens/s", told[first - 2])
+    assert told[first - 1] == "Epoch 0, update 1/1"
     assert re.fullmatch(r"Epoch 0, [0-3]/4 responses, \d+ tokens/s, 0:00:0\d left", told[first + 1])
     assert told[-1] == "Epoch 1, 0:00:00 left"
     assert module.collector.sampler.watch is None

@@ -21,7 +21,6 @@ def yaml(name: str, text: str | bytes, *says: str, kind: str = "sft") -> Case:
 ADAM = ("--model.optimizer=torch.optim.AdamW",)
 GAE = ("--model.algorithm.advantage=GAE", "--model.algorithm.level=TokenLevel")
 COMMANDS = [
-    case("command-none", lambda b: [], "subcommand|required", code=2),
     case("command-unknown", lambda b: ["train"], "train", code=2),
     case("command-no-model", lambda b: ["fit"], "model", code=2),
     case("command-no-data-file", lambda b: b.ppo("--data=PromptDataModule", "--data.train=null"), "needs `train`"),

@@ -352,11 +352,11 @@ def test_rankings_run_all_stages_and_report(tiny: Any, workplace: Path, monkeypa
     flags = [f"--trainer.{name}={str(value).lower()}" for name, value in small.items()]
     monkeypatch.setattr("sys.argv", ["rankings.py", ".", tiny.policy, *flags, "--model.optimizer.lr=0.05"])
     runpy.run_path(str(EXAMPLES / "rankings" / "rankings.py"), run_name="__main__")
-    assert all(list(Path(f"runs/rankings/logs/{stage}").rglob("metrics.csv")) for stage in ("sft", "reward", "ppo"))
+    assert all(list(Path(f"runs/rankings/{stage}").rglob("metrics.csv")) for stage in ("sft", "reward", "ppo"))
     header, *lines = Path("runs/rankings/report.csv").read_text("utf-8").splitlines()
     assert header == "measure,model or PPO,longer wins or SFT"
     found = {name: [float(x) for x in numbers] for name, *numbers in (line.split(",") for line in lines)}
-    reward = LearnedReward("runs/rankings/reward", prompt_role="user")
+    reward = LearnedReward("runs/rankings/reward/model", prompt_role="user")
     reward.prepare(None)
     right: dict[str, list[bool]] = {name: [] for name in ("", "/A", "/B", "/C")}
     for row in REAL["rankings"]:

@@ -21,10 +21,14 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_help_lists_every_command(words: list[str], capsys: Any) -> None:
-    main(words)
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+@pytest.mark.parametrize(("words", "status"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_help_lists_every_command(words: list[str], status: int, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == status
+    captured = capsys.readouterr()
+    text = captured.err if status else captured.out
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
     assert set(COMMANDS) == {"fit", "validate", "test", "predict"} | TOOLS.keys()
 

@@ -185,10 +185,14 @@ def test_process_without_a_row_in_a_minibatch_learns_nothing(experience):
     assert sum(int(part.action_mask.sum()) for part in parts) == 4 * 12
 
 
-@pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12"), (24, "12")])
+@pytest.mark.parametrize(("minibatch", "nearest"), [(5, "[46]"), (7, "6"), (11, "12")])
 def test_minibatch_that_does_not_divide_is_refused(minibatch, nearest):
     with pytest.raises(ValueError, match=f"minibatch={minibatch} for 12 sequences; use {nearest}"):
         UpdateSchedule(minibatch=minibatch).steps(12)
+
+
+def test_minibatch_larger_than_the_rollout_takes_all_of_it():
+    assert UpdateSchedule(minibatch=24, epochs=3).steps(12) == UpdateSchedule(epochs=3).steps(12) == 3
 
 
 @pytest.mark.parametrize(
