@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lightning_rlhf"
 ROOMS = (
-    *("callbacks", "core", "data", "distributed", "engines", "evaluation", "folders", "models", "modules"),
+    *("callbacks", "cli", "core", "data", "distributed", "engines", "evaluation", "folders", "models", "modules"),
     *("rewards", "rollout", "text", "types.py"),
 )
 """Folders and files that are checked."""
