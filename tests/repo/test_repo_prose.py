@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "lightning_rlhf"
 ROOMS = (
     *("callbacks", "cli", "core", "data", "distributed", "engines", "evaluation", "folders", "models", "modules"),
-    *("rewards", "rollout", "text", "types.py"),
+    *("report", "rewards", "rollout", "text", "types.py"),
 )
 """Folders and files that are checked."""
 BANNED = {
