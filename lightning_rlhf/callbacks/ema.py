@@ -18,8 +18,8 @@ from lightning_rlhf.callbacks.after_step import after_step
 class EMA(Callback):
     """θ̄ ← d·θ̄ + (1 − d)·θ after every optimizer step, of the trained weights of the policy alone.
 
-    Validation, test, prediction and export see θ̄; training goes on with θ. The average is float32 at least and is
-    in the checkpoint, so a resumed run continues it.
+    Validation, test, prediction and export see θ̄; training goes on with θ. The average is float32 at least and is in
+    the checkpoint, so a resumed run continues it.
 
     Args:
         decay: d in [0, 1); the paper's is 0.992, a half-life of 86 steps.

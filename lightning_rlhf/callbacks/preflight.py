@@ -152,8 +152,8 @@ class Preflight(Callback):
         """Raise on every process if one has a problem."""
         if trainer.strategy.reduce_boolean_decision(not problems):
             return
-        told = "\n".join(f"- {problem}" for problem in problems) or "- on another process, which says more"
-        raise ValueError(f"preflight: this run would go wrong\n{told}\nTo run all the same, take Preflight out.")
+        listed = "\n".join(f"- {problem}" for problem in problems) or "- on another process, which says more"
+        raise ValueError(f"preflight: this run would go wrong\n{listed}\nTo run all the same, take Preflight out.")
 
 
 def filters(module: LightningModule) -> list[tuple[str, Any]]:

@@ -52,8 +52,8 @@ def read_metrics(paths: Sequence[Path]) -> Metrics:
     """Read the series of a run from one log, or from several of which each resumes the one before.
 
     A training row of step i was measured by a policy after i steps. Lightning gives the evaluation that follows the
-    same step, but it had i + 1; one that precedes every training row of its step had i. Where a later
-    file begins, the rows of earlier ones are superseded: a run went on from a checkpoint before them.
+    same step, but it had i + 1; one that precedes every training row of its step had i. Where a later file begins, the
+    rows of earlier ones are superseded: a run went on from a checkpoint before them.
 
     Args:
         paths: of `metrics.csv` files, oldest first.
@@ -98,7 +98,7 @@ def _rows(path: Path) -> Iterator[tuple[float, dict[str, float]]]:
         )
     for number, line, complete in lines:
         if not complete:
-            return  # of a torn line even the last number may have lost digits
+            return  # even the last number of an incomplete line may have lost digits
         cells, where = next(csv.reader([line]), []), f"{path}, line {number}"
         if len(cells) != len(names):
             raise ValueError(

@@ -63,9 +63,9 @@ class Run:
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read the runs in some folders, sorted by stage and name.
 
-    Logs of one CSVLogger (`version_0`, `version_1`, …) are one run if each begins at a later step than the one
-    before: it resumed from a checkpoint. One that begins anew is another run, and only the newest is taken; to
-    overlay them, name the version folders.
+    Logs of one CSVLogger (`version_0`, `version_1`, …) are one run if each begins at a later step than the one before:
+    it resumed from a checkpoint. One that begins anew is another run, and only the newest is taken; to overlay them,
+    name the version folders.
 
     Args:
         folders: each holds `metrics.csv`, `rollouts.jsonl` or `samples.jsonl`, anywhere below it.
