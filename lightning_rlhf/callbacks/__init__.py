@@ -1,4 +1,4 @@
-"""What happens around the training loop: averaging, checkpoints, preflight, guards, export, logs of responses."""
+"""Callbacks around the training loop (averaging, checkpoints, preflight, guards, export, logs of responses)."""
 
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 from lightning_rlhf.callbacks.ema import EMA

@@ -1,4 +1,4 @@
-"""What follows every optimizer step, also of an optimizer that is none of torch's."""
+"""Hook after every optimizer step of torch's optimizers and of DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 
 def after_step(optimizer: Any, act: Callable[[], None]) -> Callable[[], None]:
-    """Have `act` called after each step that moved weights; what is returned ends that.
+    """Call `act` after each step that moved weights; the returned function removes the hook.
 
     Args:
-        optimizer: torch's, or DeepSpeed's, which has no hooks and says by `overflow` that it left a step out.
+        optimizer: torch's, or DeepSpeed's, which has no hooks and reports by `overflow` that it left a step out.
         act: reads the new weights.
     """
     if isinstance(optimizer, Optimizer):

@@ -15,7 +15,7 @@ from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochSta
 
 
 def following(trainer: Trainer) -> dict[str, Any]:
-    """What follows the batch that ends: call it in `on_train_batch_end`.
+    """Return the work that is due after this batch; call it in `on_train_batch_end`.
 
     Returns:
         whether a `validation` is due; the loggers' `row`, None if there is none, and its `step`.
@@ -29,11 +29,11 @@ def following(trainer: Trainer) -> dict[str, Any]:
 
 
 def finish(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Make the trainer do what follows the batch: call it in `on_train_start` of a resumed run.
+    """Make the trainer do the work due after the batch; call it in `on_train_start` of a resumed run.
 
     Args:
         trainer: resumed from a checkpoint that was written in `on_train_batch_end`.
-        state: what `following` returned then, as far as it is not done yet.
+        state: returned by `following` then, as far as it is not done yet.
     """
     loop = trainer.fit_loop
     epoch = loop.epoch_loop

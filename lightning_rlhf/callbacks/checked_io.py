@@ -1,4 +1,4 @@
-"""Reading whole checkpoints only, and writing them without a second copy."""
+"""Checkpoint files that are verified on reading and written without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_rlhf.callbacks.torn import defect
 
 
 class CheckedIO(TorchCheckpointIO):
-    """Lightning's reader and writer of single files, which says in one sentence where a file is torn.
+    """Lightning's reader and writer of single files, with an error in one sentence for a corrupt file.
 
     Tensors go to the file one by one: Lightning's own writer holds the file in memory, and writes it twice.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the file in its place; give it its name only afterwards, for a kill leaves half of it.
+        """Write a checkpoint to a path that the caller renames: a kill leaves half of it.
 
         Raises:
             OSError: the disk is full or broken.
@@ -29,10 +29,10 @@ class CheckedIO(TorchCheckpointIO):
         write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """What the file holds.
+        """Load a checkpoint.
 
         Raises:
-            ValueError: the file is torn.
+            ValueError: the file is truncated or corrupt.
         """
         path = expanduser(path)
         problem = defect(Path(path)) if Path(path).exists() else None
@@ -55,9 +55,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether a checkpoint could not be written because a disk is full, broken or read-only.
+    """Return True if a checkpoint was not written because a disk is full, broken or read-only.
 
-    DeepSpeed hands on what torch's own writer raises, a RuntimeError that says where it stopped.
+    DeepSpeed passes on the RuntimeError of torch's own writer, whose message names the place where it stopped.
     """
     if isinstance(error, RuntimeError):
         return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "No space left"))

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on to the bit, whenever it was killed."""
+"""Checkpoints from which a killed run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from lightning_rlhf.callbacks.writable import on_first, place_of
 
 logger = logging.getLogger(__name__)
 
-LAST, PREVIOUS, LOCK = "last.ckpt", "last-previous.ckpt", ".lock"
+LAST = "last.ckpt"
+PREVIOUS = "last-previous.ckpt"
+LOCK = ".lock"
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Saves between two batches (PPO's batch is a rollout), at the end, and on Ctrl-C or SIGTERM before it leaves.
+    """Saves a run between two batches (PPO's batch is a rollout), at its end and on Ctrl-C or SIGTERM.
 
     `last.ckpt` in a fixed folder, so that `--ckpt_path last` finds it; the one before is kept. Each is written under
-    another name, brought to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
-    a warning and the checkpoints before stay; so it does where a logger cannot write. `last` passes over one that is
-    torn, and says so. A validation that is due after the batch that was saved is run when the checkpoint is resumed
-    from. A run that does not go on from a checkpoint of the folder first moves those it finds into `earlier-1` there.
+    another name, flushed to the disk and renamed. Where it cannot be written, as on a full disk, training goes on with
+    a warning and the checkpoints before stay; so it does where a logger cannot write. `last` skips a corrupt one with a
+    warning. A validation that is due after the batch that was saved is run when the checkpoint is resumed from. A run
+    that does not go on from a checkpoint of the folder first moves those it finds into `earlier-1` there.
 
     Args:
         dirpath: the folder, locked for this run while it trains; None is `checkpoints` in the trainer's
@@ -47,7 +49,7 @@ class RunCheckpoint(ModelCheckpoint):
         save_top_k: how many are kept.
 
     Raises:
-        ValueError: a number is too small; at the start of training, another run holds the folder, or it cannot be
+        ValueError: a number is too small; at the start of training, another run has locked the folder, or it cannot be
             written to.
     """
 
@@ -84,7 +86,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._max_steps: int | None = None  # the trainer's, while it is let in once more
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lock the folder, and have checkpoints checked when they are read."""
+        """Lock the folder and verify checkpoints when they are read."""
         self._resolve(trainer)
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -93,7 +95,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move an earlier run's checkpoints aside; see loggers through a full disk; begin to listen for signals."""
+        """Move an earlier run's checkpoints aside, guard loggers against a full disk and catch signals."""
         super().on_train_start(trainer, pl_module)
         keep_logs(trainer)
         here = (
@@ -111,7 +113,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is time; leave where some process was told to."""
+        """Save if it is due, and end the run if any process received a signal."""
         leaving = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
         if trainer.fit_loop._should_accumulate():
             return  # gradients of half a step are in no checkpoint
@@ -123,24 +125,24 @@ class RunCheckpoint(ModelCheckpoint):
             self.signals.leave()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Limit the steps again, where a finished run was let in for this validation."""
+        """Restore `max_steps` if a finished run was resumed for this validation."""
         self._limit_steps(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best; the validation is no longer due."""
+        """Keep the best checkpoints and mark the validation as done."""
         if self._following is not None and self._following["validation"] and not trainer.sanity_checking:
             self._following = self._following | {"validation": False, "row": None}
             self._stale = True
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, and stop listening."""
+        """Save the end and restore the signal handlers."""
         if self._stale or self._step_of_last != trainer.global_step:
             self._save_last_checkpoint(trainer, {})
         self.signals.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save nothing: the batch is half done, and the last checkpoint is whole."""
+        """Restore the signal handlers and unlock the folder; save nothing, because the batch is half done."""
         self.signals.release()
         self._lock.release()
 
@@ -150,16 +152,16 @@ class RunCheckpoint(ModelCheckpoint):
         self._lock.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the best checkpoints are, and what follows the batch that was saved."""
+        """State of ModelCheckpoint and the work due after the saved batch."""
         return super().state_dict() | {"following": self._following}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore the state of ModelCheckpoint and the work due after the saved batch."""
         super().load_state_dict(state_dict)
         self._following = state_dict.get("following")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the progress as it was at the end of the last batch, also when training is over.
+        """Save the progress of the end of the last batch, also when training is over.
 
         Otherwise a run that `max_steps` ended in mid-epoch could not be made longer.
         """
@@ -167,7 +169,7 @@ class RunCheckpoint(ModelCheckpoint):
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a run in that has made all its steps, for what follows the last: Lightning would pass it over."""
+        """Allow a finished run one more step. Otherwise Lightning would skip the work due after its last batch."""
         if trainer.state.fn != "fit" or "loops" not in checkpoint:  # of weights alone
             return
         self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
@@ -181,7 +183,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._max_steps = None
 
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
-        """Always False: a resumed run writes the best checkpoints of the run that was killed again."""
+        """Return False always: a resumed run overwrites the best checkpoints of the killed run."""
         return False
 
     def _move_earlier(self) -> None:
@@ -217,7 +219,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = trainer.global_step
 
     def _write(self, trainer: Trainer, path: Path, before: Path | None = None) -> bool:
-        """Whether every process wrote its part; what has the name now gets the name `before`."""
+        """Write a checkpoint, rename the present one to `before` and return True if all processes wrote theirs."""
         part = path.with_name(path.name + ".part")
         problem: BaseException | None = None
         try:
@@ -242,19 +244,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._resolve(trainer)  # a trainer looks for them before it sets callbacks up
-        found = [path for path in (self._folder / LAST, self._folder / PREVIOUS) if path.exists()]
-        for path in found:
+        checkpoints = [path for path in (self._folder / LAST, self._folder / PREVIOUS) if path.exists()]
+        for path in checkpoints:
             problem = defect(path)
             if problem is None:
                 return {str(path)}
             logger.warning("%s is torn: %s; going on from the one before it", path, problem)
-        if found:
+        if checkpoints:
             raise ValueError(f"no checkpoint in {self._folder} is whole: remove them to begin anew")
         return set()
 
 
 def _name(part: Path, path: Path, before: Path | None) -> OSError | None:
-    """Give what was written its name once it is on the disk; the error, if it cannot be."""
+    """Flush `part` to the disk and rename it to `path`; returns the error if that fails."""
     try:
         settle(part)
         if before is not None and path.exists():

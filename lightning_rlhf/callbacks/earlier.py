@@ -1,4 +1,4 @@
-"""What an earlier run left where this one writes: moved aside, never deleted."""
+"""Moving an earlier run's files aside instead of deleting them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 
 def move_file(path: Path) -> Path:
-    """Give a file the first free name of `NAME.earlier-1.SUFFIX`, `NAME.earlier-2.SUFFIX`, …; that name."""
+    """Rename a file to `NAME.earlier-N.SUFFIX` with the first free N from 1 and return that path."""
     name = _free(lambda number: path.with_name(f"{path.stem}.earlier-{number}{path.suffix}"))
     path.rename(name)
     return name
 
 
 def move_checkpoints(folder: Path) -> Path | None:
-    """Move a folder's checkpoints, files or folders, into the first free one of `earlier-1`, `earlier-2`, … in it.
+    """Move a folder's checkpoints (files or folders) to `earlier-N` in it, with the first free N from 1.
 
     Returns:
-        that folder; None where there was no checkpoint.
+        that folder; None if there was no checkpoint.
     """
-    found = sorted(folder.glob("*.ckpt"))
-    if not found:
+    checkpoints = sorted(folder.glob("*.ckpt"))
+    if not checkpoints:
         return None
     there = _free(lambda number: folder / f"earlier-{number}")
     there.mkdir()
-    for path in found:
+    for path in checkpoints:
         path.rename(there / path.name)
     return there
 

@@ -18,8 +18,8 @@ from lightning_rlhf.callbacks.after_step import after_step
 class EMA(Callback):
     """θ̄ ← d·θ̄ + (1 − d)·θ after every optimizer step, of the trained weights of the policy alone.
 
-    Validation, test, prediction and export see θ̄; training goes on with θ. The average is float32 at least and stands
-    in the checkpoint, so a resumed run continues it.
+    Validation, test, prediction and export see θ̄; training goes on with θ. The average is float32 at least and is in
+    the checkpoint, so a resumed run continues it.
 
     Args:
         decay: d in [0, 1); the paper's is 0.992, a half-life of 86 steps.
@@ -34,7 +34,7 @@ class EMA(Callback):
         self._stop: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the policy's weights, or go on with the checkpoint's average; follow the optimizer.
+        """Start from the policy's weights or the checkpoint's average, and hook the optimizer's steps.
 
         Raises:
             ValueError: the average is of another model, or DeepSpeed shards the weights.
@@ -59,14 +59,14 @@ class EMA(Callback):
 
     @torch.no_grad()
     def update(self, pl_module: LightningModule) -> None:
-        """One step of the average."""
+        """Update the average by one step."""
         for name, weight in _weights(pl_module).items():
             average = self.average[name]
             average.lerp_(weight.to(average.dtype), 1 - self.decay)
 
     @contextmanager
     def applied(self, pl_module: LightningModule) -> Iterator[None]:
-        """Inside it the policy has the averaged weights."""
+        """Context in which the policy has the averaged weights."""
         self._swap_in(pl_module)
         try:
             yield
@@ -89,37 +89,37 @@ class EMA(Callback):
         self._live = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the average."""
+        """Swap in the averaged weights."""
         self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the live weights."""
+        """Restore the trained weights θ."""
         self._swap_out(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the live weights behind."""
+        """Restore the trained weights θ if the average is swapped in."""
         if self._live:
             self._swap_out(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop following the optimizer."""
+        """Remove the hook from the optimizer."""
         if self._stop is not None:
             self._stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, whole, by parameter name; where it is sharded all processes must ask."""
+        """Unsharded average by parameter name; all processes must call it if the weights are sharded."""
         return {"average": {name: _whole(tensor.detach().clone()) for name, tensor in self.average.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The average of a checkpoint."""
+        """Load the average of a checkpoint."""
         self.average = dict(state_dict["average"])
 
 
 def _stepped(optimizer: Any) -> bool:
-    """Whether torch's optimizer had a gradient: without any, as `NonFiniteGuard` leaves it, its step does nothing."""
+    """Return True if torch's optimizer had a gradient: after `NonFiniteGuard` drops them its step does nothing."""
     if not isinstance(optimizer, Optimizer):
         return True
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
@@ -140,7 +140,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _sharded_as(weight: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor where the weight is: on its device, and in the same shards."""
+    """Return the tensor on the weight's device and in the same shards."""
     tensor = tensor.to(weight.device)
     if isinstance(weight, DTensor) and not isinstance(tensor, DTensor):
         return distribute_tensor(tensor, weight.device_mesh, weight.placements)

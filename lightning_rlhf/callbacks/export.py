@@ -1,4 +1,4 @@
-"""Each stage's output as the next stage's input: a Hugging Face folder."""
+"""Export of a trained model as a Hugging Face folder, the next stage's input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DType = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 class Export(Callback):
-    """Calls the module's `save_pretrained` when training ends; with the averaged weights where an `EMA` runs.
+    """Calls the module's `save_pretrained` when training ends, with the averaged weights if an `EMA` runs.
 
     Args:
         folder: written whole or not at all; None is `model` in the trainer's `default_root_dir`. An earlier export is
@@ -39,7 +39,7 @@ class Export(Callback):
         self._problem: Exception | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out now, and not after training, what cannot be exported.
+        """Check before training that the model can be exported.
 
         Raises:
             ValueError: the module has no `save_pretrained`; `merge_adapter` without an adapter; weights that no process
@@ -63,7 +63,7 @@ class Export(Callback):
             check_writable(self.place)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder, on the first process; the others hand it their shards where they have any."""
+        """Write the folder on the first process, which gathers the shards of the others."""
         if trainer.fast_dev_run:
             return
         average = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
@@ -84,7 +84,7 @@ class Export(Callback):
         trainer.strategy.barrier("export")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End with the error of an export that failed, now that others have saved the run.
+        """Raise the error of a failed export after the other callbacks have saved the run.
 
         Raises:
             ValueError: the folder could not be written.
@@ -97,6 +97,6 @@ class Export(Callback):
 
 
 def _rescore(pl_module: LightningModule, average: EMA | None) -> None:
-    """Give a reward model the bias of the weights it has by now, where an average has been put in or out."""
+    """Recompute a reward model's bias after the averaged weights were swapped in or out."""
     if average is not None and hasattr(pl_module, "score_demonstrations"):
         pl_module.score_demonstrations()

@@ -1,4 +1,4 @@
-"""How much of a step of PPO-ptx comes from its pretraining texts (Ouyang et al. 2022, eq. 2)."""
+"""Norms of the two gradients of PPO-ptx, from responses and from pretraining texts (Ouyang et al. 2022, eq. 2)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NORMS = ("policy/rl_grad_norm", "ptx/grad_norm", "ptx/grad_norm_ratio")
 
 
 class GradientNorms(Callback):
-    """Measures both gradients of PPO-ptx apart, at the first optimizer step of a rollout, and changes neither.
+    """Measures the two gradients of PPO-ptx at the first optimizer step of a rollout and changes neither.
 
     Logs `policy/rl_grad_norm`, the norm of the policy's gradient without the texts; `ptx/grad_norm`, that of γ times
     the pretraining loss; and `ptx/grad_norm_ratio`, the second over the first. A measurement takes one more backward
     over the texts of a minibatch, and the memory of two more gradients. Without texts (γ = 0) and under DeepSpeed,
-    whose engine keeps the gradients to itself, nothing is measured, and the log says so.
+    whose engine does not expose the gradients, nothing is measured, and a warning is logged.
 
     Args:
         every: rollouts from one measurement to the next.
@@ -45,7 +45,7 @@ class GradientNorms(Callback):
         self._measures = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where there is nothing to measure."""
+        """Warn if there is nothing to measure."""
         why = None
         if not getattr(getattr(pl_module, "algorithm", None), "ptx_coef", 0.0):
             why = f"this {type(pl_module).__name__} has no `algorithm.ptx_coef` above 0"
@@ -58,7 +58,7 @@ class GradientNorms(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PPOBatch, batch_idx: int
     ) -> None:
-        """Keep the texts of a rollout that is measured; its row alone holds what was measured."""
+        """Keep the texts of a rollout that is measured and reset the norms of an earlier one."""
         if not self._measures:
             return
         for metric in trainer._results.values():
@@ -67,7 +67,7 @@ class GradientNorms(Callback):
         self._texts = batch.get("pretrain") if pl_module.iteration % self.every == 0 else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the gradient of the texts from that of the step; before clipping, and unscaled under fp16."""
+        """Log the norms before clipping (unscaled under fp16) and restore the step's gradients."""
         texts, self._texts = self._texts, None
         step = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         if texts is None or not step:  # NonFiniteGuard took them
@@ -96,7 +96,7 @@ class GradientNorms(Callback):
 def _gradient(
     trainer: Trainer, pl_module: Any, optimizer: Optimizer, pieces: list[TextBatch]
 ) -> dict[torch.nn.Parameter, Tensor]:
-    """∇ of −γ·log π(texts) per token of all processes, as the step has it; replaces the gradients."""
+    """Compute ∇ of −γ·log π(texts) per token of all processes; overwrites the parameters' gradients."""
     count = pl_module.ranks.sum(torch.stack([piece.target.sum() for piece in pieces]).sum()).clamp(min=1)
     optimizer.zero_grad()
     with torch.enable_grad(), pl_module.optimizers().toggle_model(sync_grad=False):  # the value network has no part
@@ -112,6 +112,6 @@ def _gradient(
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of whole gradients, also where each process has shards of them."""
+    """Global norm of gradients that may be sharded."""
     norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

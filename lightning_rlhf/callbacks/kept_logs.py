@@ -1,4 +1,4 @@
-"""Loggers that a full disk costs lines, and not the run."""
+"""Guard that lets a run survive the write errors of its loggers, such as a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_logs(trainer: Trainer) -> None:
-    """Let training go on where a logger of the trainer cannot write; the first time is told.
+    """Continue training if a logger of the trainer cannot write, and log its first error.
 
     The rows that CSVLogger could not write are written by a later call.
     """
@@ -47,7 +47,7 @@ def _call(method: Callable[..., Any], log: Logger, told: list[str], *arguments: 
 
 @contextmanager
 def _whole(log: Logger) -> Iterator[None]:
-    """Take back what an OSError leaves half written of CSVLogger's file; the rows stay in memory."""
+    """Restore CSVLogger's file after an OSError; the rows stay in memory."""
     writer: Any = log._experiment if isinstance(log, CSVLogger) else None
     if writer is None:
         yield

@@ -1,4 +1,4 @@
-"""What to do about a policy that has left its budget."""
+"""Actions on a rollout over the budget of KL or length."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ logger = logging.getLogger(__name__)
 
 
 class GuardAction(ABC):
-    """Called around each rollout; what it remembers stands in the checkpoint."""
+    """Base class of actions on a rollout over its budget; its state is in the checkpoint."""
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: B027
-        """A rollout begins."""
+        """Prepare for a rollout that begins."""
 
     def keep(self) -> None:  # noqa: B027
-        """The rollout was within its budget."""
+        """Accept a rollout within its budget."""
 
     @abstractmethod
     def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
-        """It was not; `why` says what came and what was allowed."""
+        """React to a rollout over its budget; `why` names the measured number and the budget."""
 
     def state(self) -> dict[str, float]:
-        """What a resumed run needs."""
+        """State for a resumed run."""
         return {}
 
     def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:  # noqa: B027
-        """Go on from `state`."""
+        """Restore `state` in a resumed run."""
 
 
 class StopTraining(GuardAction):
-    """Ends the run with an error, before the rollout gets into a checkpoint or an export."""
+    """Ends the run with an error before the rollout is in a checkpoint or an export."""
 
     def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
-        """Stop.
+        """Stop the run.
 
         Raises:
             RuntimeError: always.
@@ -55,7 +55,7 @@ class StopTraining(GuardAction):
 
 
 class RaiseKL(GuardAction):
-    """Multiplies β.
+    """Multiplies the KL coefficient β.
 
     Args:
         factor: above 1, each time.
@@ -68,7 +68,7 @@ class RaiseKL(GuardAction):
         self._coef: float | None = None
 
     def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
-        """Charge more for the KL from the next rollout on.
+        """Multiply β from the next rollout on.
 
         Raises:
             ValueError: β is 0.
@@ -82,11 +82,11 @@ class RaiseKL(GuardAction):
         logger.warning("%s: the KL coefficient is now %.4g", why, self._coef)
 
     def state(self) -> dict[str, float]:
-        """β since it was raised: a fixed one stands in no checkpoint."""
+        """β if it was raised: a fixed controller's is not in the checkpoint otherwise."""
         return {} if self._coef is None else {"coef": self._coef}
 
     def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
-        """β of an adaptive controller is in the checkpoint already, and may have moved on."""
+        """Restore a raised β, but not an adaptive controller's: the module has restored that one."""
         if "coef" in state:
             self._coef = state["coef"]
             if not pl_module.algorithm.kl.state():
@@ -94,10 +94,11 @@ class RaiseKL(GuardAction):
 
 
 class RollBack(GuardAction):
-    """Returns weights, optimizer, average, β, surrogate and baseline to the last state that sampled within the budget.
+    """Restores the last state whose rollout was within the budget.
 
-    Prompts and random numbers go on, so that the same step is not taken again. The state lies in main memory, twice:
-    trained weights and optimizer. After a resume it is the checkpoint's until a rollout was within the budget.
+    Restored are weights, optimizer, average, β, surrogate and baseline. Prompts and random numbers go on, so that the
+    same step is not taken again. The state is in main memory, twice: trained weights and optimizer. After a resume it
+    is the checkpoint's until a rollout was within the budget.
 
     Args:
         limit: rollouts undone in a run before it stops.
@@ -111,7 +112,7 @@ class RollBack(GuardAction):
         self._candidate: dict[str, Any] | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state that is about to sample: only its rollout says whether it is good.
+        """Copy the state that is about to sample; its rollout decides if it is kept.
 
         Raises:
             ValueError: DeepSpeed's engine has copies of the weights and would bring the newer ones back.
@@ -125,11 +126,11 @@ class RollBack(GuardAction):
         self._good = self._good or self._candidate
 
     def keep(self) -> None:
-        """It was."""
+        """Keep the state that sampled a rollout within its budget."""
         self._good = self._candidate
 
     def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
-        """Go back.
+        """Restore the last state within the budget.
 
         Raises:
             RuntimeError: the limit is reached.
@@ -144,11 +145,11 @@ class RollBack(GuardAction):
         logger.warning("%s: back to the last state within the budget (%d of %d)", why, self._undone, self.limit)
 
     def state(self) -> dict[str, float]:
-        """How often it went back."""
+        """Number of rollouts undone."""
         return {"undone": self._undone}
 
     def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
-        """Count on."""
+        """Restore the number of rollouts undone."""
         self._undone = int(state.get("undone", 0))
 
 
@@ -161,7 +162,7 @@ def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
 
 
 def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """A copy in main memory."""
+    """Copy the state to restore (weights, average, optimizers, algorithm) to main memory."""
     live = {"weights": _trained(pl_module), "average": _average(trainer)}
     live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
     live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
@@ -170,7 +171,7 @@ def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 @torch.no_grad()
 def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
-    """Everything but the learning rates, which follow their schedule."""
+    """Restore a snapshot except the learning rates, which follow their schedule."""
     for kind, live in {"weights": _trained(pl_module), "average": _average(trainer)}.items():
         for name, tensor in live.items():
             tensor.copy_(snapshot[kind][name])

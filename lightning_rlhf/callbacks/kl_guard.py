@@ -1,4 +1,4 @@
-"""A budget for how far the policy may go from the reference, and for how long its responses may get."""
+"""Budgets for the KL from the policy to the reference and for the length of responses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_rlhf.callbacks.kl_action import GuardAction, StopTraining
 
 
 class KLGuard(Callback):
-    """Acts after a rollout whose mean KL to the reference or mean length is over its budget, over all processes.
+    """Acts if the mean KL to the reference or mean length of a rollout of all processes exceeds its budget.
 
     Args:
         kl: most nats per response (`objective/kl`); None is no budget.
@@ -30,28 +30,28 @@ class KLGuard(Callback):
         self._state: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from a checkpoint's state, once the module has its own."""
+        """Restore the action's state after the module has restored its own."""
         self.action.restore(self._state, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A rollout begins."""
+        """Prepare the action for a rollout."""
         self.action.begin(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare what it logged."""
+        """Compare the logged numbers of the rollout with their budgets."""
         for name, budget in self.budgets.items():
-            found = float(trainer.callback_metrics[name])
-            if budget is not None and not found <= budget:  # NaN is over every budget
-                why = f"rollout {pl_module.iteration - 1}: {name} is {found:.4g}, over its budget of {budget:.4g}"
+            measured = float(trainer.callback_metrics[name])
+            if budget is not None and not measured <= budget:  # NaN is over every budget
+                why = f"rollout {pl_module.iteration - 1}: {name} is {measured:.4g}, over its budget of {budget:.4g}"
                 return self.action.act(trainer, pl_module, why)
         return self.action.keep()
 
     def state_dict(self) -> dict[str, Any]:
-        """The action's."""
+        """State of the action."""
         return self.action.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts."""
+        """Keep the action's state until training starts."""
         self._state = dict(state_dict)

@@ -1,4 +1,4 @@
-"""Gradients that are NaN or infinite, as those of such a loss are."""
+"""Guard against gradients that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Leaves out an optimizer step whose gradients are not finite on some process, and keeps what it came from.
+    """Skips an optimizer step whose gradients are not finite on some process, and saves its batch.
 
     Weights and optimizer stay as they were. Under fp16 the loss scaler does this itself and is left to it. DeepSpeed's
-    engine leaves such a step out by itself and shows nobody its gradients: there it is counted and its batch kept.
+    engine skips such a step itself and exposes no gradients: there it is counted and its batch saved.
 
     Args:
-        limit: steps left out in a run before it stops; 0 stops at the first.
+        limit: steps skipped in a run before it stops; 0 stops at the first.
         folder: takes the batch and the names of the parameters concerned, a file for each process; None is `nonfinite`
             in the trainer's `default_root_dir`.
 
@@ -45,7 +45,7 @@ class NonFiniteGuard(Callback):
         self._skipped = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before training that the folder cannot be written to.
+        """Check before training that the folder can be written to.
 
         Raises:
             ValueError: it cannot.
@@ -55,11 +55,11 @@ class NonFiniteGuard(Callback):
             check_writable(trainer, self.place, argument="folder")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what the step comes from."""
+        """Keep the batch of the step."""
         self._batch = batch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients; without any, the optimizer does nothing.
+        """Drop the gradients if any is not finite, so that the optimizer does nothing.
 
         Raises:
             RuntimeError: the limit is reached.
@@ -74,13 +74,13 @@ class NonFiniteGuard(Callback):
             p.grad = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Under DeepSpeed, remember what its engine left out before this run."""
+        """Read how many steps DeepSpeed's engine skipped before this run."""
         self._skipped = _skipped(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count what DeepSpeed's engine left out.
+        """Count the steps that DeepSpeed's engine skipped.
 
         Raises:
             RuntimeError: the limit is reached.
@@ -90,11 +90,11 @@ class NonFiniteGuard(Callback):
             self._count(trainer, [])
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps were left out."""
+        """Number of steps skipped."""
         return {"left_out": self.left_out}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Count on."""
+        """Restore the number of steps skipped."""
         self.left_out = state_dict["left_out"]
 
     def _count(self, trainer: Trainer, parameters: list[str]) -> None:
@@ -115,7 +115,7 @@ class NonFiniteGuard(Callback):
         )
 
     def _dump(self, trainer: Trainer, parameters: list[str]) -> str:
-        """Where the batch is."""
+        """Save the batch of this process and return a sentence with its path or the error."""
         path = self.place / f"step-{trainer.global_step}.rank{trainer.global_rank}.pt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class NonFiniteGuard(Callback):
 
 
 def _skipped(trainer: Trainer) -> int:
-    """Steps that DeepSpeed's engine left out so far; 0 where it is not used or a loss scaler looks for its scale."""
+    """Number of steps DeepSpeed's engine skipped; 0 without it and under fp16, whose loss scaler skips some."""
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return 0
     engine = trainer.strategy.deepspeed_engine
@@ -135,13 +135,13 @@ def _skipped(trainer: Trainer) -> int:
 
 
 def _all_finite(named: dict[str, Tensor]) -> bool:
-    """Whether the shards here are: one wait for the device."""
+    """Return True if this process's gradients are finite, with one synchronization of the device."""
     gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in named.values()]
     return not gradients or bool(torch.stack([g.isfinite().all() for g in gradients]).all())
 
 
 def _plain(batch: Any) -> Any:
-    """A batch as dictionaries and lists, which load without pickle."""
+    """Convert a batch to dictionaries and lists, which load without pickle."""
     if isinstance(batch, Tensor):
         return batch.detach().cpu()
     if hasattr(batch, "_asdict"):

@@ -1,4 +1,4 @@
-"""Paths that belong to something else than an exported model."""
+"""Check that an export replaces no folder that the run reads or writes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FOLDERS = ("dirpath", "place", "path")
-"""Attributes of callbacks that name where they write."""
+"""Attributes of callbacks with the paths that they write to."""
 
 
 def check_free(folder: str | Path, trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
-    """Return if replacing the folder touches nothing that the run reads or writes.
+    """Raise if replacing the folder would remove a path that the run reads or writes.
 
     Args:
         folder: that `callback` is to replace.

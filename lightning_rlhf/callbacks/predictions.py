@@ -1,4 +1,4 @@
-"""`predict` writes responses as JSONL."""
+"""Responses of `predict` as JSONL."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_rlhf.callbacks.writable import check_writable, place_of
 
 
 class PredictionWriter(BasePredictionWriter):
-    """One line per prompt: its record with `response`, `score`, `kl`, `length` and `ended`.
+    """Writes one line per prompt: its record with the keys `response, score, kl, length, ended`.
 
-    What JSON has no form for is written so: bytes as base64; dates and times as in ISO 8601; durations, decimals, UUIDs
-    and infinite numbers as text; NaN as null; what NumPy and torch hold as numbers and lists. A record with anything
+    Values without a form in JSON are converted: bytes as base64; dates and times as in ISO 8601; durations, decimals,
+    UUIDs and infinite numbers as text; NaN as null; NumPy's and torch's as numbers and lists. A record with anything
     else is refused before its prompt is answered.
 
     Args:
@@ -40,7 +40,7 @@ class PredictionWriter(BasePredictionWriter):
         self.place: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before prediction that the file cannot be written.
+        """Check before prediction that the file can be written.
 
         Raises:
             ValueError: its path is a folder's, or cannot be written to.
@@ -67,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write to a temporary name and rename."""
+        """Write all predictions to a temporary name and rename the file."""
         path = self.place
         if trainer.world_size > 1:
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
@@ -80,7 +80,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _records(predictions: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The records in lists of batches, or in lists of loaders of batches."""
+    """Flatten lists of batches or of loaders of batches into records."""
     for entry in predictions:
         if isinstance(entry, dict):
             yield entry
@@ -99,7 +99,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _json(value: Any) -> Any:
-    """The value in a form that JSON has.
+    """Convert a value to a form that JSON has.
 
     Raises:
         TypeError: there is none.

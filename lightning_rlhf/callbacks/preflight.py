@@ -1,4 +1,4 @@
-"""Checks before the first update: what would spoil a run without an error, in a few seconds."""
+"""Checks before the first update for mistakes that would spoil a run without an error."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ DEMONSTRATION_SCORE = 1.0
 
 
 class Preflight(Callback):
-    """Before PPO's first update: rolls out a few training prompts and checks what the mathematics takes for granted.
+    """Rolls out a few prompts before PPO's first update and checks what the mathematics assumes.
 
     The ratio is 1 and, on a new run whose reference is the policy, the KL to it 0; padding moves nothing; tokenizer and
     embeddings agree; the chat template writes what it is given; where the prompts carry a `response`, those
-    demonstrations score near 0 by a learned reward. It says about how much memory the run takes and which tokens end a
+    demonstrations score near 0 by a learned reward. It logs about how much memory the run takes and which tokens end a
     response, and warns of more memory than there is, of ends that are no special tokens, and of sampling filters in the
     policy's generation config, which this library's sampling leaves out. In the other stages, and under strategies that
     shard, it checks tokenizer and template alone.
@@ -66,7 +66,7 @@ class Preflight(Callback):
         self._pending = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what needs no batch.
+        """Check tokenizer and template and estimate the memory.
 
         Raises:
             ValueError: a check failed; all failures are listed, each with what to change.
@@ -89,7 +89,7 @@ class Preflight(Callback):
             logger.warning(warning)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check what needs one, once.
+        """Check the rollout and the demonstrations of the first batch.
 
         Raises:
             ValueError: a check failed.
@@ -115,7 +115,7 @@ class Preflight(Callback):
         pl_module.clock.lap()
 
     def _rollout_problems(self, trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> Iterator[str]:
-        """Ratio, KL and padding on one small rollout."""
+        """Check ratio, KL and padding on one small rollout."""
         collector = module.collector
         rollout = module.responder.respond(prompts, samples=1, stream="preflight", iteration=0)
         temperature = collector.generation.temperature
@@ -149,18 +149,18 @@ class Preflight(Callback):
 
     @staticmethod
     def _report(trainer: Trainer, problems: list[str]) -> None:
-        """Fail on every process where one has a problem."""
+        """Raise on every process if one has a problem."""
         if trainer.strategy.reduce_boolean_decision(not problems):
             return
-        told = "\n".join(f"- {problem}" for problem in problems) or "- on another process, which says more"
-        raise ValueError(f"preflight: this run would go wrong\n{told}\nTo run all the same, take Preflight out.")
+        listed = "\n".join(f"- {problem}" for problem in problems) or "- on another process, which says more"
+        raise ValueError(f"preflight: this run would go wrong\n{listed}\nTo run all the same, take Preflight out.")
 
 
 def filters(module: LightningModule) -> list[tuple[str, Any]]:
-    """Settings of the policy's generation config that would change what is sampled."""
+    """Settings of the policy's generation config that would change sampling."""
     config = getattr(module.policy.network, "generation_config", None)
-    found = {name: getattr(config, name, None) for name in FILTERS}
-    return [(name, value) for name, value in found.items() if value not in FILTERS[name]]
+    settings = {name: getattr(config, name, None) for name in FILTERS}
+    return [(name, value) for name, value in settings.items() if value not in FILTERS[name]]
 
 
 def _first(prompts: PromptBatch, count: int) -> PromptBatch:
@@ -168,14 +168,14 @@ def _first(prompts: PromptBatch, count: int) -> PromptBatch:
 
 
 def _padded(rollout: Any, *, columns: int) -> Any:
-    """The same rollout behind more padding."""
+    """Pad a rollout on the left by more columns."""
     fill = int(rollout.tokens[0, -1])  # a token of which a network that reads padding would make something
     tokens = pad(rollout.tokens, (columns, 0), value=fill)
     return replace(rollout, tokens=tokens, attention_mask=pad(rollout.attention_mask, (columns, 0)))
 
 
 def _demonstration_problems(module: LightningModule, batch: Any) -> Iterator[str]:
-    """Scores of the rows' own responses, by a learned reward: its bias should put them at 0."""
+    """Check that a learned reward scores the demonstrations near 0, where its bias should put them."""
     rows = [row for row in batch["prompts"].rows if isinstance(row.get("response"), str)]
     model = getattr(module.reward, "model", None)
     if not rows or getattr(model, "tokenizer", None) is None:

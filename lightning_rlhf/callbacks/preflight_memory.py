@@ -1,4 +1,4 @@
-"""What a run takes of memory, before it finds out."""
+"""Estimate of the memory that a run takes."""
 
 from __future__ import annotations
 
@@ -36,39 +36,39 @@ SMALLER = "take a smaller model, or train an adapter (`policy.peft`)"
 
 
 def memory_estimate(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """GiB of each part of what this process takes; of activations those of the largest forward and backward.
+    """Memory of this process in GiB by part; activations are those of the largest forward and backward.
 
     Left out are the process itself, what attention caches while it samples, and activations where the data or the
     network do not say how large they are.
     """
     trained = _bytes(module, trained_only=True)
-    found = {"weights": _bytes(module), "gradients": trained, "optimizer": MOMENTS * trained}
+    sizes = {"weights": _bytes(module), "gradients": trained, "optimizer": MOMENTS * trained}
     policy = getattr(module, "policy", None)
     if getattr(module, "responder", None) is not None:
         collector = module.responder.collector
         frozen = collector.frozen()
-        found["frozen networks"] = sum(_bytes(network) for network in frozen)
+        sizes["frozen networks"] = sum(_bytes(network) for network in frozen)
         with trainer.precision_plugin.forward_context():
             dtype = collector.sampler.dtype(module.device.type)
             computed = collector.sampler.training_dtype(module.device.type)
         weight = next(policy.parameters()).element_size()
         if dtype.itemsize != weight or module.device.type == "cpu":  # which packs them
-            found["sampling copy"] = _bytes(policy) * dtype.itemsize // weight
+            sizes["sampling copy"] = _bytes(policy) * dtype.itemsize // weight
         if computed.itemsize != weight:
-            found["autocast copies"] = trained * computed.itemsize // weight
-        found["activations"] = _activations(trainer, module, computed)
-        found |= _of_callbacks(trainer, module)
-    return {name: size / 2**30 for name, size in found.items()}
+            sizes["autocast copies"] = trained * computed.itemsize // weight
+        sizes["activations"] = _activations(trainer, module, computed)
+        sizes |= _of_callbacks(trainer, module)
+    return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def memory_peak(parts: dict[str, float]) -> float:
-    """GiB at the worst moment: what is always there, and either what samples or what learns."""
+    """Peak memory in GiB: the permanent parts plus the larger of sampling and update."""
     sampling, update = parts.get("sampling copy", 0.0), sum(parts.get(name, 0.0) for name in UPDATE)
     return sum(parts.values()) - min(sampling, update)
 
 
 def memory_report(parts: dict[str, float]) -> str:
-    """The estimate in a sentence."""
+    """Describe the estimate in a sentence."""
     listed = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
     rest = "" if parts.get("activations") else ", and activations"
     return (
@@ -78,7 +78,7 @@ def memory_report(parts: dict[str, float]) -> str:
 
 
 def memory_warning(parts: dict[str, float], available: float | None) -> str | None:
-    """What to lower where the estimate exceeds the GiB that a process can have; None where it does not."""
+    """Name a remedy if the estimate exceeds the available GiB per process; returns None if it does not."""
     needed = memory_peak(parts)
     if available is None or needed <= available:
         return None
@@ -90,7 +90,7 @@ def memory_warning(parts: dict[str, float], available: float | None) -> str | No
 
 
 def memory_available(trainer: Trainer, device: torch.device) -> float | None:
-    """GiB of the GPU, or of the machine shared by its processes; None where neither says."""
+    """Memory in GiB of the GPU, or a process's share of the machine's; returns None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory / 2**30)
     if device.type != "cpu" or not hasattr(os, "sysconf"):
@@ -99,7 +99,7 @@ def memory_available(trainer: Trainer, device: torch.device) -> float | None:
 
 
 def _activations(trainer: Trainer, module: Any, dtype: torch.dtype) -> int:
-    """Bytes that the largest forward keeps: of texts in the policy, or of responses in all trained networks."""
+    """Bytes kept by the largest forward, of texts in the policy or of responses in all trained networks."""
     data, updates = getattr(trainer, "datamodule", None), module.updates
     prompt, text = (getattr(data, name, None) for name in ("max_prompt_tokens", "text_tokens"))
     networks = [network for network in (module.policy.network, getattr(module.value, "network", None)) if network]
@@ -115,14 +115,14 @@ def _activations(trainer: Trainer, module: Any, dtype: torch.dtype) -> int:
 
 
 def _tokens(updates: Any, *, rows: int, width: int) -> int:
-    """Tokens of the largest microbatch; a sequence longer than it goes alone."""
+    """Tokens of the largest microbatch; a longer sequence is one by itself."""
     if updates.microbatch_tokens is not None:
         return min(max(updates.microbatch_tokens, width), rows * width)
     return min(updates.microbatch or rows, rows) * width
 
 
 def _kept(network: nn.Module, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of a network's activations; 0 where its config has other names for its sizes."""
+    """Bytes of a network's activations; 0 if its config has other names for its sizes."""
     config: Any = getattr(network, "config", None)
     layers, hidden = (getattr(config, name, None) or 0 for name in ("num_hidden_layers", "hidden_size"))
     name = "is_activation_checkpointing"  # transformers renamed it
@@ -134,18 +134,18 @@ def _kept(network: nn.Module, tokens: int, dtype: torch.dtype) -> int:
 
 
 def _of_callbacks(trainer: Trainer, module: Any) -> dict[str, int]:
-    """Bytes that callbacks hold beside the networks."""
+    """Bytes of callbacks' copies of weights and gradients."""
     trained = [p for p in module.policy.parameters() if p.requires_grad]
-    found = {}
+    sizes = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
-            found["EMA"] = sum(p.numel() * max(p.element_size(), 4) for p in trained)
+            sizes["EMA"] = sum(p.numel() * max(p.element_size(), 4) for p in trained)
         elif isinstance(callback, GradientNorms) and module.algorithm.ptx_coef:
             copies = MEASUREMENT if trainer.world_size > 1 else 1  # one process copies none of the step's gradients
-            found["GradientNorms"] = copies * sum(p.numel() * p.element_size() for p in trained)
-    return found
+            sizes["GradientNorms"] = copies * sum(p.numel() * p.element_size() for p in trained)
+    return sizes
 
 
 def _bytes(network: nn.Module, *, trained_only: bool = False) -> int:
-    """Of distinct parameters; of a sharded one, the whole."""
+    """Bytes of the distinct parameters, a sharded one counted whole."""
     return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad or not trained_only)

@@ -1,4 +1,4 @@
-"""Whether tokenizer, embeddings and chat template fit each other."""
+"""Checks that tokenizer, embeddings and chat template fit each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUESTION, ANSWER = "How are you?", "Well, thank you."
 
 
 def vocabulary_problems(module: LightningModule, tokenizer: Any) -> Iterator[str]:
-    """Tokens without an embedding, and an end token that no response can have."""
+    """Check that all tokens including the end and padding tokens have an embedding."""
     network = _model(module).network
     rows = network.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values(), default=-1)
@@ -23,13 +23,13 @@ def vocabulary_problems(module: LightningModule, tokenizer: Any) -> Iterator[str
             f"stands beside the weights, or call resize_token_embeddings({highest + 1}) and save the model again"
         )
     for name in ("eos_token_id", "pad_token_id"):
-        found = getattr(tokenizer, name)
-        if found is not None and found >= rows:
-            yield f"the tokenizer's {name} is {found}, but the network embeds {rows} tokens: set one that it knows"
+        token = getattr(tokenizer, name)
+        if token is not None and token >= rows:
+            yield f"the tokenizer's {name} is {token}, but the network embeds {rows} tokens: set one that it knows"
 
 
 def template_problems(tokenizer: Any) -> Iterator[str]:
-    """A template that fails or loses the texts."""
+    """Check that the chat template renders and keeps the texts."""
     if tokenizer.chat_template is None:
         return
     try:
@@ -42,7 +42,7 @@ def template_problems(tokenizer: Any) -> Iterator[str]:
 
 
 def template_warning(tokenizer: Any) -> str | None:
-    """What to say where the prompt for an answer is not how the dialogue with that answer begins."""
+    """Warn if a prompt is no prefix of the dialogue with its answer; returns None if it is."""
     if tokenizer.chat_template is None:
         return None
     prompt, dialogue = _written(tokenizer)
@@ -56,13 +56,13 @@ def template_warning(tokenizer: Any) -> str | None:
 
 
 def end_report(module: LightningModule, tokenizer: Any) -> str:
-    """Which tokens end a response."""
+    """List the tokens that end a response."""
     names = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in _ends(module, tokenizer))
     return f"a response ends at any of: {names}"
 
 
 def end_warnings(module: LightningModule, tokenizer: Any) -> Iterator[str]:
-    """Ends that can't be one set with the others: one of ordinary words, or no token, or a word that texts hold."""
+    """Warn of ends of a response that are not special tokens, in the template or the generation config."""
     after = after_turn(tokenizer)
     if after and turn_end(tokenizer) is None:
         yield (
@@ -82,7 +82,7 @@ def end_warnings(module: LightningModule, tokenizer: Any) -> Iterator[str]:
 
 
 def _ends(module: LightningModule, tokenizer: Any) -> list[int]:
-    """With those of the generation config, which a reward model has not."""
+    """End tokens of the tokenizer and of the generation config, which a reward model has not."""
     config = getattr(_model(module).network, "generation_config", None)
     return end_tokens(tokenizer, getattr(config, "eos_token_id", None))
 
@@ -92,7 +92,7 @@ def _model(module: LightningModule) -> Any:
 
 
 def _written(tokenizer: Any) -> tuple[str, str]:
-    """A question with the generation prompt, and the question with its answer."""
+    """Render a question with the generation prompt, and the question with its answer."""
     asked = [{"role": "user", "content": QUESTION}]
     whole = [*asked, {"role": "assistant", "content": ANSWER}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)

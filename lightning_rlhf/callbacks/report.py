@@ -1,4 +1,4 @@
-"""The report of a run, when it has ended."""
+"""Report of a run, written when it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class Report(Callback):
     """Writes `report.html`, its figures as PNG and their numbers as CSV when `fit` ends.
 
-    It does what `lightning-rlhf report FOLDER` does, from the files of the run and nothing else, so that the command
+    It does the same as `lightning-rlhf report FOLDER`, from the files of the run and nothing else, so that the command
     makes the same page later. A log that cannot be read, or a full disk, costs the report and not the run: the reason
     is a warning.
 
@@ -33,7 +33,7 @@ class Report(Callback):
         self.place: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before training, and not after it.
+        """Check before training that the report can be written.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -46,7 +46,7 @@ class Report(Callback):
             check_writable(trainer, self.place, argument="output")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it, on the first process."""
+        """Write the report on the first process."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         for log in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Every response that was learned from, kept to be read, plotted and scored again."""
+"""Log of all training responses."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ class RolloutLog(FileCallback):
         self.file = RunFile(folder, "rollouts.jsonl")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the log."""
+        """Open the log file."""
         if hasattr(pl_module, "outcome"):
             self.file.begin(trainer, before=pl_module.iteration)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the rollout."""
+        """Append the rollout to the log."""
         if self.file.path is None:
             return
-        found = self.file.gathered(trainer, _lines(trainer, pl_module, pl_module.outcome))
+        records = self.file.gathered(trainer, _lines(trainer, pl_module, pl_module.outcome))
         if trainer.is_global_zero:
-            self.file.append(found)
+            self.file.append(records)
 
 
 def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Iterator[Keyed]:
-    """Of this process; the key is the response's place in the rollout of all."""
-    world, samples, tokens = trainer.world_size, module.samples_per_prompt, outcome.tokens()
+    """Records of this process; a key is the response's index in the rollout of all processes."""
+    world = trainer.world_size
+    samples = module.samples_per_prompt
+    tokens = outcome.tokens()
     before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.prompt_index.tolist()
     said = zip(outcome.rows, responses(module, tokens), tokens, outcome.numbers(), strict=True)
     for i, (row, response, ids, numbers) in enumerate(said):
@@ -58,7 +60,7 @@ def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Itera
 
 
 def responses(module: LightningModule, tokens: list[list[int]]) -> list[str | None]:
-    """As the text that a reward is given; None where the module has no tokenizer."""
+    """Decode responses to the texts that a reward reads; each is None if the module has no tokenizer."""
     if module.tokenizer is None:
         return [None] * len(tokens)
     return texts_of(tokens, module.tokenizer)

@@ -1,4 +1,4 @@
-"""What the progress bar says while a rollout is drawn, and when the run will be over."""
+"""Text of the progress bar during a rollout, with the time left in the run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_rlhf.engines.progress import Progress, Watch
 
 
 class RolloutProgress(Callback):
-    """Text of the progress bar during a step: responses and tokens/s while they are drawn, then which update it is.
+    """Text of the progress bar during a step: responses drawn and tokens/s, then the number of the update.
 
-    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. The score, the KL and
-    the time left to the end of the run are on the bar, the logger's version is not. Responses are of process 0.
-    It knows `TQDMProgressBar` and `RichProgressBar`, and does nothing under another bar, without one, and in the stages
-    without rollouts.
+    A step of reinforcement learning takes minutes, during which Lightning's bar stands still. The score, the KL and the
+    time left to the end of the run are on the bar, the logger's version is not. Responses are of process 0. It supports
+    `TQDMProgressBar` and `RichProgressBar`, and does nothing under another bar, without one, and in the stages without
+    rollouts.
 
     Args:
         every: seconds between two changes of the bar, at least; raise it where the output goes to a file.
@@ -39,19 +39,19 @@ class RolloutProgress(Callback):
         self._updates = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; what an earlier run did took no time of this one."""
+        """Start the clock and note the share that an earlier run did, which took no time of this one."""
         if _shown(trainer, pl_module):
             self._start, self._before = perf_counter(), _share(trainer, pl_module)
             _hide_version(trainer.progress_bar_callback)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch the rollout."""
+        """Follow the rollout's progress."""
         self._updates = 0
         if _shown(trainer, pl_module):
             pl_module.collector.sampler.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Say which update is computed."""
+        """Show the number of the update."""
         if _shown(trainer, pl_module) and pl_module.outcome is not None:
             total = pl_module.updates.steps(len(pl_module.outcome.rollout))
             update = f"update {self._updates + 1}/{total}"
@@ -64,7 +64,7 @@ class RolloutProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say how long the run will take."""
+        """Show the time left in the run."""
         if _shown(trainer, pl_module):
             pl_module.collector.sampler.watch = None  # validation has a bar of its own
             _describe(trainer, self._left(trainer, pl_module))
@@ -75,7 +75,7 @@ class RolloutProgress(Callback):
         _describe(trainer, ", ".join(filter(None, [responses, self._left(trainer, module)])))
 
     def _left(self, trainer: Trainer, module: LightningModule) -> str:
-        """At the mean pace so far; nothing before the first step and where the run has no end."""
+        """Time left at the mean pace so far; empty before the first step and if the run has no end."""
         share = _share(trainer, module)
         if share <= self._before:
             return ""
@@ -84,7 +84,7 @@ class RolloutProgress(Callback):
 
 
 def _share(trainer: Trainer, module: LightningModule) -> float:
-    """What part of the run is done, by whichever limit is nearer."""
+    """Share of the run that is done, by the nearer limit."""
     rollouts = trainer.num_training_batches * (trainer.max_epochs or -1)
     shares = [module.iteration / rollouts if rollouts > 0 else 0.0]
     shares.append(trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0)
@@ -98,13 +98,13 @@ def _shown(trainer: Trainer, module: LightningModule) -> bool:
 
 
 def _hide_version(bar: TQDMProgressBar | RichProgressBar) -> None:
-    """Take the logger's version off the bar, where it takes the room of a metric."""
+    """Hide the logger's version on the bar, which takes the room of a metric."""
     metrics = bar.get_metrics
     bar.get_metrics = lambda *each: {name: value for name, value in metrics(*each).items() if name != "v_num"}
 
 
 def _describe(trainer: Trainer, text: str) -> None:
-    """Put it behind the epoch."""
+    """Show a text behind the epoch."""
     words = ", ".join(filter(None, [f"Epoch {trainer.current_epoch}", text]))
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar):

@@ -1,4 +1,4 @@
-"""A JSONL file of one run, which after a resume holds what that of an uninterrupted run would."""
+"""JSONL file of a run that has the same lines after a resume as without an interruption."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from lightning_rlhf.callbacks.writable import on_first, place_of
 logger = logging.getLogger(__name__)
 
 Keyed = tuple[tuple[int, ...], dict[str, Any]]
-"""A record with its place among those of all processes."""
+"""A record with its sort key among those of all processes."""
 OPENING = re.compile(rb'\{"iteration": (\d+)[,}]')
-"""How every line begins: a log of gigabytes is cut without parsing it."""
+"""Opening of every line, so that a log of gigabytes is cut without parsing it."""
 
 
 class RunFile:
-    """Grows by whole lines, all of a rollout or an evaluation at once; each begins with its `iteration`.
+    """JSONL file that grows by all lines of a rollout or evaluation at once; each begins with its `iteration`.
 
-    Process 0 writes what all have; meanwhile no other run may. Where the disk refuses, what was half written is taken
-    back and training goes on. Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in
-    two.
+    Process 0 writes the records of all and locks the file. If writing fails, half-written lines are removed and
+    training goes on. Text is escaped as JSON in ASCII: no line of it moves a terminal's cursor or breaks in two.
 
     Args:
         folder: None is the trainer's `default_root_dir`.
@@ -51,14 +50,14 @@ class RunFile:
         self._lock = RunLock()
 
     def begin(self, trainer: Trainer, *, before: float) -> None:
-        """Find the file, on all processes; on process 0 cut off what belongs to a rollout that is no more.
+        """Open the file; on process 0 lock it and cut off the lines of rollouts that a resume discards.
 
         Args:
             trainer: whose folder and processes.
-            before: the first `iteration` of which nothing is kept; 0 begins anew and moves an earlier file aside.
+            before: the first `iteration` whose lines are cut off; 0 begins anew and moves an earlier file aside.
 
         Raises:
-            ValueError: another run holds the file, or the folder cannot be written to.
+            ValueError: another run has locked the file, or the folder cannot be written to.
         """
         self.path = None if trainer.fast_dev_run else place_of(trainer, self.folder) / self.name
         if self.path is None:
@@ -67,7 +66,7 @@ class RunFile:
         on_first(trainer, partial(self._cut, before), folder=self.path.parent, argument="folder")
 
     def end(self) -> None:
-        """Let other runs write the file."""
+        """Unlock the file for other runs."""
         self._lock.release()
 
     def _cut(self, before: float) -> None:
@@ -78,12 +77,12 @@ class RunFile:
             file.truncate(_end_of(path, before))
 
     def gathered(self, trainer: Trainer, keyed: Iterable[Keyed]) -> list[dict[str, Any]]:
-        """The records of all processes in the order of their keys, on process 0; elsewhere none."""
+        """Gather the records of all processes on process 0 in the order of their keys; others get none."""
         mine = list(keyed)
         if trainer.world_size > 1:
-            found: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(mine, found)
-            mine = [pair for part in found or [] for pair in part]
+            parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(mine, parts)
+            mine = [pair for part in parts or [] for pair in part]
         return [record for _, record in sorted(mine, key=lambda pair: pair[0])]
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
@@ -100,7 +99,7 @@ class RunFile:
             logger.error("%s was not written to (%s): training goes on without these lines", self.path, error)
 
     def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Take out lines, all at once: the file is written anew and renamed, or stays as it is."""
+        """Remove unwanted lines atomically: the file is rewritten and renamed, or stays as it is."""
         if self.path is None or not self.path.exists():
             return
         part = self.path.with_name(self.path.name + ".part")
@@ -114,30 +113,30 @@ class RunFile:
 
 
 class FileCallback(Callback):
-    """Lets go of its `file` when a stage ends, however it ends."""
+    """Base class of callbacks with a `file` that is unlocked when a stage ends or fails."""
 
     file: RunFile
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, which an export must not replace."""
+        """Resolve the folder, which an export must not replace."""
         self.file.place = place_of(trainer, self.file.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let other runs write the file."""
+        """Unlock the file for other runs."""
         self.file.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let other runs write the file."""
+        """Unlock the file for other runs."""
         self.file.end()
 
 
 def _end_of(path: Path, before: float) -> int:
-    """Bytes up to the first line that is torn, or of iteration `before` or later."""
+    """Bytes up to the first line that is incomplete or of iteration `before` or later."""
     end = 0
     with path.open("rb") as lines:
         for line in lines:
-            found = OPENING.match(line)
-            if found is None or int(found[1]) >= before or not line.endswith(b"\n"):
+            opening = OPENING.match(line)
+            if opening is None or int(opening[1]) >= before or not line.endswith(b"\n"):
                 break
             end += len(line)
     return end

@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of a folder."""
+"""Lock of a folder against a second run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if os.name == "posix":
 
 
 class RunLock:
-    """An exclusive lock on a file, held by one process until it is released or the process ends, however that ends.
+    """Exclusive lock of a file by one process until it is released or the process ends, even if killed.
 
     Where the system or the file system has no POSIX locks, nothing is locked.
     """
@@ -28,7 +28,7 @@ class RunLock:
         self._path: Path | None = None
 
     def claim(self, trainer: Trainer, path: Path, *, argument: str) -> None:
-        """Take the lock on the first process, for all of them.
+        """Lock the file on the first process, for all of them.
 
         Args:
             trainer: whose processes.
@@ -36,7 +36,7 @@ class RunLock:
             argument: where the user gave the folder.
 
         Raises:
-            ValueError: another run holds it, or the folder cannot be written to.
+            ValueError: another run has locked it, or the folder cannot be written to.
         """
 
         def problem() -> str | None:
@@ -50,7 +50,7 @@ class RunLock:
         on_first(trainer, problem, folder=path.parent, argument=argument)
 
     def take(self, path: Path) -> str | None:
-        """Lock the file, and write into it who holds it; it and its folder are created.
+        """Create a file and its folder, lock it and write its holder into it.
 
         Returns:
             None if the lock is taken; otherwise its holder: process, computer, start and command.

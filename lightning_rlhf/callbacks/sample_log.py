@@ -1,4 +1,4 @@
-"""What the policy says to held-out prompts, from before training to its end."""
+"""Log of responses to held-out prompts, from before training to its end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SampleLog(FileCallback):
         self._evaluated: int | None = None  # `iteration` of the last validation that was written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the log; of a new run, write the state before training."""
+        """Open the log; in a new run also write the responses before training."""
         if not hasattr(pl_module, "outcome"):
             return
         fresh = pl_module.iteration == 0
@@ -54,12 +54,12 @@ class SampleLog(FileCallback):
             self._write(trainer, pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the log."""
+        """Open the log without cutting it."""
         if hasattr(pl_module, "outcome"):
             self.file.begin(trainer, before=float("inf"))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an interrupted evaluation took in."""
+        """Discard the responses of an interrupted evaluation."""
         self._taken = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -73,32 +73,32 @@ class SampleLog(FileCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in the responses."""
+        """Collect the responses of the batch."""
         if self.file.path is not None and not trainer.sanity_checking:
             self._take(trainer, pl_module, batch_idx, dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
+        """Write the collected responses."""
         if self.file.path is not None and not trainer.sanity_checking:
             self._write(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
+        """Write the collected responses."""
         if self.file.path is not None:
             self._write(trainer, pl_module, "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The last validation that was written."""
+        """Iteration of the last validation that was written."""
         return {"evaluated": self._evaluated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it, so that a validation which the checkpoint does not know is cut off."""
+        """Restore it, so that validations after the checkpoint are cut off."""
         self._evaluated = state_dict["evaluated"]
 
     def _answer(self, trainer: Trainer, module: LightningModule) -> None:
-        """Evaluate without a trainer's validation, whose callbacks would take it for one of training."""
+        """Answer the validation set outside the trainer's validation, whose callbacks would count it."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         trainer.validating = True
         loop.setup_data()
@@ -125,13 +125,13 @@ class SampleLog(FileCallback):
                 self._taken.append((key, {"prompt": row.get("prompt"), "response": response} | numbers))
 
     def _write(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        found, self._taken = self.file.gathered(trainer, self._taken), []
+        records, self._taken = self.file.gathered(trainer, self._taken), []
         if stage == "val":
             self._evaluated = module.iteration
-        if not trainer.is_global_zero or not found:
+        if not trainer.is_global_zero or not records:
             return
         opening = {"iteration": module.iteration, "stage": stage}
-        lines = [opening | {"index": index} | record for index, record in enumerate(found)]
+        lines = [opening | {"index": index} | record for index, record in enumerate(records)]
         if stage == "test":
             self.file.drop(lambda line: line["stage"] == "test")
         self.file.append(lines)

@@ -1,4 +1,4 @@
-"""Samples as a table, for the loggers that have tables."""
+"""Table of samples for the loggers that support tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "samples"
 def show(
     loggers: Iterable[Logger], before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], *, step: int
 ) -> None:
-    """Prompts with the first and the present response, to TensorBoard's text page and to a W&B table.
+    """Log prompts with their first and present response to TensorBoard's text page and a W&B table.
 
     Args:
         loggers: of the trainer; others have no tables.
@@ -33,7 +33,7 @@ def show(
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells hold what a model wrote: none of it is markup."""
+    """Format a Markdown table whose cells are escaped, because a model wrote them."""
     head = [list(columns), ["---"] * len(columns)]
     cells = [[markdown(cell) if isinstance(cell, str) else f"{cell:.3f}" for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in head + cells)
@@ -45,7 +45,7 @@ def _row(before: dict[str, Any], now: dict[str, Any]) -> list[Any]:
 
 
 def _text(said: Any) -> str:
-    """A text, or a dialogue with its roles."""
+    """Format a text, or a dialogue with its roles."""
     if isinstance(said, list):
         return "\n".join(f"{message['role']}: {message['content']}" for message in said)
     return "" if said is None else str(said)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a wish to leave, granted where nothing is half done."""
+"""Defer SIGINT and SIGTERM to the end of the current batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """Notes the first signal to leave; a second one leaves at once.
+    """Records the first SIGINT or SIGTERM; a second one ends the run at once.
 
     Attributes:
-        received: the signal's number, None so far.
+        received: the signal's number, or None.
     """
 
     def __init__(self) -> None:
@@ -27,18 +27,18 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
-        """Take over from the handlers there are; only the main thread can."""
+        """Install the handlers, which only the main thread can."""
         if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in POLITE}
 
     def release(self) -> None:
-        """Give the handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before, self.received = {}, None
 
     def leave(self) -> NoReturn:
-        """End the run, with the status that the signal has in a shell where Lightning allows it.
+        """End the run with the signal's exit status in a shell, if Lightning allows it.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C; Lightning ends with status 1.

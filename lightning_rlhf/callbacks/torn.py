@@ -1,4 +1,4 @@
-"""Files that are whole: how to make them so before they get their name, and how to tell."""
+"""Atomic writes and integrity checks for checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def settle(path: Path) -> None:
-    """Make the operating system write a file, or a folder with its files, to the disk.
+    """Flush a file or all files of a folder to the disk.
 
     Raises:
         OSError: the disk is full or broken.
@@ -22,7 +22,7 @@ def settle(path: Path) -> None:
 
 
 def rename(path: Path, name: Path) -> None:
-    """Give `path` a name that may be taken already; what has it, a file or a folder, is removed."""
+    """Rename `path`, replacing a file or folder that has the name."""
     if name.is_dir() and not name.is_symlink():  # a folder cannot be replaced in one step
         shutil.rmtree(name)
     elif path.is_dir():  # nor a file by a folder
@@ -33,7 +33,7 @@ def rename(path: Path, name: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder, if it is there and can be removed."""
+    """Remove a file or folder if it exists and can be removed."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -42,7 +42,7 @@ def discard(path: Path) -> None:
 
 
 def defect(path: Path) -> str | None:
-    """Why a checkpoint cannot be read; None where each of its bytes is as it was written.
+    """Describe why a checkpoint cannot be read; returns None if it is intact.
 
     A file that torch wrote is a zip archive with a checksum of every tensor; a sharded checkpoint is a folder, of which
     only the presence of its index is checked.

@@ -1,4 +1,4 @@
-"""Folders that callbacks write to: where they are, and whether they can be written to."""
+"""Folders that callbacks write to, with a check that they are writable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 
 def place_of(trainer: Trainer, given: str | None, *below: str) -> Path:
-    """Path that a callback writes to.
+    """Resolve the path that a callback writes to.
 
     Args:
         trainer: whose `default_root_dir` is the folder of the run.
@@ -21,11 +21,11 @@ def place_of(trainer: Trainer, given: str | None, *below: str) -> Path:
 
 
 def on_first(trainer: Trainer, action: Callable[[], str | None], *, folder: Path, argument: str) -> None:
-    """Do something in a folder on the first process, for all of them.
+    """Run an action in a folder on the first process, for all of them.
 
     Args:
         trainer: whose processes.
-        action: returns what is wrong, or None.
+        action: returns an error message, or None.
         folder: for the error.
         argument: where the user gave the folder.
 
@@ -44,7 +44,7 @@ def on_first(trainer: Trainer, action: Callable[[], str | None], *, folder: Path
 
 
 def check_writable(trainer: Trainer, folder: Path, *, argument: str) -> None:
-    """Return if a folder can be written to, or be made; nothing is made.
+    """Raise if a folder can neither be written to nor be made; nothing is made.
 
     Raises:
         ValueError: on all processes, it cannot.
@@ -53,7 +53,7 @@ def check_writable(trainer: Trainer, folder: Path, *, argument: str) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Look at the innermost folder that there is.
+    """Check the innermost folder that exists.
 
     Raises:
         OSError: it is a file, or nothing may be written into it.

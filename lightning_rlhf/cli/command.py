@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Keeps the config of a training run beside its logs; evaluating a model writes none."""
+    """Saves the config of a training run beside its logs, and none of an evaluation."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it if there is something to train and a logger to say where."""
+        """Save the config if the command trains and a logger names the folder."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 
 class RLHFCLI(LightningCLI):
-    """Any of our modules with any of our data modules, or your own, by `class_path`.
+    """Command line for any module with any data module by `class_path`, this library's or your own.
 
     Args:
         args: the command line; None reads it from the process.
@@ -69,21 +69,21 @@ class RLHFCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # of this command line
-        """What there is to run; the one that stands first alone, where one does: each takes as long to build."""
+        """Return the named subcommand alone, or all if none is named: each parser takes as long to build."""
         every = LightningCLI.subcommands()
         return {name: skipped for name, skipped in every.items() if name in self._given[:1]} or every
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse what only a flag may say (`consent`)."""
+        """Parse the command line and refuse settings that a config file may not make (`consent`)."""
         try:
-            gone = replaced_callbacks(expanded(self._given))
+            replaced = replaced_callbacks(expanded(self._given))
         except ValueError as error:
             parser.error(str(error))
-        if gone:
+        if replaced:
             logger.warning(
                 "a later config's `trainer.callbacks` replaces those of the one before: %s will not run; write "
                 "`callbacks+:` to add to them",
-                ", ".join(gone),
+                ", ".join(replaced),
             )
         try:
             super().parse_arguments(parser, args)
@@ -98,10 +98,10 @@ class RLHFCLI(LightningCLI):
             chosen.verbose = False  # Lightning's table; `_show` prints ours
 
     def before_instantiate_classes(self) -> None:
-        """Look into the checkpoint that is to be loaded, so that a wrong one costs no time.
+        """Check the checkpoint before anything is built, so that a wrong one costs no time.
 
         Raises:
-            ValueError: there can be none, or it is torn, pickled, or another module's.
+            ValueError: it cannot exist, or is corrupt, pickled, or another module's.
         """
         chosen = self.config[self.config.subcommand]
         if not chosen.ckpt_path or not has_file(chosen.ckpt_path):
@@ -115,11 +115,11 @@ class RLHFCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Have a checkpoint that is a folder looked into before it is loaded, also for modules of your own."""
+        """Check a checkpoint that is a folder before it is loaded, also for modules of your own."""
         guard(self.trainer.strategy)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it.
+        """Run a subcommand.
 
         Raises:
             ValueError: the checkpoint's weights are those of another network.
@@ -134,12 +134,12 @@ class RLHFCLI(LightningCLI):
             ) from error
 
     def after_fit(self) -> None:
-        """Print where the results are."""
+        """Print the paths of the results."""
         if not self.trainer.fast_dev_run:
             self._show(results(self.trainer))
 
     def after_predict(self) -> None:
-        """Print where the responses are."""
+        """Print the paths of the responses."""
         self._show(predictions(self.trainer))
 
     def after_validate(self) -> None:
@@ -155,7 +155,7 @@ class RLHFCLI(LightningCLI):
             print(f"\n{text}")
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: what is on the command line holds, also beside a checkpoint that remembers other arguments."""
+        """Disable Lightning's merging of checkpoint hyperparameters into the config."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the standard callbacks and the run's folder."""

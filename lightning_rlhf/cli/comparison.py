@@ -1,4 +1,4 @@
-"""How two scores of the same responses agree."""
+"""Agreement of two scores of the same responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Comparison:
-    """Two scores of the same responses, taken in one after the other; only one rollout is kept.
+    """Running comparison of two scores of the same responses; only one rollout is in memory.
 
     rank agreement = share of the pairs of one rollout, ties of either score apart, that both order alike: what a policy
     trained on either would learn.
@@ -23,7 +23,7 @@ class Comparison:
         self._alike = self._ordered = 0
 
     def add(self, old: float, new: float, *, group: int) -> None:
-        """One response of rollout `group`, whose responses follow each other."""
+        """Add a response of rollout `group`; the responses of a rollout must follow each other."""
         if group != self._group:
             self._close()
             self._group = group
@@ -42,31 +42,31 @@ class Comparison:
 
     @property
     def count(self) -> int:
-        """Responses so far."""
+        """Number of responses so far."""
         return int(self._sums[0])
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of the old and the new score."""
+        """Means of the old and the new score."""
         n, x, y, *_ = self._sums
         old, new = self._first or (math.nan, math.nan)
         return old + x / max(n, 1), new + y / max(n, 1)
 
     @property
     def correlation(self) -> float:
-        """Pearson's, NaN where a score does not vary."""
+        """Pearson's correlation, NaN if a score does not vary."""
         n, x, y, xx, yy, xy = self._sums
         spread = (n * xx - x * x) * (n * yy - y * y)
         return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else math.nan
 
     @property
     def agreement(self) -> float:
-        """Rank agreement, NaN where no pair is ordered by both."""
+        """Rank agreement, NaN if no pair is ordered by both."""
         self._close()
         return self._alike / self._ordered if self._ordered else math.nan
 
     def report(self, output: str) -> str:
-        """What a user reads at the end."""
+        """Summary of the comparison as text."""
         old, new = self.means
         agreement = f"{self.agreement:.4f} of {self._ordered} pairs of a rollout"
         named = {"responses": str(self.count), "mean raw_score": f"{old:.4f}", "mean rescored": f"{new:.4f}"}

@@ -1,4 +1,4 @@
-"""`lightning-rlhf completion SHELL`: a script that completes commands, keys and names of shipped configs."""
+"""`lightning-rlhf completion SHELL`: a script for completion of commands, keys and shipped configs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the script of a shell."""
+    """Print the completion script of a shell."""
     parser = argparse.ArgumentParser(
         prog="lightning-rlhf completion",
         description="Print a script that completes the command line in a shell.",

@@ -1,4 +1,4 @@
-"""The shipped configs by name: `--config grpo`, and `lightning-rlhf configs` to list and print them."""
+"""Shipped configs by name, with the command `lightning-rlhf configs` to list and print them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-"""Where they are: in the package, which links to those of a clone, or in a clone whose links were not made."""
+"""Folders of the configs: in the package, which links to those of a clone, or in a clone without the links."""
 
 
 def shipped() -> dict[str, Path]:
@@ -19,7 +19,7 @@ def shipped() -> dict[str, Path]:
 
 
 def path_of(config: str) -> str:
-    """Path of a config: of a shipped one by its name; an existing file and a name with a suffix stay as they are.
+    """Return the path of a shipped config by its name; existing files and names with a suffix are unchanged.
 
     Raises:
         ValueError: it is no file, and none of that name is shipped.

@@ -1,4 +1,4 @@
-"""What a config file may not decide: to run code that came with a model, to load pickles, or to fetch a checkpoint."""
+"""Settings that a config file may not make: to run a model's code, load pickles or fetch a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _YES = ("true", "yes", "1")
 
 
 def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None:
-    """Why the parsed config must not run, or None.
+    """Describe why the parsed config must not run; returns None if it may.
 
     `trust_remote_code` has to be typed by whoever starts the run, under the very name of the argument it is for: then a
     config that was downloaded, or written by an earlier run, turns nothing on. `weights_only: false` has no flag.
@@ -35,13 +35,13 @@ def objection(config: Mapping[str, Any], arguments: Sequence[str]) -> str | None
 
 
 def _typed(arguments: Sequence[str]) -> set[str]:
-    """Flags that the command line sets to true."""
-    found = set()
+    """Collect the flags that the command line sets to true."""
+    flags = set()
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
         if (value if equals else following).lower() in _YES:
-            found.add(flag.replace(".init_args.", ".").replace(".dict_kwargs.", "."))
-    return found
+            flags.add(flag.replace(".init_args.", ".").replace(".dict_kwargs.", "."))
+    return flags
 
 
 def _leaves(value: Any, name: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -1,4 +1,4 @@
-"""`lightning-rlhf fit|validate|test|predict --config …`, and tools. Cheap to import: Lightning comes in with `main`."""
+"""Entry point of `lightning-rlhf COMMAND`, cheap to import because only `main` imports Lightning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOOLS = {
     "report": "lightning_rlhf.report.command",
     "rescore": "lightning_rlhf.cli.rescore",
 }
-"""Commands beside Lightning's, and the module of each, whose `main` takes the arguments after its name."""
+"""Modules of the commands beside Lightning's, whose `main` takes the arguments after the command."""
 
 
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
     "rescore": "score the responses of a run by another reward",
     "completion": "print a script for the shell's tab key",
 }
-"""Commands, with what the help says of each."""
+"""Commands with their help."""
 HELP = """usage: lightning-rlhf COMMAND [--config NAME_OR_FILE] [--run FOLDER] [--KEY VALUE ...]
 
 {commands}
@@ -40,13 +40,13 @@ HELP = """usage: lightning-rlhf COMMAND [--config NAME_OR_FILE] [--run FOLDER] [
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Parse the command line (or `args`) and run it; returns the CLI object, whose `trainer` and `model` are live.
+    """Run the command line (or `args`) and return the CLI object with its `trainer` and `model`.
 
     The commands in `TOOLS` return nothing.
 
     Raises:
         SystemExit: the command line or a config is not valid; the reason is on stderr.
-        Exception: whatever else went wrong; `console` makes a sentence of it.
+        Exception: any other failure; `console` makes a sentence of it.
     """
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def console() -> None:
-    """The console script; like `python -m`, it finds your modules in the working directory.
+    """Console script, which imports your modules from the working directory like `python -m`.
 
     Raises:
         SystemExit: 2 where the command line or a config was refused, 1 where data or a model was; the reason, one

@@ -1,4 +1,4 @@
-"""Reading YAML: a key that stands twice, or a value without end, is refused; other readers guess, or never return."""
+"""YAML reader that refuses duplicate keys and endless values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _load = get_loader("yaml")
 
 
 def load(text: str) -> Any:
-    """The value that a YAML text describes, as jsonargparse reads it.
+    """Parse a YAML text to the value that jsonargparse reads.
 
     Raises:
         YAMLError: it is no YAML; a key stands twice in one mapping; it has too many values, as where an alias stands
@@ -55,26 +55,26 @@ def _check_keys(node: MappingNode) -> None:
 
 
 def replaced_callbacks(words: Sequence[str]) -> list[str]:
-    """Callbacks of a config that a later one leaves out, because its `trainer.callbacks` replaces the list.
+    """List the callbacks of configs that are lost because a later `trainer.callbacks` replaces the list.
 
     Args:
         words: of the command line, after `words.expanded`.
     """
     listed: list[str] = []
-    gone: list[str] = []
+    replaced: list[str] = []
     for path in configs_of(words):
         trainer = _trainer(Path(path))
         if isinstance(trainer.get("callbacks"), list):
             now = [_name(callback) for callback in trainer["callbacks"]]
-            gone = [*gone, *(name for name in listed if name not in now)]
+            replaced = [*replaced, *(name for name in listed if name not in now)]
             listed = now
         more = trainer.get("callbacks+")
         listed = [*listed, *(_name(callback) for callback in (more if isinstance(more, list) else []))]
-    return [name for name in dict.fromkeys(gone) if name not in listed]
+    return [name for name in dict.fromkeys(replaced) if name not in listed]
 
 
 def _trainer(path: Path) -> dict[str, Any]:
-    """The `trainer` of a config; empty where it has none, or cannot be read, which the parser says."""
+    """Read the `trainer` of a config; empty if it has none or is unreadable, which the parser reports."""
     try:
         config = load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

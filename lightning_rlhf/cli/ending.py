@@ -1,4 +1,4 @@
-"""What the command line prints at the end of a run: where the results are, and the measured numbers."""
+"""Output at the end of a run: paths of the results and the measured numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 110
 
 
 def results(trainer: Trainer) -> str:
-    """Where the model, the checkpoints and the logs of a training run are, and commands to go on with."""
+    """List the paths of a training run's results and the commands for the next steps."""
     root = Path(trainer.default_root_dir)
     exports = [str(each.place) for each in trainer.callbacks if isinstance(each, Export)]
     saved = [each.last_model_path for each in trainer.callbacks if isinstance(each, RunCheckpoint)]
@@ -38,13 +38,13 @@ def results(trainer: Trainer) -> str:
 
 
 def predictions(trainer: Trainer) -> str:
-    """Where the responses of `predict` are."""
+    """List the paths of the responses of `predict`."""
     files = [str(each.place) for each in trainer.callbacks if isinstance(each, PredictionWriter)]
     return _columns([("responses", path) for path in files])
 
 
 def numbers(metrics: Mapping[str, float]) -> str:
-    """A table of measured numbers, each with its standard error where there is one, its unit and its meaning."""
+    """Format a table of measured numbers with standard error (if known), unit and meaning."""
     rows = []
     for key, value in metrics.items():
         if key.removesuffix("_se") != key and key.removesuffix("_se") in metrics:
@@ -74,6 +74,6 @@ def _columns(pairs: list[tuple[str, str]]) -> str:
 
 
 def _short(path: str) -> str:
-    """The path from the working directory, where it lies below."""
+    """Make a path relative to the working directory if it is below it."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -1,4 +1,4 @@
-"""What a user sees when a command fails: one sentence where the input is to blame, a traceback where the code is."""
+"""Messages of failed commands: one sentence for a refused input, a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 TRACEBACK = "LIGHTNING_RLHF_TRACEBACK"
-"""Environment variable: set to 1, every failure shows where it came up."""
+"""Environment variable; if it is 1 every failure shows its traceback."""
 SPEAKERS = ("lightning_rlhf", "lightning.pytorch", "lightning.fabric", "torch.optim", "jsonargparse")
-"""Packages that check what a config sets: a sentence that one of them raised on purpose is meant for the user."""
+"""Packages that check settings; a sentence that one of them raises explicitly is meant for the user."""
 _CHECKS = ("__init__", "__post_init__")
 _KILLED = "DataLoader worker (pid"
-"""Begins what PyTorch raises, anywhere in the main thread, when the system has killed a data worker."""
+"""Beginning of PyTorch's error, raised anywhere in the main thread, after the system killed a data worker."""
 READERS = ("lightning_rlhf.folders", "lightning_rlhf.models", "lightning_rlhf.text")
-"""Rooms that read folders and files, whose complaints are of these and not of the config that names them."""
+"""Subpackages that read files, whose errors are about these and not about the config that names them."""
 
 
 def sentence(error: BaseException) -> str | None:
-    """The error on one line, or None where it is no refusal but a bug, or `TRACEBACK` asks for the traceback.
+    """Return a refusal on one line; returns None for a bug or if `TRACEBACK` asks for the traceback.
 
     A refusal stopped at a `raise` of one of `SPEAKERS`, or is the operating system's answer to one of them: a file
     that can't be opened, a full disk; or a data worker was killed. An error out of torch,
@@ -48,7 +48,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def status(error: BaseException) -> int:
-    """Of the process: 2 where the config's own values were refused, 1 where data, models or files were."""
+    """Exit status: 2 if the config's own values were refused, 1 if data or models or files were."""
     frames = [frame for part in (error, _origin(error)) for frame, _ in _frames(part)]
     building = any(_module(f) == "lightning.pytorch.cli" and f.f_code.co_name == "instantiate_classes" for f in frames)
     reading = any(_module(f).startswith(READERS) and f.f_code.co_name not in _CHECKS for f in frames)
@@ -56,7 +56,7 @@ def status(error: BaseException) -> int:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks and without what could move a terminal's cursor: it may quote data."""
+    """Remove line breaks and terminal control characters from a message, which may quote data."""
     from lightning_rlhf.text.escape import terminal
 
     return terminal(" ".join(message.split()))
@@ -69,7 +69,7 @@ def _refusals() -> tuple[type[BaseException], ...]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What jsonargparse wraps when a class of the config refuses its arguments."""
+    """Unwrap the error that jsonargparse wraps when a class of the config refuses its arguments."""
     trace = list(_frames(error))
     if error.__cause__ is None or not trace or not _module(trace[-1][0]).startswith("jsonargparse."):
         return error
@@ -85,7 +85,7 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _asked_by_speaker(trace: list[tuple[FrameType, int]]) -> bool:
-    """Whether the innermost frame outside the standard library speaks to users."""
+    """Return True if the innermost frame outside the standard library is of `SPEAKERS`."""
     outside = [f for f, _ in trace if _module(f).partition(".")[0] not in sys.stdlib_module_names]
     return bool(outside) and _speaks(outside[-1])
 

@@ -1,4 +1,4 @@
-"""Help that fits on a few screens: a short usage, the trainer's common arguments, this library's classes alone."""
+"""Help on a few screens: a short usage, the trainer's common arguments and this library's classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAID = {
     "trainer.default_root_dir": "Folder of the run: its model, checkpoints, logs and samples. Short: --run.",
     "trainer.logger": "A CSVLogger in the run's folder unless another is named, such as WandbLogger.",
 }
-"""Help that says more here than Lightning's own."""
+"""Help that replaces Lightning's own."""
 SECTIONS = {"<class 'lightning.": "Model", "A DataModule": "Data", "Customize every aspect": "Lightning's Trainer"}
 SECTIONS |= {"Runs the full": "Checkpoint", "Perform one evaluation": "Checkpoint", "Run inference": "Checkpoint"}
 EPILOG = """Examples:
@@ -39,16 +39,16 @@ All arguments of Lightning's Trainer can be given as --trainer.NAME."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Formatter of jsonargparse without what a user of this library does not need."""
+    """Help formatter that omits rare arguments."""
 
     def add_usage(self, usage: str | None, actions: Iterable[Action], *args: Any, **options: Any) -> None:
-        """Show one line for a command, in place of every flag, and none for a class."""
+        """Show one line instead of every flag for a command, and none for a class."""
         command = self._prog.split()[-1]
         short = f"lightning-rlhf {command} [--config NAME_OR_FILE] [--run FOLDER] [--KEY VALUE ...]"
         super().add_usage(short if command in COMMANDS else SUPPRESS, actions, *args, **options)
 
     def start_section(self, heading: str | None) -> None:
-        """Name the sections by what they hold."""
+        """Rename a section by its content."""
         named = [name for opening, name in SECTIONS.items() if (heading or "").startswith(opening)]
         super().start_section(named[0] if named else heading)
 

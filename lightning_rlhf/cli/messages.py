@@ -1,4 +1,4 @@
-"""Which messages reach the console: the library's own, and not the harmless ones that its use of others causes."""
+"""Console messages: the library's own, without harmless ones of other packages."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ WARNINGS = (
     r".*does not have many workers which may be a bottleneck",  # rows are tokenized once
     r".*LightningCLI's args parameter is intended to run from within Python",
 )
-"""Beginnings of warnings that have no meaning for a user here, as regular expressions."""
+"""Beginnings of harmless warnings, as regular expressions."""
 RECORDS = {
     "lightning.pytorch.utilities.rank_zero": re.compile("💡|TPU available"),
     "lightning.pytorch.trainer.connectors.checkpoint_connector": re.compile("`weights_only` was not set"),
     "lightning.fabric.utilities.seed": re.compile("Seed set to"),
 }
-"""Log records that have none, by logger."""
+"""Beginnings of harmless log records by logger, as regular expressions."""
 
 
 def speak() -> None:
-    """Print what the library logs, from INFO on, unless the caller has set up logging."""
+    """Print the library's log from INFO on unless the caller has set up logging."""
     library = logging.getLogger("lightning_rlhf")
     if library.hasHandlers():
         return
@@ -40,7 +40,7 @@ def speak() -> None:
 
 
 def quiet() -> None:
-    """Leave out warnings and log records of other packages that are harmless here."""
+    """Silence the harmless warnings and log records of other packages."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     disable_progress_bar()  # of reading and writing weights, which takes the library a moment
@@ -51,7 +51,7 @@ def quiet() -> None:
 
 
 class _Without(logging.Filter):
-    """Leave out records that match a pattern."""
+    """Filter that drops the records that match a pattern."""
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Without(logging.Filter):
 
 
 class _Formatter(logging.Formatter):
-    """The message, after its level where that is a warning or worse."""
+    """Formatter that prefixes the level to warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

@@ -1,4 +1,4 @@
-"""The argument parser, and what it says of a command line or a config that it can't take: one sentence."""
+"""Argument parser that reports an invalid command line or config in one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lightning_rlhf.core import Algorithm
 _NOISE = (
     "Expected a path but",
     "Expected a <class 'NoneType'>",
-    "Expected a <class 'str'>",
     "Import path lightning_rlhf.ModelSource does not correspond",
     "Does not validate against",
     "Not a valid subclass of",
@@ -28,23 +27,23 @@ _NOISE = (
     "a class path (str)",
     "a dict with",
 )
-"""Beginnings of what jsonargparse says of every alternative that an argument has beside the one that was meant."""
+"""Beginnings of jsonargparse's complaints about the alternatives of an argument that were not meant."""
 
 
 class Defaults(Namespace):
-    """Default values, of which `pop` takes out an argument with all that is nested in it.
+    """Default values whose `pop` removes an argument with all nested ones.
 
-    jsonargparse 4.53 takes the defaults of a base class out leaf by leaf when a subclass is named, and what is left of
-    a nested object would win over the subclass's own: `--model.algorithm=RLOO` would have no baseline.
+    jsonargparse 4.53 removes the defaults of a base class leaf by leaf when a subclass is named, and the rest of a
+    nested object would win over the subclass's own: `--model.algorithm=RLOO` would have no baseline.
     """
 
     def pop(self, key: str, default: Any = None) -> Any:
-        """Take out the outermost argument that `key` lies in."""
+        """Remove the outermost argument that contains `key`."""
         return super().pop(key.partition(".")[0], default)
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence, without the usage in front and the parsed config behind."""
+    """Argument parser whose errors are one sentence without the usage and the parsed config."""
 
     _of_algorithm = False
 
@@ -52,7 +51,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, formatter_class=formatter_class, **options)
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:
-        """Parse, with shipped configs by their names."""
+        """Parse arguments, with shipped configs by their names."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
             try:
@@ -62,24 +61,24 @@ class Parser(LightningArgumentParser):
         return super().parse_args(words, *rest, **options)
 
     def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> list[str]:
-        """Add those of a class."""
+        """Add the arguments of a class."""
         self._of_algorithm = isinstance(theclass, type) and issubclass(theclass, Algorithm)
         return super().add_class_arguments(theclass, *args, **options)
 
     def get_defaults(self, *args: Any, **options: Any) -> Namespace:
-        """Those of all arguments."""
+        """Defaults of all arguments."""
         defaults = super().get_defaults(*args, **options)
         return Defaults(defaults) if self._of_algorithm else defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and end with status 2; a parser inside another leaves that to the outer one."""
+        """Print the error in one sentence and exit with status 2, unless the parser is inside another."""
         if not self.exit_on_error or os.environ.get(TRACEBACK) == "1":
             super().error(message, ex)
         self.exit(2, f"lightning-rlhf: error: {one_line(_sentence(message, ex))}\n")
 
 
 def _sentence(message: str, ex: BaseException | None) -> str:
-    """`key` of Class: what is wrong with it; what was given."""
+    """Format an error as `key (Class): reasons; got value: hint`."""
     keys = re.findall(r'Parser key "(.+?)":', message)
     if not keys:
         hint = suggestion(message, "")
@@ -96,11 +95,11 @@ def _sentence(message: str, ex: BaseException | None) -> str:
 
 
 def _reasons(text: str, ex: BaseException | None) -> list[str]:
-    """What jsonargparse has against the value, without what it says of every value."""
+    """Extract jsonargparse's reasons against the value without those in `_NOISE`."""
     bullets = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip().startswith("- ")]
     cause = str(_first_cause(ex) or text).strip()
-    found = [cause, *bullets] if cause.startswith("Expected a ") else [cause]
-    kept = [re.sub(r"\.? Got value: .*", "", reason, flags=re.DOTALL) for reason in found]
+    reasons = [cause, *bullets] if cause.startswith("Expected a ") else [cause]
+    kept = [re.sub(r"\.? Got value: .*", "", reason, flags=re.DOTALL) for reason in reasons]
     return list(dict.fromkeys(reason for reason in kept if not reason.startswith(_NOISE))) or [text.strip()]
 
 
@@ -111,7 +110,7 @@ def _first_cause(error: BaseException | None) -> BaseException | None:
 
 
 def _tidied(reason: str) -> str:
-    """Types by their names."""
+    """Replace types by their names."""
     reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason)
     reason = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", reason).replace("Expected a one of", "expected one of")
     reason = re.sub(r"Expected a dot import path string: (\S+)", r"there is no \1: give a name or dotted path", reason)

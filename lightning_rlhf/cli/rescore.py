@@ -25,11 +25,11 @@ from lightning_rlhf.text import Encoder, load_tokenizer
 from lightning_rlhf.types import Rollout
 
 NEEDED = {"prompt": (str, list), "tokens": list, "ended": bool, "raw_score": (int, float), "iteration": int}
-"""Columns of a line of `rollouts.jsonl` that are read, and their types."""
+"""Columns of `rollouts.jsonl` that are read and their types."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Read the log, write its lines with `rescored`, and print how the two scores compare.
+    """Write the log's lines with `rescored` and print a comparison of the two scores.
 
     Raises:
         SystemExit: the arguments are not valid; the reason is on stderr.
@@ -77,7 +77,7 @@ class Rescorer:
 
     @torch.no_grad()
     def __call__(self, records: Sequence[Located]) -> list[float]:
-        """The scores.
+        """Score lines of the log.
 
         Raises:
             ValueError: a line is not what `RolloutLog` writes, or the reward returned something else than numbers.
@@ -92,7 +92,7 @@ class Rescorer:
         return checked_scores(scores, count=len(lines), source=type(self.reward).__name__).tolist()
 
     def _rollout(self, lines: Sequence[dict[str, Any]]) -> Rollout:
-        """As it was sampled, but for log-probs, which no reward reads; without tokenizer there are no prompt tokens."""
+        """Rebuild the rollout with zero log-probs (no reward reads them); without tokenizer it has no prompt tokens."""
         prompts = [list(self.encoder.prompt(line["prompt"])) if self.encoder else [] for line in lines]
         pad = self.encoder.pad if self.encoder else 0
         responses = [line["tokens"] for line in lines]
@@ -121,7 +121,7 @@ class Rescorer:
 
 
 class LoggedTexts:
-    """In place of the policy's tokenizer: what the log says that its responses read.
+    """Stand-in for the policy's tokenizer that decodes responses by the texts in the log.
 
     Attributes:
         known: texts by their token ids.
@@ -131,11 +131,11 @@ class LoggedTexts:
         self.known: dict[tuple[int, ...], str] = {}
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], **_: Any) -> list[str]:
-        """The texts."""
+        """Look up the logged texts of token ids."""
         return [self.known[tuple(ids)] for ids in sequences]
 
     def get_vocab(self) -> dict[str, int]:
-        """Of no reward model, so that each reads the texts with a tokenizer of its own."""
+        """Return an empty vocabulary, so that a reward model reads the texts with its own tokenizer."""
         return {}
 
     def __getattr__(self, name: str) -> Any:
@@ -161,20 +161,20 @@ def _parser() -> Parser:
 
 
 def _with_folder(args: Sequence[str]) -> list[str]:
-    """A path that exists is a reward model's."""
-    found = list(args)
-    for place, argument in enumerate(found):
+    """Expand a `--reward` that is an existing path to a `LearnedReward` of it."""
+    arguments = list(args)
+    for place, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--reward":
-            value = value if equals else "".join(found[place + 1 : place + 2])
+            value = value if equals else "".join(arguments[place + 1 : place + 2])
             if Path(expanduser(value)).exists():
-                found[place : place + (1 if equals else 2)] = ["--reward=LearnedReward", f"--reward.path={value}"]
+                arguments[place : place + (1 if equals else 2)] = ["--reward=LearnedReward", f"--reward.path={value}"]
                 break
-    return found
+    return arguments
 
 
 def _check(record: Located, needed: dict[str, Any]) -> None:
-    """Raises ValueError where a column is missing or of another type."""
+    """Raise ValueError if a column is missing or of another type."""
     for name, kinds in needed.items():
         value = record.row.get(name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
@@ -187,7 +187,7 @@ def _check(record: Located, needed: dict[str, Any]) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name once all of it is written."""
+    """Open a file that is renamed to `path` once all of it is written."""
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

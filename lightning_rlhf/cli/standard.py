@@ -1,4 +1,4 @@
-"""The callbacks and the logger that every run of the command line has, each at its key of the config."""
+"""Standard callbacks and logger of the command line, each with a key of the config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_rlhf.callbacks import (
 from lightning_rlhf.cli.help import OPTIONAL
 
 RUN = "runs/run"
-"""Folder of a run whose config and flags name none."""
+"""Default folder of a run."""
 STANDARD: dict[str, tuple[type[Callback], str]] = {
     "preflight": (Preflight, "Checks before the first update."),
     "export": (Export, "The trained model as a Hugging Face folder, `model` in the run's folder."),
@@ -33,11 +33,11 @@ STANDARD: dict[str, tuple[type[Callback], str]] = {
     "samples": (SampleLog, "Responses to the held-out prompts, in `samples.jsonl`."),
     "predictions": (PredictionWriter, "Responses of `predict`, in `responses.jsonl`."),
 }
-"""Callbacks by their key, with what the help says of each; they act in the stages that concern them."""
+"""Standard callbacks with their help by key; they act in the stages that concern them."""
 
 
 def add_standard(parser: LightningArgumentParser) -> None:
-    """Add a key for each callback, whose value may be its arguments, another class, or null to leave it out."""
+    """Add a key for each callback: its arguments, or another class or null in its place."""
     for key, (callback, text) in STANDARD.items():
         default = {"class_path": f"{callback.__module__}.{callback.__name__}"}
         parser.add_argument(f"--{key}", type=callback | None, default=default, help=f"{text} {OPTIONAL}")
@@ -45,7 +45,7 @@ def add_standard(parser: LightningArgumentParser) -> None:
 
 
 def with_standard(trainer: dict[str, Any], callbacks: list[Callback], module: LightningModule) -> dict[str, Any]:
-    """Arguments of the trainer with the standard callbacks and logger, where the user has given none of the kind.
+    """Add the standard callbacks and logger to the trainer's arguments if the user gave none of the kind.
 
     Args:
         trainer: its arguments, with objects for classes.

@@ -1,4 +1,4 @@
-"""Names that were probably meant: for a key or a class that the parser refuses, the nearest ones and their place."""
+"""Suggestions of the nearest names for a key or a class that the parser refuses."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ NAMED: tuple[ModuleType, ...] = (
 PACKAGES = ("datasets", "deepspeed", "gguf", "matplotlib", "peft", "tensorboard", "trl", "wandb")
 """Packages that only some configs need."""
 DEPTH = 4
-"""Objects inside each other that are looked into."""
+"""Depth to which nested objects are searched."""
 
 
 def suggestion(reason: str, key: str) -> str:
     """Return a question with the nearest names, or an empty text if none is near.
 
     Args:
-        reason: of the parser, after it was put into plain words.
+        reason: of the parser, in plain words.
         key: of the argument whose value it refused, such as `model` or `model.algorithm`.
     """
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", reason)
@@ -77,7 +77,7 @@ def _of_class(name: str, key: str) -> str:
         places = [path for path, kind in keys().items() if kind is not None and issubclass(classes[name], kind)]
         return f"it belongs to {_listed('--' + path + '=' + name for path in places[:2])}" if places else ""
     kind = keys().get(key)
-    fitting = [each for each, found in classes.items() if kind is None or issubclass(found, kind)]
+    fitting = [each for each, named in classes.items() if kind is None or issubclass(named, kind)]
     near = get_close_matches(name, fitting, n=2, cutoff=0.6)
     if near:
         return f"did you mean {_listed(near)}?"
@@ -86,7 +86,7 @@ def _of_class(name: str, key: str) -> str:
 
 @cache
 def keys() -> dict[str, type | None]:
-    """All keys of the command line, with the class that the value of each must be of; None for plain values."""
+    """All keys of the command line with the class of their value; None for plain values."""
     table: dict[str, type | None] = {}
     for root, base in {"model": LightningModule, "data": LightningDataModule}.items():
         table[root] = base
@@ -111,7 +111,7 @@ def _add(keys: dict[str, type | None], path: str, kind: type, depth: int) -> Non
 
 
 def _arguments(kind: type) -> Iterator[tuple[str, type | None]]:
-    """Arguments of a class, each with the class of ours that it takes."""
+    """Arguments of a class, each with the class of this library that it takes."""
     hints = hints_of(kind)
     for name in list(inspect.signature(kind).parameters):
         yield (
@@ -130,7 +130,7 @@ def _inside(annotation: Any) -> Iterator[type]:
 
 @cache
 def _classes() -> tuple[type, ...]:
-    """Classes of ours that a config can name."""
+    """Classes of this library that a config can name."""
     values = (getattr(module, name) for module in (*NAMED, lightning_rlhf.models) for name in module.__all__)
     return tuple(dict.fromkeys(value for value in values if inspect.isclass(value) and not inspect.isabstract(value)))
 

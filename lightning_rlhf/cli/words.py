@@ -1,4 +1,4 @@
-"""The words of a command line before they are parsed: shipped configs by name, the order of configs, and `--run`."""
+"""Rewriting of a command line before parsing: shipped configs by name, order of configs and `--run`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_rlhf.cli.configs import path_of
 CONFIG = ("--config", "-c")
 COMMANDS = ("fit", "validate", "test", "predict")
 SHORT = {"--run": "--trainer.default_root_dir"}
-"""Short flags, and the long ones that they stand for."""
+"""Long flags by short flag."""
 CLASSES = ("--model", "--data")
 """Flags that are read before the configs too, so that a config may hold arguments of the class that they name."""
 METHOD = "--model.algorithm"
@@ -47,12 +47,12 @@ def _refuse_files(words: Sequence[str]) -> None:
 
 
 def configs_of(words: Sequence[str]) -> list[str]:
-    """Paths of the configs among words that were expanded."""
+    """Paths of the configs in an expanded command line."""
     return [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
 
 
 def _cleared(flag: str, value: str) -> list[str]:
-    """Return a flag that takes back a config's algorithm before a method is named.
+    """Return a flag that resets a config's algorithm before a method is named.
 
     Otherwise the parts that the config lists would stay, and `--config ppo --model.algorithm=GRPO` be the bandit.
     """

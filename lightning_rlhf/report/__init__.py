@@ -1,4 +1,4 @@
-"""The report of a run: one page and its figures, from the logs alone."""
+"""Report of a run from its logs: one page and its figures."""
 
 from lightning_rlhf.report.book import write_report
 from lightning_rlhf.report.draw import require_matplotlib

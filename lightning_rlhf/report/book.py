@@ -1,4 +1,4 @@
-"""A report of runs: its figures, and the files it is written to."""
+"""Composition of a report and its files."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ NO_SAMPLES = '<p class="missing">Needs samples.jsonl, the responses to held-out 
 
 
 def write_report(folders: Sequence[str | Path], *, output: Path) -> Path:
-    """Write `report.html`, a PNG of each figure, and `report.csv` with the numbers behind them.
+    """Write `report.html`, a PNG of each figure and `report.csv` with their numbers.
 
     Args:
         folders: of runs; several are overlaid.
-        output: folder to write to, made where it is missing.
+        output: folder to write to, made if it is missing.
 
     Returns:
         path of the page.
@@ -87,7 +87,7 @@ def write_report(folders: Sequence[str | Path], *, output: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new file beside `path` that gets its name at the end, in place of a link too."""
+    """Yield a new file that replaces `path` at the end, also if that is a link."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     part.touch(exist_ok=False)
@@ -117,5 +117,5 @@ def _write_numbers(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """Put a text that a spreadsheet would take for a formula behind an apostrophe."""
+    """Prefix an apostrophe to a text that a spreadsheet would take for a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -1,4 +1,4 @@
-"""`lightning-rlhf report RUN_DIR… [--output DIR]`."""
+"""Command `lightning-rlhf report RUN_DIR… [--output DIR]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_rlhf.report.book import write_report
 
 
 def main(args: Sequence[str]) -> None:
-    """Write the report and say where it is.
+    """Write the report and print its path.
 
     Raises:
         ImportError: matplotlib is missing.

@@ -1,4 +1,4 @@
-"""Figures as PNG, and as SVG that takes its colors and its font from the page around it."""
+"""Figures as PNG and as SVG with the colors and font of the surrounding page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_rlhf.report.palette import FAINT, GRID, INK, THEMED
 from lightning_rlhf.text.escape import html
 
 SIZE = (5.4, 3.4)
-"""Inches: the smaller, the larger are letters on a page that gives every figure the same room."""
+"""Size of a figure in inches; smaller makes larger letters, because a page scales all figures alike."""
 ROOM = 74
-"""Characters of a legend's line, six of them for each label's sign."""
+"""Width of a legend's line in characters, six of them for each label's sign."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -47,13 +47,13 @@ STYLE = {
     "text.parse_math": False,
 }
 Dot = tuple[float, float, str, float | str, float, float | None, float | None]
-"""Place from the left and from the top, shares of the figure; label; x, y and the interval of y."""
+"""Position from the left and the top as shares of the figure; label; x, y and the interval of y."""
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-"""Left out of SVG files: the same logs give the same page."""
+"""Metadata left out of SVG files, so that the same logs give the same page."""
 
 
 def require_matplotlib() -> None:
-    """Refuse to go on without matplotlib.
+    """Raise if matplotlib is missing.
 
     Raises:
         ImportError: it is missing; says what to install.
@@ -66,13 +66,13 @@ def require_matplotlib() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """A figure that is drawn.
+    """Drawn figure.
 
     Attributes:
-        figure: that it is of.
-        svg: `<svg …>`, without a script, a style sheet or an address; words are text, neutral colors the page's.
+        figure: that is drawn.
+        svg: `<svg …>` without script, style sheet or address; words are text, neutral colors the page's.
         png: the file, on white.
-        dots: every finite number of its marks, and where it stands.
+        dots: every finite number of its marks, with its position.
     """
 
     figure: Figure
@@ -82,7 +82,7 @@ class Drawing:
 
 
 def draw(figure: Figure) -> Drawing:
-    """Draw a figure."""
+    """Draw a figure as SVG and PNG."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -100,7 +100,7 @@ def draw(figure: Figure) -> Drawing:
 
 
 def _dots(axis: Any, figure: Figure) -> Iterator[Dot]:
-    """Numbers of the marks, at the places that the last drawing gave them."""
+    """Numbers of the marks with their positions in the last drawing."""
     place = axis.transData + axis.figure.transFigure.inverted()
     for mark in figure.marks:
         if isinstance(mark, Guide):
@@ -132,7 +132,7 @@ def _compose(axis: Any, figure: Figure) -> None:
 
 
 def _legend(axis: Any, marks: Any) -> None:
-    """Put a legend above the axis, where it covers no data, if there are several series."""
+    """Put a legend of several series above the axis, where it covers no data."""
     labels = [mark.label for mark in marks if mark.label]
     if len(labels) > 1:
         columns = next((n for n in ((2,) if len(labels) == 4 else (3, 2)) if _width(labels, n) <= ROOM), 1)
@@ -143,13 +143,13 @@ def _legend(axis: Any, marks: Any) -> None:
 
 
 def _width(labels: Sequence[str], columns: int) -> int:
-    """Characters of a legend, which is filled column by column."""
+    """Width of a legend in characters, filled column by column."""
     rows = -(-len(labels) // columns)
     return sum(max(map(len, labels[i : i + rows])) + 6 for i in range(0, len(labels), rows))
 
 
 def embedded(svg: str, figure: Figure) -> str:
-    """Rewrite matplotlib's file as an element of a page.
+    """Rewrite matplotlib's SVG file as an element of a page.
 
     Left out are the XML head and the name spaces, which are addresses and which HTML implies; a style sheet that would
     hold for the whole page; fonts; identifiers of groups, which would occur in every figure.

@@ -1,4 +1,4 @@
-"""A figure before it is drawn: marks, units, and a caption that says what one should see."""
+"""Description of a figure before it is drawn: marks, units and caption."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_rlhf.report.palette import FAINT, PAPER
 from lightning_rlhf.report.statistics import Interval
 
 Row = tuple[float | str, float, float | None, float | None]
-"""x, y, and the interval of y where it has one."""
+"""x, y and the interval of y, if it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark(ABC):
-    """Numbers with a label and a color.
+    """Base class of series with a label and a color.
 
     Attributes:
-        label: in the legend; "" keeps it out.
+        label: in the legend; "" omits it.
         x: along the axis.
         y: one number for each x.
         color: of the palette.
@@ -34,10 +34,10 @@ class Mark(ABC):
 
     @abstractmethod
     def draw(self, axis: Any) -> None:
-        """Put the mark on an axis of matplotlib."""
+        """Draw the mark on an axis of matplotlib."""
 
     def rows(self) -> Iterator[Row]:
-        """Numbers of the mark."""
+        """Rows of `report.csv`."""
         bars = self.intervals or [(None, None)] * len(self.x)
         for x, y, (low, high) in zip(self.x, self.y, bars, strict=True):
             yield x, y, low, high
@@ -45,16 +45,16 @@ class Mark(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line(Mark):
-    """A line with a band, and with a marker at each point where there are few.
+    """Line with a band, and with markers if it has few points.
 
     Attributes:
-        raw: what the line smooths, drawn faintly behind it.
+        raw: y before smoothing, drawn faintly behind the line.
     """
 
     raw: Sequence[float] = ()
 
     def draw(self, axis: Any) -> None:
-        """Draw the line, its band, and what is behind them."""
+        """Draw the line, its band and the raw values."""
         if self.raw:
             axis.plot(self.x, self.raw, color=self.color, linewidth=0.7, alpha=0.45, zorder=2)
         if self.intervals:
@@ -64,14 +64,14 @@ class Line(Mark):
         axis.plot(self.x, self.y, color=self.color, linewidth=1.7, label=self.label, zorder=3, **marker)
 
     def rows(self) -> Iterator[Row]:
-        """Numbers of the line before smoothing, with their band."""
+        """Rows of `report.csv`, before smoothing."""
         for (x, _, low, high), y in zip(Mark.rows(self), self.raw or self.y, strict=True):
             yield x, y, low, high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guide(Mark):
-    """A dashed line that is no measurement: a bound, a fit, what would be perfect."""
+    """Dashed line that is no measurement, such as a bound or a fit."""
 
     dashes: tuple[float, ...] = (5, 3)
 
@@ -83,16 +83,16 @@ class Guide(Mark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Points(Mark):
-    """Measurements on held-out data, ringed, with bars, joined by a thin line.
+    """Rings with error bars of measurements on held-out data, joined by a thin line.
 
     Attributes:
-        thread: width of the line; 0 where one step does not lead to the next along x.
+        thread: width of the line; 0 if the points are not in order along x.
     """
 
     thread: float = 0.8
 
     def draw(self, axis: Any) -> None:
-        """Draw rings over everything else."""
+        """Draw the rings over everything else."""
         if self.intervals:
             low, high = zip(*self.intervals, strict=True)
             axis.vlines(self.x, low, high, color=self.color, linewidth=1, alpha=0.6, zorder=3.5)
@@ -102,7 +102,7 @@ class Points(Mark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dots(Mark):
-    """A cloud, from small at its beginning to large at its end."""
+    """Scatter of dots that grow from the first to the last."""
 
     def draw(self, axis: Any) -> None:
         """Draw small dots behind the lines."""
@@ -112,10 +112,10 @@ class Dots(Mark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars(Mark):
-    """Bars over categories, beside those of the other runs.
+    """Bars over categories beside those of other runs.
 
     Attributes:
-        categories: names along the axis; `x` are their places, moved by the run's.
+        categories: names along the axis; `x` are their indices, shifted by the run's offset.
         width: of a bar, 1 from category to category.
         notes: above the bars.
     """
@@ -136,14 +136,14 @@ class Bars(Mark):
             axis.annotate(note, (x, top), **spot)
 
     def rows(self) -> Iterator[Row]:
-        """Numbers by category."""
+        """Rows of `report.csv` by category."""
         for x, (_, y, low, high) in zip(self.x, Mark.rows(self), strict=True):
             yield self.categories[round(x)], y, low, high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One axis with its marks.
+    """Figure of one axis with its marks.
 
     Attributes:
         name: of its files.
@@ -151,9 +151,9 @@ class Figure:
         x: label of the axis, with its unit.
         y: label of the axis, with its unit.
         marks: at least one.
-        caption: below it: what is drawn, and how to read it.
+        caption: below it, on what is drawn and how to read it.
         level: a value of y to draw a thin line at, such as a correlation of 0.
-        span: of y, where it has natural ends; None for an end that the data sets.
+        span: of y, if it has natural ends; None for an end that the data sets.
     """
 
     name: str
@@ -167,18 +167,18 @@ class Figure:
 
     @property
     def alternative(self) -> str:
-        """The figure in words, for those who can't see it."""
-        told = [f"{mark.label}: {_way(mark)}" for mark in self.marks if mark.label and len(mark.x)]
-        return f"{self.title}: {self.y} against {self.x}. {'; '.join(told)}."
+        """Alternative text for a screen reader."""
+        parts = [f"{mark.label}: {_way(mark)}" for mark in self.marks if mark.label and len(mark.x)]
+        return f"{self.title}: {self.y} against {self.x}. {'; '.join(parts)}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """A figure that the logs do not give.
+    """Figure whose numbers are not in the logs.
 
     Attributes:
         title: of the figure.
-        remedy: what would give it, one sentence.
+        remedy: the missing logs, in one sentence.
     """
 
     title: str
@@ -186,7 +186,7 @@ class Missing:
 
 
 def _way(mark: Mark) -> str:
-    """First and last value of a mark, or its bars."""
+    """Describe the first and last value of a mark, or its bars."""
     if isinstance(mark, Bars):
         return ", ".join(f"{mark.categories[round(x)]} {y:.3g}" for x, y in zip(mark.x, mark.y, strict=True))
     if len(mark.x) == 1:

@@ -1,4 +1,4 @@
-"""Reward against √KL: the curve of Gao et al. (2022) through a run, and what best-of-n gets for the same KL."""
+"""Reward against √KL, with the fit of Gao et al. (2022) and best-of-n at the same KL."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import thinned
 
 AT_REFERENCE = 0.1
-"""√nats that a start may seem to be from the reference by noise alone; a start further away is no best-of-n of it."""
+"""Largest distance in √nats of a start that counts as the reference, for noise; best-of-n needs such a start."""
 TITLE = "Reward against distance: the frontier"
 FEWEST = 5
-"""Points for a fit of three numbers: fewer would be met by almost any curve."""
+"""Fewest points for a fit of three numbers, because almost any curve fits fewer."""
 _TRAINING = ("objective/kl", "objective/scores")
 _HELD_OUT = ("eval/kl", "eval/reward")
 
@@ -33,9 +33,9 @@ class GaoCurve:
     """R(d) = R₀ + d·(α − β·log d), d = √KL(π‖π_ref) (Gao et al. 2022, scaling laws of overoptimization).
 
     Attributes:
-        start: R₀, reward units: their reward is 0 at the start, ours is not.
+        start: R₀, reward units; it is 0 in the paper.
         alpha: α, reward units per √nat.
-        beta: β, reward units per √nat; > 0 where the reward bends down.
+        beta: β, reward units per √nat; > 0 if the reward bends down.
         residual: root mean square distance of the points, reward units.
     """
 
@@ -45,49 +45,49 @@ class GaoCurve:
     residual: float
 
     def __call__(self, d: float) -> float:
-        """R(d), d ≥ 0."""
+        """Return R(d) for d ≥ 0."""
         return self.start if d == 0 else self.start + d * (self.alpha - self.beta * math.log(d))
 
     @property
     def peak(self) -> float | None:
-        """The d of the largest R, e^(α/β − 1); None where R does not bend down, or where no one will get."""
+        """Position e^(α/β − 1) of the largest R; None if R does not bend down or the peak is out of reach."""
         if self.beta <= 0 or self.alpha / self.beta > 50:
             return None
         return math.exp(self.alpha / self.beta - 1)
 
 
 def fit_gao(d: Sequence[float], rewards: Sequence[float]) -> GaoCurve | None:
-    """The curve of least squares, which is linear in (R₀, α, β).
+    """Fit the curve by least squares, which is linear in (R₀, α, β).
 
     Args:
         d: √KL of each point, ≥ 0.
         rewards: of each point.
 
     Returns:
-        the curve; None where there are fewer than `FEWEST` different d, or they do not tell the three numbers apart.
+        the curve; None if there are fewer than `FEWEST` different d, or they do not determine the three numbers.
     """
     if len({round(x, 9) for x in d}) < FEWEST:
         return None
     x, y = torch.tensor(d, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
     bend = torch.where(x > 0, -x * x.clamp(min=1e-300).log(), 0.0)
     design = torch.stack([torch.ones_like(x), x, bend], 1)
-    found = torch.linalg.lstsq(design, y.unsqueeze(1), driver="gelsd")
-    if int(found.rank) < design.shape[1]:
+    fit = torch.linalg.lstsq(design, y.unsqueeze(1), driver="gelsd")
+    if int(fit.rank) < design.shape[1]:
         return None
-    start, alpha, beta = found.solution.flatten().tolist()
-    residual = float((design @ found.solution - y.unsqueeze(1)).square().mean().sqrt())
+    start, alpha, beta = fit.solution.flatten().tolist()
+    residual = float((design @ fit.solution - y.unsqueeze(1)).square().mean().sqrt())
     return GaoCurve(start=start, alpha=alpha, beta=beta, residual=residual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BestOfN:
-    """Scores of keeping the best of n responses of the start, without any training.
+    """Scores of best-of-n sampling from the policy before training.
 
     Attributes:
         d: √(log n − (n − 1)/n) for n = 1, 2, …: the KL of best-of-n is known exactly for scores without ties.
         rewards: E[max of n].
         largest: the n of the last point.
-        pooled: whether n responses are drawn over all prompts, for want of several to one prompt: an upper bound.
+        pooled: True if responses to all prompts are pooled, because each has one: an upper bound.
     """
 
     d: tuple[float, ...]
@@ -97,13 +97,13 @@ class BestOfN:
 
 
 def best_of_start(rows: Sequence[Mapping[str, Any]]) -> BestOfN | None:
-    """Best-of-n of the policy before training, up to as many n as there are responses.
+    """Compute best-of-n of the policy before training for n up to the number of responses.
 
     Args:
         rows: the first rollout or evaluation, with `prompt` and `score`.
 
     Returns:
-        for n up to the fewest responses to a prompt where each has several; over all prompts otherwise; None for one
+        for n up to the fewest responses to a prompt if each has several; over all prompts otherwise; None for one
         response.
     """
     prompts: dict[str, list[float]] = {}
@@ -125,14 +125,14 @@ def best_of_start(rows: Sequence[Mapping[str, Any]]) -> BestOfN | None:
 
 
 def _spread(largest: int, count: int = 60) -> list[int]:
-    """About `count` whole numbers from 1 to `largest`, even in their logarithms."""
+    """Spread about `count` integers from 1 to `largest` evenly in their logarithms."""
     return sorted({round(largest ** (i / (count - 1))) for i in range(count)})
 
 
 def frontier(runs: Sequence[Run]) -> Figure | Missing:
-    """Draw each run's way through (√KL, reward), its fit, and the best of n responses of the start."""
+    """Compose the figure of each run's points (√KL, reward), their fit and best-of-n."""
     marks: list[Mark] = []
-    told: list[str] = []
+    fits: list[str] = []
     bests: list[tuple[Run, BestOfN]] = []
     for run in runs:
         training, held_out = _points(run, *_TRAINING), _points(run, *_HELD_OUT)
@@ -145,7 +145,7 @@ def frontier(runs: Sequence[Run]) -> Figure | Missing:
             curve = fit_gao(points.x, points.y)
             if curve is not None:
                 marks.append(_fitted(curve, points, color=INK if names[2] else run.color, label=names[2]))
-                told.append(f"{run.name}, {which} points: {_told(curve, points)}")
+                fits.append(f"{run.name}, {which} points: {_told(curve, points)}")
                 break
         best = _best(run)
         if best is not None:
@@ -154,11 +154,11 @@ def frontier(runs: Sequence[Run]) -> Figure | Missing:
         return Missing(title=TITLE, remedy="needs objective/kl and objective/scores, or eval/kl and eval/reward")
     marks += _bounds(bests)
     names = {"name": "frontier", "title": TITLE, "x": "√KL(π‖π_ref), √nats per response", "y": "score, reward units"}
-    return Figure(**names, marks=marks, caption=_caption(told, bests))
+    return Figure(**names, marks=marks, caption=_caption(fits, bests))
 
 
 def _points(run: Run, kl: str, reward: str) -> Series:
-    """Points (√KL, reward) in the order of training, where both were logged; a KL below 0 is noise around 0."""
+    """Points (√KL, reward) in the order of training; a KL below 0 is noise and counts as 0."""
     kls, rewards = run.metrics[kl], dict(zip(run.metrics[reward].x, run.metrics[reward].y, strict=True))
     logged = [(math.sqrt(max(y, 0.0)), rewards[x]) for x, y in zip(kls.x, kls.y, strict=True) if x in rewards]
     logged = [pair for pair in logged if all(map(math.isfinite, pair))]
@@ -179,14 +179,14 @@ def _fitted(curve: GaoCurve, points: Series, *, color: str, label: str) -> Guide
 
 
 def _told(curve: GaoCurve, points: Series) -> str:
-    """Numbers of a curve, with its peak if that was measured."""
+    """Describe a curve, with its peak if that is in the measured range."""
     seen = curve.peak is not None and min(points.x) <= curve.peak <= max(points.x)
     where = f"it peaks at √KL = {curve.peak:.3g}" if seen else "no peak in the measured range"
     return f"α = {curve.alpha:.3g}, β = {curve.beta:.3g}, off by {curve.residual:.2g}; {where}"
 
 
 def _best(run: Run) -> BestOfN | None:
-    """Best of n of the state before training, if that was the reference."""
+    """Best-of-n of the state before training, if that was the reference."""
     for responses in (run.held_out, run.rollouts):
         kls = responses.column("kl").get(0, ())
         if 0 in responses.rows and len(kls) and abs(fmean(kls)) <= AT_REFERENCE**2:

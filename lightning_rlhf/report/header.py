@@ -1,4 +1,4 @@
-"""Facts of a run, as far as its logs have them: method, model, batch, rates, seed, dates."""
+"""Facts of a run in its logs (method, model, batch, rates, seed, dates)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.verdict import number
 
 BANDIT = {"model.algorithm.level": "SequenceLevel", "model.algorithm.advantage": "BanditAdvantage"}
-"""Settings of the library's default, which is nobody's method."""
+"""Settings of the default algorithm, which has no name."""
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Facts by name, in the order to show them."""
-    found = {
+    """Collect the facts by name, in the order of the page."""
+    entries = {
         "method": _method(run),
         "policy" if run.is_rl else "model": _given(
             run, "model.policy.path", "model.policy", "model.model.path", "model.model"
@@ -29,11 +29,11 @@ def facts(run: Run) -> dict[str, str]:
         "dates": _dates(run),
         "took": _duration(run),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in entries.items() if text}
 
 
 def _given(run: Run, *keys: str) -> str:
-    """The first setting that is neither missing nor null."""
+    """Return the first setting that is neither missing nor null."""
     texts = (run.settings.get(key, "") for key in keys)
     return next((text for text in texts if text not in ("", "None", "{}")), "")
 
@@ -47,7 +47,7 @@ def _method(run: Run) -> str:
 
 
 def _batch(run: Run) -> str:
-    """Prompts × samples as they were set, and the responses of a rollout as they were counted."""
+    """Describe the prompts × samples in the settings and the logged number of responses of a rollout."""
     size, samples = _given(run, "data.batch_size"), _given(run, "model.generation.samples_per_prompt")
     if not run.is_rl:
         several = _given(run, "trainer.accumulate_grad_batches")
@@ -67,7 +67,7 @@ def _rate(run: Run) -> str:
 
 
 def _beta(run: Run) -> str:
-    """β as it was set, or as it was logged where a class sets it."""
+    """Describe β by its setting, or by the log if a class sets it."""
     logged, chosen = run.metrics["objective/kl_coef"].y, _given(run, "model.algorithm.beta")
     if not logged or chosen[:1].isdigit():
         return chosen
@@ -76,7 +76,7 @@ def _beta(run: Run) -> str:
 
 
 def _length(run: Run) -> str:
-    """Number of rollouts, or of optimizer steps, that were logged."""
+    """Number of logged rollouts or optimizer steps."""
     logged = run.metrics.first("objective/scores") if run.is_rl else run.metrics.first("train/loss", "lr")
     if not logged:
         return ""
@@ -89,7 +89,7 @@ def _count(number: float | str, what: str) -> str:
 
 
 def _seconds(run: Run) -> float | None:
-    """Time from the first settings to the last metrics; None where files were copied, so that steps took longer."""
+    """Seconds from the first settings to the last metrics; None if shorter than the steps: files were copied."""
     if run.written is None:
         return None
     seconds, steps = run.written[1] - run.written[0], math.fsum(run.metrics["time/step"].y)

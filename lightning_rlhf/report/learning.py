@@ -1,4 +1,4 @@
-"""Figures of a policy in training: loss of fine-tuning; reward, KL, length, entropy and size of updates of RL."""
+"""Figures of fine-tuning (loss) and RL (reward, KL, length, entropy, size of updates)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ NEXT_TOKEN = Quantity(
 
 
 def length_bias(runs: Sequence[Run]) -> Figure | Missing:
-    """Correlate length and score over the responses of each rollout."""
+    """Compose the figure of the correlation of length and score over the responses of each rollout."""
     marks: list[Mark] = []
     for run in runs:
         names = ("training", "held out") if len(runs) == 1 else (run.name, f"{run.name}, held out")
@@ -154,6 +154,6 @@ def length_bias(runs: Sequence[Run]) -> Figure | Missing:
 
 def _correlations(responses: Responses) -> Series:
     lengths, scores = responses.column("length"), responses.column("score")
-    found = {i: correlation(lengths[i], scores[i]) for i in lengths if i in scores}
-    known = {i: value for i, value in found.items() if value is not None}
+    correlations = {i: correlation(lengths[i], scores[i]) for i in lengths if i in scores}
+    known = {i: value for i, value in correlations.items() if value is not None}
     return Series(tuple(map(float, known)), tuple(known.values()))

@@ -1,4 +1,4 @@
-"""Lines of a log of which the last may be torn; any other that is broken is an error."""
+"""Readers of logs whose last line may be incomplete, while any other broken line is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Number from 1, text, and whether the line is whole: a file's last one may lack its line break.
+    """Yield each line's number (from 1), its text and False if its line break is missing.
 
     Raises:
         ValueError: a line is not UTF-8.
@@ -28,10 +28,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSONL file, after the place it stood at (`file, line n`); blank lines are skipped.
+    """Yield the location (`file, line n`) and the object of each line of a JSONL file; skips blank lines.
 
     Raises:
-        ValueError: a line that is no JSON object and not the torn end of a run that was killed.
+        ValueError: a line is no JSON object and not the incomplete last line of a killed run.
     """
     for number, line, whole in text_lines(path):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""`metrics.csv` of Lightning's CSVLogger as one series for each logged name."""
+"""Reader of `metrics.csv` of Lightning's CSVLogger, with one series for each logged name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from lightning_rlhf.report.lines import text_lines
 
 EVALUATIONS = ("eval/", "test/")
-"""Beginnings of names that are measured on held-out data, after the step in whose row they stand."""
+"""Prefixes of names measured on held-out data, after the step of their row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One number over a run.
+    """Logged number over a run.
 
     Attributes:
         x: steps (in the RL stage: rollouts) that had been trained on when it was measured, ascending.
@@ -40,20 +40,20 @@ class Metrics:
     series: Mapping[str, Series] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Series:
-        """The series, empty where nothing was logged under the name."""
+        """Return the series of a name, empty if nothing was logged under it."""
         return self.series.get(name, Series())
 
     def first(self, *names: str) -> Series:
-        """The series of the first name under which something was logged."""
+        """Return the series of the first name that was logged."""
         return next((self[name] for name in names if self[name]), Series())
 
 
 def read_metrics(paths: Sequence[Path]) -> Metrics:
-    """The series of a run whose log is in one file, or in several of which each goes on from the one before.
+    """Read the series of a run from one log, or from several of which each resumes the one before.
 
-    A training row of step i was measured by a policy that had i steps behind it. Lightning gives the evaluation that
-    follows the same step, but it had i + 1; one that precedes every training row of its step had i. Where a later
-    file begins, the rows of earlier ones are superseded: a run went on from a checkpoint before them.
+    A training row of step i was measured by a policy after i steps. Lightning gives the evaluation that follows the
+    same step, but it had i + 1; one that precedes every training row of its step had i. Where a later file begins, the
+    rows of earlier ones are superseded: a run went on from a checkpoint before them.
 
     Args:
         paths: of `metrics.csv` files, oldest first.
@@ -76,7 +76,7 @@ def read_metrics(paths: Sequence[Path]) -> Metrics:
 
 
 def first_step(path: Path) -> float:
-    """Step of the earliest row; infinite where there is none."""
+    """Return the step of the earliest row, or infinity if there is none."""
     return min((step for step, _ in _rows(path)), default=float("inf"))
 
 
@@ -85,7 +85,7 @@ def _held_out(row: Mapping[str, float]) -> bool:
 
 
 def _rows(path: Path) -> Iterator[tuple[float, dict[str, float]]]:
-    """The step and the numbers of each line."""
+    """Yield the step and the numbers of each line."""
     lines = text_lines(path)
     _, header, whole = next(lines, (0, "", False))
     names = next(csv.reader([header]), [])
@@ -98,7 +98,7 @@ def _rows(path: Path) -> Iterator[tuple[float, dict[str, float]]]:
         )
     for number, line, complete in lines:
         if not complete:
-            return  # of a torn line even the last number may have lost digits
+            return  # even the last number of an incomplete line may have lost digits
         cells, where = next(csv.reader([line]), []), f"{path}, line {number}"
         if len(cells) != len(names):
             raise ValueError(

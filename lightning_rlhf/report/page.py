@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no library, and no way for what a model wrote to run."""
+"""Self-contained HTML page in which no text of a model can run as code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_rlhf.text.escape import html
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of the page.
+    """Part of the page for one stage.
 
     Attributes:
         title: of the part.
@@ -35,13 +35,13 @@ class Section:
 
 
 def page(title: str, *, runs: Sequence[Run], sections: Sequence[Section], samples: str) -> str:
-    """Compose the document.
+    """Compose the HTML document.
 
     Args:
         title: of the page, plain text.
         runs: for the header and the tables.
         sections: of figures.
-        samples: HTML of the responses side by side, or of what would give them.
+        samples: HTML of the responses side by side, or of the remedy if there are none.
     """
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     cards = "".join(_card(run, named=len(runs) > 1) for run in runs)
@@ -77,7 +77,7 @@ def page(title: str, *, runs: Sequence[Run], sections: Sequence[Section], sample
 
 
 def _policy(style: str, script: str) -> str:
-    """Allow only this style sheet and this script, by their hashes, so that a tag past the escaping can't run."""
+    """Content security policy that allows only this style sheet and this script by hash."""
 
     def known(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -94,7 +94,7 @@ def _list(kind: str, title: str, entries: Sequence[str]) -> str:
 
 
 def _card(run: Run, *, named: bool) -> str:
-    """Verdict and facts of a run."""
+    """HTML of a run's verdict and facts."""
     judged = verdict(run)
     name = f"<h2>{html(run.name)}</h2>" * named
     said = f'<p class="verdict">{html(judged.said)}</p>' * bool(judged.said)
@@ -104,14 +104,14 @@ def _card(run: Run, *, named: bool) -> str:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    found = [changes(run) for run in runs]
+    per_run = [changes(run) for run in runs]
     rows = [
         (
-            f'<td title="{html(_keys(what, found))}: {html(meaning)}">{html(what)}</td>',
-            [_move(of_run.get(what)) for of_run in found],
+            f'<td title="{html(_keys(what, per_run))}: {html(meaning)}">{html(what)}</td>',
+            [_move(of_run.get(what)) for of_run in per_run],
         )
         for what, _, _, meaning in ROWS
-        if any(what in of_run for of_run in found)
+        if any(what in of_run for of_run in per_run)
     ]
     if not rows:
         return ""
@@ -130,7 +130,7 @@ def _keys(what: str, found: Sequence[Mapping[str, Change]]) -> str:
 
 
 def _table(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A row for each thing, a column for each run."""
+    """HTML table with a column for each run."""
     head = "".join(f'<th style="--run: {run.color}">{html(run.name)}</th>' for run in runs)
     body = "".join(
         f"<tr>{first}"
@@ -176,7 +176,7 @@ def _section(section: Section) -> str:
 
 
 def _figure(drawn: Drawing) -> str:
-    """A figure with its numbers, for the page's script to show where one points."""
+    """HTML of a figure with its numbers for the tooltips of the page's script."""
     dots = html(json.dumps(drawn.dots))
     return (
         f'<figure class="card" data-dots="{dots}"><h3>{html(drawn.figure.title)}</h3>{drawn.svg}'

@@ -1,4 +1,4 @@
-"""Files of one run, among those below the folders that were named."""
+"""Search for the files of each run in the given folders."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VERSION = re.compile(r"version_(\d+)")
-"""The folders that CSVLogger begins one after the other."""
+"""Folder names of CSVLogger."""
 OTHERS = ("rollouts.jsonl", "samples.jsonl", "config.yaml", "hparams.yaml")
-"""Beside `metrics.csv`."""
+"""Files of a run beside `metrics.csv`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Place:
         root: the run's own, in `folder` or below it.
         logs: its `metrics.csv` files, by version.
         others: its other files, by version.
-        sole: whether it is the only run of `folder`.
+        sole: True if it is the only run of `folder`.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The folder's name, and the way to the run where there are several in it."""
+        """Name of the folder, with the path to the run if it holds several."""
         name = self.folder.resolve().name
         if VERSION.fullmatch(name):
             name = f"{self.folder.resolve().parent.name}/{name}"
@@ -67,20 +67,20 @@ def find_places(folder: Path) -> list[Place]:
 
 
 def names_of(places: Sequence[Place]) -> list[str]:
-    """A name for each, none twice: where folders share a name, the path as it was given."""
+    """Name the runs uniquely, by their given paths if names coincide."""
     often = Counter(place.name for place in places)
     return [place.name if often[place.name] == 1 else place.root.as_posix() for place in places]
 
 
 def _grouped(paths: Iterable[Path], root_of: Callable[[Path], Path]) -> dict[Path, list[Path]]:
-    found: dict[Path, list[Path]] = {}
+    groups: dict[Path, list[Path]] = {}
     for path in sorted(paths, key=_order):
-        found.setdefault(root_of(path), []).append(path)
-    return found
+        groups.setdefault(root_of(path), []).append(path)
+    return groups
 
 
 def _order(path: Path) -> tuple[str, int, str]:
-    """Key that sorts versions by number: the tenth comes after the ninth."""
+    """Sort key that orders versions by number."""
     version = VERSION.fullmatch(path.parent.name)
     return (path.parent.parent.as_posix(), int(version[1]), path.name) if version else (path.parent.as_posix(), -1, "")
 
@@ -91,7 +91,7 @@ def _root(path: Path, folder: Path) -> Path:
 
 
 def _owner(path: Path, roots: Sequence[Path], folder: Path) -> Path:
-    """The innermost run around a file, or the only run there is, or a new one."""
+    """Return the innermost run around a file, else the only run or else a new one."""
     around = [root for root in roots if path.is_relative_to(root)]
     if around:
         return max(around, key=lambda root: len(root.parts))

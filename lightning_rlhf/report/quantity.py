@@ -1,4 +1,4 @@
-"""The usual figure: one logged number against the steps of training, on the training data and on held-out data."""
+"""Figure of one logged number against training steps, on training and held-out data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, t
 
 ROLLOUTS, STEPS = "rollouts trained on", "optimizer steps"
 MANY = 60
-"""Points from which a line is smoothed: before, each is a rollout that one wants to see."""
+"""Number of points above which a line is smoothed."""
 Columns = Mapping[int, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """A figure to be, and the logged names that it shows.
+    """Factory of a figure from logged names.
 
     Attributes:
         name: of the figure's files.
         title: of the figure.
         y: label, with the unit.
-        caption: what one sees.
-        remedy: what would give the figure where nothing of it was logged.
+        caption: below the figure.
+        remedy: the missing logs, if nothing of it was logged.
         line: logged names, of which the first that a run has is drawn as a line.
         points: of another number, drawn as rings.
         labels: of line and points.
@@ -52,7 +52,7 @@ class Quantity:
     span: tuple[float, float | None] | None = None
 
     def __call__(self, runs: Sequence[Run]) -> Figure | Missing:
-        """The figure of some runs, as much of it as their logs hold."""
+        """Compose the figure of some runs from their logs."""
         marks = [mark for run in runs for mark in self._marks(run, alone=len(runs) == 1)]
         if not marks:
             return Missing(title=self.title, remedy=self.remedy)
@@ -92,11 +92,11 @@ def line_of(
     label: str,
     color: str,
 ) -> Line:
-    """A line that is smoothed where it has many points, with its band.
+    """Build a line with its band, smoothed if it has many points.
 
     Args:
         series: to draw.
-        columns: iteration → the values that the series is the mean of; empty where they are not known.
+        columns: iteration → the values that the series is the mean of; empty if unknown.
         interval: of such values.
         label: of the line.
         color: of the line.
@@ -113,7 +113,7 @@ def line_of(
 def _intervals(
     series: Series, columns: Columns, interval: Callable[[Sequence[float]], Interval] | None
 ) -> list[Interval]:
-    """Intervals of all points; none where the values of some are not known."""
+    """Intervals of all points; empty if the values of any are unknown."""
     if interval is None or not all(x in columns for x in series.x):
         return []
     return [interval(columns[int(x)]) for x in series.x]

@@ -1,4 +1,4 @@
-"""`rollouts.jsonl` and `samples.jsonl`: numbers of every response, texts of the first and the last evaluation."""
+"""Numbers of all logged responses, with the texts of the first and last evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from lightning_rlhf.report.lines import json_lines
 
 NUMBERS = ("raw_score", "score", "length", "kl", "entropy")
-"""Keys that are counted where a line has them, beside `ended` and the parts `score/NAME`."""
+"""Optional keys of a line beside `ended` and the parts `score/NAME`."""
 
 
 @dataclass(slots=True)
 class Responses:
-    """Responses by iteration: how many rollouts the policy that wrote them had been trained on.
+    """Responses by iteration, the number of rollouts that their policy was trained on.
 
     Attributes:
         numbers: iteration → key → one number for each response, in the order of the file.
@@ -29,16 +29,16 @@ class Responses:
     rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     def column(self, key: str) -> dict[int, array[float]]:
-        """Iteration → the numbers under `key`, where there are any, by iteration."""
+        """Numbers under `key` by ascending iteration, without iterations that have none."""
         return {i: self.numbers[i][key] for i in sorted(self.numbers) if self.numbers[i].get(key)}
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The first and the last iteration, once if they are one."""
+        """First and last iteration, once if they are equal."""
         return tuple(sorted({min(self.numbers), max(self.numbers)}))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a line, which supersedes later iterations that came before it."""
+        """Add a line and drop later iterations before it, which a resumed run repeats."""
         iteration = row["iteration"]
         if self.numbers and iteration < next(reversed(self.numbers)):  # a run that went on from a checkpoint
             self.numbers = {i: columns for i, columns in self.numbers.items() if i < iteration}
@@ -53,35 +53,35 @@ class Responses:
 
 
 def read_rollouts(paths: Sequence[Path]) -> Responses:
-    """Training responses.
+    """Read the training responses.
 
     Args:
         paths: of files, oldest first.
 
     Raises:
-        ValueError: a line lacks what a report needs; names file and line.
+        ValueError: a line lacks a column that a report needs; names file and line.
     """
-    found = Responses()
+    responses = Responses()
     for where, row in _lines(paths):
         _check(where, row, {"iteration": int, "score": float})
-        found.add(row)
-    return found
+        responses.add(row)
+    return responses
 
 
 def read_samples(paths: Sequence[Path]) -> Mapping[str, Responses]:
-    """Held-out responses by stage, `val` or `test`.
+    """Read the held-out responses by stage, `val` or `test`.
 
     Args:
         paths: of files, oldest first.
 
     Raises:
-        ValueError: a line lacks what a report needs; names file and line.
+        ValueError: a line lacks a column that a report needs; names file and line.
     """
-    found: dict[str, Responses] = {}
+    stages: dict[str, Responses] = {}
     for where, row in _lines(paths):
         _check(where, row, {"iteration": int, "score": float, "stage": str, "index": int})
-        found.setdefault(row["stage"], Responses()).add(row)
-    return found
+        stages.setdefault(row["stage"], Responses()).add(row)
+    return stages
 
 
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Figures of a reward model: how often it is right, on which pairs, and whether it knows."""
+"""Figures of a reward model, on accuracy and calibration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import share_interval
 
 CONFIDENCES = ("50_60", "60_70", "70_80", "80_90", "90_100")
-"""Bins of confidence as they are logged."""
+"""Bins of confidence in logged names, percent."""
 MARGINS = tuple(math.log(p / (1 - p)) for p in (0.5, 0.6, 0.7, 0.8, 0.9))
-"""|r_w − r_l| where each of them begins: confidence is σ of it."""
+"""Margins |r_w − r_l| at the lower ends of `CONFIDENCES`; confidence is σ of a margin."""
 LENGTHS = ("shorter", "similar", "longer")
 _REMEDY = "needs an evaluation on held-out rankings: run `fit` or `validate` of a RewardModule with `--data.val`"
 
@@ -54,32 +54,32 @@ LENGTH_CORRELATION = Quantity(
 
 
 def reliability(runs: Sequence[Run]) -> Figure | Missing:
-    """Draw accuracy against confidence."""
+    """Compose the figure of accuracy against confidence."""
     marks: list[Mark] = [
         Guide(label="right as often as sure", x=(0.5, 1.0), y=(0.5, 1.0), color=FAINT),
     ]
     for run in runs:
-        found = _binned(run, [f"confidence_{name}" for name in CONFIDENCES])
-        if found:
-            sure = [last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in found]
-            bars = [share_interval(share, count) for share, count in found.values()]
-            shares = [share for share, _ in found.values()]
+        binned = _binned(run, [f"confidence_{name}" for name in CONFIDENCES])
+        if binned:
+            sure = [last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in binned]
+            bars = [share_interval(share, count) for share, count in binned.values()]
+            shares = [share for share, _ in binned.values()]
             label = "held out" if len(runs) == 1 else run.name
             marks.append(Points(label=label, x=sure, y=shares, color=run.color, intervals=bars))
     if len(marks) == 1:
         return Missing(title="Reliability curve", remedy=_REMEDY)
     names = {"name": "reliability", "title": "Reliability curve", "y": "accuracy", "x": "confidence σ(|r_w − r_l|)"}
     errors = [(run, last(run, "calibration_error")) for run in runs]
-    told = ", ".join(f"{error:.3f} ({run.name})" for run, error in errors if error is not None)
+    listed = ", ".join(f"{error:.3f} ({run.name})" for run, error in errors if error is not None)
     caption = (
         "Below the dashed line the model is surer than it is right. Bars: 95 % confidence by the number of pairs."
-        + f" Calibration error: {told}." * bool(told)
+        + f" Calibration error: {listed}." * bool(listed)
     )
     return Figure(**names, marks=marks, caption=caption)
 
 
 def accuracy_by_margin(runs: Sequence[Run]) -> Figure | Missing:
-    """Draw accuracy by how far apart the two scores are."""
+    """Compose the figure of accuracy by the margin between the two scores."""
     edges = [f"{low:.2g}–{high:.2g}" for low, high in zip(MARGINS, MARGINS[1:], strict=False)]
     return _by_bin(
         runs,
@@ -93,7 +93,7 @@ def accuracy_by_margin(runs: Sequence[Run]) -> Figure | Missing:
 
 
 def accuracy_by_length(runs: Sequence[Run]) -> Figure | Missing:
-    """Draw accuracy by whether the preferred response is the longer one."""
+    """Compose the figure of accuracy by the length difference of the pair."""
     return _by_bin(
         runs,
         LENGTHS,
@@ -118,17 +118,17 @@ def _by_bin(
     marks: list[Mark] = []
     width = 0.7 / len(runs)
     for place, run in enumerate(runs):
-        found = _binned(run, bins)
-        if found:
+        binned = _binned(run, bins)
+        if binned:
             bars = Bars(
                 label="held out" if len(runs) == 1 else run.name,
-                x=[i + width * (place - (len(runs) - 1) / 2) for i in found],
-                y=[share for share, _ in found.values()],
+                x=[i + width * (place - (len(runs) - 1) / 2) for i in binned],
+                y=[share for share, _ in binned.values()],
                 color=run.color,
                 categories=categories,
                 width=width,
-                intervals=[share_interval(share, count) for share, count in found.values()],
-                notes=[f"{count:.0f}" for _, count in found.values()],
+                intervals=[share_interval(share, count) for share, count in binned.values()],
+                notes=[f"{count:.0f}" for _, count in binned.values()],
             )
             marks.append(bars)
     if not marks:
@@ -138,13 +138,13 @@ def _by_bin(
 
 
 def _binned(run: Run, bins: Sequence[str]) -> Mapping[int, tuple[float, float]]:
-    """Place of the bin → (accuracy, pairs) at the last evaluation, where it had a pair."""
-    found = {i: (last(run, f"accuracy_{name}"), last(run, f"pairs_{name}")) for i, name in enumerate(bins)}
-    return {i: (share, pairs) for i, (share, pairs) in found.items() if share is not None and pairs}
+    """Map bins that have pairs to (accuracy, pairs) at the last evaluation."""
+    binned = {i: (last(run, f"accuracy_{name}"), last(run, f"pairs_{name}")) for i, name in enumerate(bins)}
+    return {i: (share, pairs) for i, (share, pairs) in binned.items() if share is not None and pairs}
 
 
 def last(run: Run, name: str) -> float | None:
-    """A number of the last evaluation; None where that did not log it, as of a bin without a pair."""
+    """Return a number of the last evaluation; None if it was not logged, as of a bin without pairs."""
     for stage in ("eval", "test"):
         series, latest = run.metrics[f"{stage}/{name}"], run.metrics[f"{stage}/accuracy"]
         if series and latest:

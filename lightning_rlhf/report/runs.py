@@ -1,4 +1,4 @@
-"""Runs, read from their files."""
+"""Reader of runs from their logs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Run:
 
     Attributes:
         name: in legends.
-        color: wherever it is drawn.
+        color: in figures and tables.
         metrics: of `metrics.csv`.
-        rollouts: of `rollouts.jsonl`; empty where there is none.
-        samples: of `samples.jsonl`, by stage; empty where there is none.
+        rollouts: of `rollouts.jsonl`; empty if there is none.
+        samples: of `samples.jsonl`, by stage; empty if there is none.
         settings: of `config.yaml` or `hparams.yaml`, dotted key → value.
-        written: when its first settings and its last metrics were, seconds since 1970; None where a file lacks.
-        notes: what a reader of the report must know of how the files were read.
+        written: times of its first settings and last metrics, seconds since 1970; None if a file is missing.
+        notes: for the report's readers, on files that were joined or left out.
     """
 
     name: str
@@ -40,38 +40,38 @@ class Run:
 
     @property
     def held_out(self) -> Responses:
-        """Samples of validation, or of the test where there is no validation."""
+        """Samples of validation, or else of the test."""
         return self.samples.get("val") or self.samples.get("test") or Responses()
 
     @property
     def is_reward_model(self) -> bool:
-        """True of a run that trained a reward model."""
+        """True if the run trained a reward model."""
         return bool(self.metrics.first("eval/accuracy", "eval/margin", "test/accuracy"))
 
     @property
     def is_rl(self) -> bool:
-        """True of a run that trained a policy on a reward."""
+        """True if the run trained a policy on a reward."""
         scored = self.metrics.first("objective/scores", "eval/reward", "test/reward")
         return bool(scored or self.rollouts.numbers or self.samples)
 
     @property
     def stage(self) -> int:
-        """Place among the stages: 0 fine-tuning, 1 reward model, 2 RL."""
+        """Index of the stage (0 fine-tuning, 1 reward model, 2 RL)."""
         return 2 if self.is_rl else int(self.is_reward_model)
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Runs in some folders, named by folder, by stage and then by name.
+    """Read the runs in some folders, sorted by stage and name.
 
-    Logs of one CSVLogger (`version_0`, `version_1`, …) are one run where each begins at a later step than the one
-    before began: it went on from a checkpoint. One that begins anew is another run, and only the newest is taken; to
-    overlay them, name the version folders.
+    Logs of one CSVLogger (`version_0`, `version_1`, …) are one run if each begins at a later step than the one before:
+    it resumed from a checkpoint. One that begins anew is another run, and only the newest is taken; to overlay them,
+    name the version folders.
 
     Args:
         folders: each holds `metrics.csv`, `rollouts.jsonl` or `samples.jsonl`, anywhere below it.
 
     Raises:
-        ValueError: a folder holds none of them, or what it holds can't be read; names file and line.
+        ValueError: a folder holds none of them, or a log can't be read; names file and line.
     """
     places = [place for folder in dict.fromkeys(Path(folder) for folder in folders) for place in find_places(folder)]
     runs = [_read(place, name) for place, name in zip(places, names_of(places), strict=True)]
@@ -81,9 +81,11 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 def _read(place: Place, name: str) -> Run:
     logs, older = _chain(place.logs)
-    gone = {path.parent for path in older}
-    found = {kind: [path for path in place.others if path.name == kind and path.parent not in gone] for kind in OTHERS}
-    begun = [path.stat().st_mtime for path in (found["config.yaml"] or found["hparams.yaml"])[:1]]
+    skipped = {path.parent for path in older}
+    files = {
+        kind: [path for path in place.others if path.name == kind and path.parent not in skipped] for kind in OTHERS
+    }
+    begun = [path.stat().st_mtime for path in (files["config.yaml"] or files["hparams.yaml"])[:1]]
     ended = [path.stat().st_mtime for path in logs[-1:]]
     notes = [
         f"{name}: {path} is left out, an older run in the same folder; name its folder to see it" for path in older
@@ -95,16 +97,16 @@ def _read(place: Place, name: str) -> Run:
     return Run(
         name=name,
         metrics=read_metrics(logs),
-        rollouts=read_rollouts(found["rollouts.jsonl"]),
-        samples=read_samples(found["samples.jsonl"]),
-        settings=read_settings(found["config.yaml"], found["hparams.yaml"]),
+        rollouts=read_rollouts(files["rollouts.jsonl"]),
+        samples=read_samples(files["samples.jsonl"]),
+        settings=read_settings(files["config.yaml"], files["hparams.yaml"]),
         written=(begun[0], ended[0]) if begun and ended else None,
         notes=tuple(notes),
     )
 
 
 def _chain(logs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The logs of the newest run, and those of older ones."""
+    """Split logs into those of the newest run and those of older ones."""
     chain: list[Path] = []
     older: list[Path] = []
     began = math.inf

@@ -1,4 +1,4 @@
-"""Responses to the same held-out prompts, before and after training, side by side."""
+"""Responses to held-out prompts before and after training, side by side."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_rlhf.report.runs import Run
 from lightning_rlhf.text.escape import html
 
 MOST = 500
-"""Prompts on a page: a browser searches them at once, and all others are in `samples.jsonl`."""
+"""Most prompts on a page, which a browser searches at once; all others are in `samples.jsonl`."""
 LONGEST = 6000
-"""Characters shown of a text."""
+"""Longest text on a page, in characters."""
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One evaluation of a run, or of several that agree in it.
+    """Evaluation of a run, or of several with equal responses.
 
     Attributes:
         title: above its responses.
@@ -32,34 +32,34 @@ class Column:
 
 
 def columns_of(runs: Sequence[Run]) -> list[Column]:
-    """First and last evaluation of each run, by prompt, one that several have in common once."""
-    found: dict[str, tuple[list[str], str, dict[str, Sample]]] = {}
+    """First and last evaluation of each run, without duplicates between runs."""
+    evaluations: dict[str, tuple[list[str], str, dict[str, Sample]]] = {}
     for run in runs:
         rows = run.held_out.rows
         for iteration in run.held_out.ends if rows else ():
             when = "before training" if iteration == 0 else f"after {iteration} rollouts"
             samples = _by_prompt(rows[iteration])
             said = json.dumps([when, [(key, row.get("response"), row["score"]) for key, row in samples.items()]])
-            found.setdefault(said, ([], when, samples))[0].append(run.name)
+            evaluations.setdefault(said, ([], when, samples))[0].append(run.name)
     alone = [run.name for run in runs if run.held_out.rows]
     return [
         Column(when if names == alone else f"{', '.join(names)}, {when}", samples)
-        for names, when, samples in found.values()
+        for names, when, samples in evaluations.values()
     ]
 
 
 def _by_prompt(rows: Sequence[Sample]) -> dict[str, Sample]:
-    found: dict[str, Sample] = {}
+    samples: dict[str, Sample] = {}
     seen: dict[str, int] = {}
     for row in rows:
         prompt = json.dumps(row.get("prompt"))
         seen[prompt] = seen.get(prompt, 0) + 1
-        found[f"{prompt} {seen[prompt]}"] = row
-    return found
+        samples[f"{prompt} {seen[prompt]}"] = row
+    return samples
 
 
 def pairs(columns: Sequence[Column]) -> str:
-    """Controls and pairs as HTML, all text escaped; without its script every pair is shown."""
+    """Compose controls and pairs as HTML with escaped text; without its script all pairs are shown."""
     prompts = list(dict.fromkeys(key for column in columns for key in column.samples))
     shown = prompts[:MOST]
     note = f" Of {len(prompts)} prompts the first {MOST} are here; samples.jsonl has all." * (len(prompts) > MOST)
@@ -85,8 +85,8 @@ def pairs(columns: Sequence[Column]) -> str:
 
 
 def _pair(place: int, key: str, columns: Sequence[Column]) -> str:
-    found = [column.samples.get(key) for column in columns]
-    present = [sample for sample in found if sample is not None]
+    samples = [column.samples.get(key) for column in columns]
+    present = [sample for sample in samples if sample is not None]
     first, last = present[0], present[-1]
     data = {
         "gain": last["score"] - first["score"],
@@ -97,7 +97,7 @@ def _pair(place: int, key: str, columns: Sequence[Column]) -> str:
     }
     numbers = "".join(f' data-{name}="{value:.6g}"' for name, value in data.items() if _is_number(value))
     sides = "".join(
-        _side(i, column.title, sample) for i, (column, sample) in enumerate(zip(columns, found, strict=True))
+        _side(i, column.title, sample) for i, (column, sample) in enumerate(zip(columns, samples, strict=True))
     )
     return (
         f'<article class="pair" data-place="{place}"{numbers}><div class="prompt text">{_prompt(first.get("prompt"))}'

@@ -1,4 +1,4 @@
-"""Settings of a run, as dotted keys and short texts: what to compare runs by."""
+"""Settings of a run as dotted keys and short texts, to compare runs."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Any
 import yaml
 
 NOISE = ("trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "config")
-"""Beginnings of keys that say where a run wrote, not what it did."""
+"""Prefixes of keys with paths of a run, which are not compared."""
 LARGEST = 10_000
-"""Values of a config, far more than any has."""
+"""Most values of a config, far more than any has."""
 
 
 def read_settings(configs: Sequence[Path], hparams: Sequence[Path] = ()) -> dict[str, str]:
-    """Read the last `config.yaml`, or what `hparams.yaml` has of the module where there is none.
+    """Read the last `config.yaml`, or the module's settings in `hparams.yaml` if there is none.
 
     Raises:
-        ValueError: the config is no YAML mapping; hparams, which any module writes, are passed over instead.
+        ValueError: the config is no YAML mapping; invalid hparams, which any module writes, are skipped.
     """
     if configs:
         return _read(configs[-1])
     try:
-        found = _read(hparams[-1]) if hparams else {}
+        settings = _read(hparams[-1]) if hparams else {}
     except ValueError:
         return {}
-    return {f"model.{key}": value for key, value in found.items() if not key.startswith("_")}
+    return {f"model.{key}": value for key, value in settings.items() if not key.startswith("_")}
 
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_size(found)
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_size(config)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is no YAML ({reason}): restore it, or remove it to go on without") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings but {type(found).__name__}: remove it to go on without")
-    return {key: value for key, value in _flat(found) if not key.startswith(NOISE)}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings but {type(config).__name__}: remove it to go on without")
+    return {key: value for key, value in _flat(config) if not key.startswith(NOISE)}
 
 
 def _check_size(value: Any) -> None:
-    """Refuse a value that, with what it holds, is larger than any config.
+    """Raise if a value has more nested values than any config.
 
     Raises:
         ValueError: it is larger, as where an alias contains itself or repeats too often.
@@ -59,18 +59,18 @@ def _check_size(value: Any) -> None:
 
 
 def differing(settings: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    """Keys whose values differ between runs: key → a value for each run, "" where it has none.
+    """Collect the keys whose values differ between runs, with "" for a run without a value.
 
     Args:
         settings: run → its settings; runs without any are not compared.
     """
     keys = dict.fromkeys(key for of_run in settings.values() for key in of_run)
     values = {key: [of_run.get(key, "") for of_run in settings.values()] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
-    """Each value under its dotted key, a class as its name with its arguments below."""
+    """Flatten a config to dotted keys; a class is its name with its arguments below."""
     if not isinstance(value, dict) or not value:
         return [(key, _text(value))]
     if "class_path" in value:
@@ -80,7 +80,7 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """A value in a line, a class as the call that makes it."""
+    """Format a value in one line, a class as a call."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if not isinstance(value, dict) or "class_path" not in value:

@@ -1,4 +1,4 @@
-"""Means with their intervals, and what makes many numbers few."""
+"""Means with intervals, and reductions of long series."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from statistics import fmean, quantiles, stdev
 from lightning_rlhf.report.metrics import Series
 
 NORMAL = 1.96
-"""Standard errors to either side that hold 95 % of a normal distribution."""
+"""Half-width of the central 95 % of a normal distribution, in standard deviations."""
 Interval = tuple[float, float]
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """95 % confidence interval of a mean, mean ± 1.96·s/√n; the mean twice for one value."""
+    """Interval of a mean at 95 % confidence: mean ± 1.96·s/√n; the mean twice for one value."""
     mean = fmean(values)
     half = NORMAL * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean - half, mean + half
 
 
 def deciles(values: Sequence[float]) -> Interval:
-    """Ends of the middle 80 % of the values."""
+    """Interval of the middle 80 % of the values."""
     if len(values) < 2:
         return values[0], values[0]
     cut = quantiles(values, n=10, method="inclusive")
@@ -29,15 +29,15 @@ def deciles(values: Sequence[float]) -> Interval:
 
 
 def share_interval(share: float, count: float) -> Interval:
-    """95 % confidence interval of a share of `count` (Wilson 1927): stays within [0, 1], also for shares of 0 and 1."""
+    """Interval of a share of `count` at 95 % confidence (Wilson 1927), within [0, 1] also for shares of 0 and 1."""
     z = NORMAL * NORMAL
-    centre = (share + z / (2 * count)) / (1 + z / count)
+    center = (share + z / (2 * count)) / (1 + z / count)
     half = NORMAL * math.sqrt(max(share * (1 - share), 0) / count + z / (4 * count * count)) / (1 + z / count)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation; None where one does not vary."""
+    """Pearson's correlation; None if either does not vary or there are fewer than three values."""
     if len(x) < 3 or len(x) != len(y):
         return None
     a, b = fmean(x), fmean(y)
@@ -48,12 +48,12 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def by_iteration(columns: Mapping[int, Sequence[float]], of: Callable[[Sequence[float]], float] = fmean) -> Series:
-    """One number of each iteration's values."""
+    """Reduce each iteration's values to one number."""
     return Series(tuple(map(float, columns)), tuple(of(values) for values in columns.values()))
 
 
 def thinned(series: Series, most: int = 400) -> Series:
-    """At most `most` points: means of consecutive ones, so that a page of long runs stays small."""
+    """Reduce a series to at most `most` points, means of consecutive ones."""
     size = math.ceil(len(series.x) / most)
     if size <= 1:
         return series
@@ -62,7 +62,7 @@ def thinned(series: Series, most: int = 400) -> Series:
 
 
 def smoothed(series: Series) -> Series:
-    """Centered means over a thirtieth of the run, of at least five points."""
+    """Centered moving mean over a thirtieth of the run, at least five points."""
     half = max(len(series.y) // 60, 2)
     means = [fmean(series.y[max(i - half, 0) : i + half + 1]) for i in range(len(series.y))]
     return Series(series.x, tuple(means))

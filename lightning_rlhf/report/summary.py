@@ -1,4 +1,4 @@
-"""Each number where a run began and where it ended."""
+"""Logged numbers at the start and end of a run."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ ROWS = (
         "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts",
     ),
 )
-"""In words, logged names, the column of `samples.jsonl` that has the state before training too, and the glossary's
-meaning, word for word: importing it would load the modules."""
+"""Label, logged names, column of `samples.jsonl` that also has the state before training, and the glossary's
+meaning, copied because importing it would load the modules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A number over a run.
+    """Change of a number over a run.
 
     Attributes:
-        key: it is logged under.
-        first: where it began.
-        last: where it ended.
-        series: all of it, thinned.
+        key: in the log.
+        first: value at the start.
+        last: value at the end.
+        series: all values, thinned.
     """
 
     key: str
@@ -86,13 +86,13 @@ class Change:
 
     @property
     def moved(self) -> float | None:
-        """End less start; None where it was measured once."""
+        """End minus start; None if it was measured once."""
         return self.last - self.first if len(self.series.x) > 1 else None
 
 
 def changes(run: Run) -> dict[str, Change]:
-    """Numbers that were logged, in words → from where to where."""
-    found = {}
+    """Collect the changes of all logged numbers by label."""
+    moves = {}
     for what, names, column, _ in ROWS:
         counted = by_iteration(run.held_out.column(column)) if column else Series()
         name = next((name for name in names if run.metrics[name]), names[0])
@@ -100,10 +100,10 @@ def changes(run: Run) -> dict[str, Change]:
         if series:
             size = edge(len(series.y)) if not name.startswith(EVALUATIONS) else 1
             first, last = fmean(series.y[:size]), fmean(series.y[-size:])
-            found[what] = Change(name, first, last, thinned(series, 80))
-    return found
+            moves[what] = Change(name, first, last, thinned(series, 80))
+    return moves
 
 
 def edge(count: int) -> int:
-    """Number of training rows at either end that are averaged, a tenth, as a single rollout is noise."""
+    """Number of training rows averaged at either end: a tenth, because a single rollout is noise."""
     return max(count // 10, 1)

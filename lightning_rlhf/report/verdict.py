@@ -1,4 +1,4 @@
-"""Outcome of a run in a sentence, with what limits it, from the logs alone."""
+"""Verdict on a run in a sentence, with doubts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_rlhf.report.statistics import NORMAL, share_interval
 from lightning_rlhf.report.summary import Change, changes, edge
 
 FALL = 0.1
-"""Share of the responses that may stop ending before it is said."""
+"""Smallest drop of the share of ended responses that raises a doubt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judgement by numbers.
+    """Verdict on a run by its numbers.
 
     Attributes:
-        said: one sentence; "" where nothing was logged that tells.
-        doubts: sentences on what the numbers do not show, or should worry one.
+        said: one sentence; "" if the needed numbers were not logged.
+        doubts: sentences on missing evidence or bad signs.
     """
 
     said: str
@@ -35,7 +35,7 @@ def verdict(run: Run) -> Verdict:
 
 
 def number(value: float, sign: str = "") -> str:
-    """The number by three digits that count, with a real minus."""
+    """Format a number with three significant digits and a real minus sign."""
     return f"{value:{sign}.3g}".replace("-", "−")
 
 
@@ -68,7 +68,7 @@ def _rl(run: Run, found: Mapping[str, Change]) -> Verdict:
 
 
 def _unsure(run: Run, moved: float, *, held_out: bool) -> list[str]:
-    """Doubts about a change of the mean score that is no number, or within its error where that is known."""
+    """Doubts about a change of the mean score that is not finite or within its error."""
     if not math.isfinite(moved):
         return ["The reward is not a number at one end of the run."]
     if moved == 0:
@@ -80,7 +80,7 @@ def _unsure(run: Run, moved: float, *, held_out: bool) -> list[str]:
 
 
 def _error(scores: Mapping[int, Sequence[float]], *, held_out: bool) -> float | None:
-    """Standard error of the last mean less the first; None where single scores were not logged."""
+    """Standard error of the last mean minus the first; None if single scores were not logged."""
     size = 1 if held_out else edge(len(scores))
     if len(scores) < 2:
         return None

@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lightning_rlhf"
 ROOMS = (
-    *("core", "data", "distributed", "engines", "evaluation", "folders", "models", "modules", "rewards", "rollout"),
-    *("text", "types.py"),
+    *("callbacks", "cli", "core", "data", "distributed", "engines", "evaluation", "folders", "models", "modules"),
+    *("report", "rewards", "rollout", "text", "types.py"),
 )
 """Folders and files that are checked."""
 BANNED = {
