@@ -17,7 +17,7 @@ SIZE = (5.4, 3.4)
 """Inches: the smaller, the larger are letters on a page that gives every figure the same room."""
 ROOM = 74
 """Characters of a legend's line, six of them for each label's sign."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,

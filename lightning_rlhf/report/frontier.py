@@ -153,8 +153,8 @@ def frontier(runs: Sequence[Run]) -> Figure | Missing:
     if not marks:
         return Missing(title=TITLE, remedy="needs objective/kl and objective/scores, or eval/kl and eval/reward")
     marks += _bounds(bests)
-    names = {"name": "frontier", "title": TITLE, "x": "√KL(π‖π_ref), √nats per response", "y": "score, reward units"}
-    return Figure(**names, marks=marks, caption=_caption(told, bests))
+    x, y, caption = "√KL(π‖π_ref), √nats per response", "score, reward units", _caption(told, bests)
+    return Figure(name="frontier", title=TITLE, x=x, y=y, marks=marks, caption=caption)
 
 
 def _points(run: Run, kl: str, reward: str) -> Series:
