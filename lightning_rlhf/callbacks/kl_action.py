@@ -67,7 +67,7 @@ class RaiseKL(GuardAction):
         self.factor = factor
         self._coef: float | None = None
 
-    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+    def act(self, trainer: Trainer, pl_module: Any, why: str) -> None:
         """Charge more for the KL from the next rollout on.
 
         Raises:
@@ -85,7 +85,7 @@ class RaiseKL(GuardAction):
         """β since it was raised: a fixed one stands in no checkpoint."""
         return {} if self._coef is None else {"coef": self._coef}
 
-    def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
+    def restore(self, state: dict[str, float], pl_module: Any) -> None:
         """β of an adaptive controller is in the checkpoint already, and may have moved on."""
         if "coef" in state:
             self._coef = state["coef"]
@@ -107,8 +107,8 @@ class RollBack(GuardAction):
         if limit < 1:
             raise ValueError(f"`limit` must be at least 1: got {limit}")
         self.limit, self._undone = limit, 0
-        self._good: dict[str, Any] | None = None
-        self._candidate: dict[str, Any] | None = None
+        self._good: dict[str, Any] = {}
+        self._candidate: dict[str, Any] = {}
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state that is about to sample: only its rollout says whether it is good.
@@ -152,7 +152,7 @@ class RollBack(GuardAction):
         self._undone = int(state.get("undone", 0))
 
 
-def _average(trainer: Trainer) -> dict[str, Tensor]:
+def _average(trainer: Any) -> dict[str, Tensor]:
     return next((callback.average for callback in trainer.callbacks if isinstance(callback, EMA)), {})
 
 
@@ -162,7 +162,7 @@ def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
 
 def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """A copy in main memory."""
-    live = {"weights": _trained(pl_module), "average": _average(trainer)}
+    live: dict[str, Any] = {"weights": _trained(pl_module), "average": _average(trainer)}
     live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
     live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
     return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"algorithm": pl_module.algorithm}

@@ -37,9 +37,7 @@ class KLGuard(Callback):
         """A rollout begins."""
         self.action.begin(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare what it logged."""
         for name, budget in self.budgets.items():
             found = float(trainer.callback_metrics[name])

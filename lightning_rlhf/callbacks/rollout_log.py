@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.rewards.text import texts_of
@@ -28,14 +28,12 @@ class RolloutLog(FileCallback):
     def __init__(self, folder: str | None = None) -> None:
         self.file = RunFile(folder, "rollouts.jsonl")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the log."""
         if hasattr(pl_module, "outcome"):
             self.file.begin(trainer, before=pl_module.iteration)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the rollout."""
         if self.file.path is None:
             return
@@ -44,7 +42,7 @@ class RolloutLog(FileCallback):
             self.file.append(found)
 
 
-def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Iterator[Keyed]:
+def _lines(trainer: Trainer, module: Any, outcome: Outcome) -> Iterator[Keyed]:
     """Of this process; the key is the response's place in the rollout of all."""
     world, samples, tokens = trainer.world_size, module.samples_per_prompt, outcome.tokens()
     before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.prompt_index.tolist()
@@ -57,7 +55,7 @@ def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Itera
         yield (place,), opening | text | numbers | {"row": rest}
 
 
-def responses(module: LightningModule, tokens: list[list[int]]) -> list[str | None]:
+def responses(module: Any, tokens: list[list[int]]) -> Sequence[str | None]:
     """As the text that a reward is given; None where the module has no tokenizer."""
     if module.tokenizer is None:
         return [None] * len(tokens)
