@@ -45,7 +45,7 @@ def finish(trainer: Trainer, state: dict[str, Any]) -> None:
     epoch_ends = epoch.batch_progress.is_last_batch
     if epoch_ends and loop.restarted_mid_epoch:  # FitLoop.reset has counted this epoch
         for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
-            progress.processed -= 1
+            progress.processed -= 1  # type: ignore[attr-defined]
             progress.completed -= 1
     if validate:
         epoch.batch_progress.increment_completed()
@@ -60,7 +60,7 @@ def finish(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     timed = getattr(trainer, "_val_check_time_interval", None) is not None  # a clock cannot be resumed
     return not timed and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 

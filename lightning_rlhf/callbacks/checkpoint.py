@@ -85,7 +85,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._stale = False  # a validation followed the last checkpoint
         self._max_steps: int | None = None  # the trainer's, while it is let in once more
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Lock the folder and verify checkpoints when they are read."""
         self._resolve(trainer)
         super().setup(trainer, pl_module, stage)
@@ -94,7 +94,7 @@ class RunCheckpoint(ModelCheckpoint):
         if stage == "fit" and not trainer.fast_dev_run:
             self._lock.claim(trainer, self._folder / LOCK, argument="dirpath")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Move an earlier run's checkpoints aside, guard loggers against a full disk and catch signals."""
         super().on_train_start(trainer, pl_module)
         keep_logs(trainer)
@@ -204,7 +204,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _folder(self) -> Path:
         return Path(str(self.dirpath))
 
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Tensor]) -> None:
         if trainer.fast_dev_run:
             return
         last = self._folder / LAST

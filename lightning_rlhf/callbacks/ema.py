@@ -125,7 +125,7 @@ def _stepped(optimizer: Any) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-def _weights(pl_module: LightningModule) -> dict[str, nn.Parameter]:
+def _weights(pl_module: Any) -> dict[str, nn.Parameter]:
     """Trained parameters of the policy, or of the model in the other stages."""
     network = getattr(pl_module, "policy", None) or pl_module.model
     return {name: p for name, p in network.named_parameters() if p.requires_grad}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
@@ -38,7 +38,7 @@ class Export(Callback):
         self.place: Path | None = None
         self._problem: Exception | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Check before training that the model can be exported.
 
         Raises:
@@ -62,7 +62,7 @@ class Export(Callback):
             check_free(self.place, trainer, pl_module, self)
             check_writable(self.place)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Write the folder on the first process, which gathers the shards of the others."""
         if trainer.fast_dev_run:
             return
@@ -72,7 +72,7 @@ class Export(Callback):
             self._write(trainer, pl_module)
         _rescore(pl_module, average)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any) -> None:
         all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
         try:
             if trainer.is_global_zero or all_take_part:
@@ -96,7 +96,7 @@ class Export(Callback):
             ) from self._problem
 
 
-def _rescore(pl_module: LightningModule, average: EMA | None) -> None:
+def _rescore(pl_module: Any, average: EMA | None) -> None:
     """Recompute a reward model's bias after the averaged weights were swapped in or out."""
     if average is not None and hasattr(pl_module, "score_demonstrations"):
         pl_module.score_demonstrations()

@@ -55,18 +55,16 @@ class GradientNorms(Callback):
         if why is not None and trainer.is_global_zero:
             logger.warning("GradientNorms measures nothing: %s", why)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PPOBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PPOBatch, batch_idx: int) -> None:
         """Keep the texts of a rollout that is measured and reset the norms of an earlier one."""
         if not self._measures:
             return
-        for metric in trainer._results.values():
+        for metric in trainer._results.values():  # type: ignore[union-attr]
             if metric.meta.name in NORMS:
                 metric.reset()  # or Lightning would write it again
         self._texts = batch.get("pretrain") if pl_module.iteration % self.every == 0 else None
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Log the norms before clipping (unscaled under fp16) and restore the step's gradients."""
         texts, self._texts = self._texts, None
         step = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}

@@ -67,7 +67,7 @@ class RaiseKL(GuardAction):
         self.factor = factor
         self._coef: float | None = None
 
-    def act(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+    def act(self, trainer: Trainer, pl_module: Any, why: str) -> None:
         """Multiply β from the next rollout on.
 
         Raises:
@@ -85,7 +85,7 @@ class RaiseKL(GuardAction):
         """β if it was raised: a fixed controller's is not in the checkpoint otherwise."""
         return {} if self._coef is None else {"coef": self._coef}
 
-    def restore(self, state: dict[str, float], pl_module: LightningModule) -> None:
+    def restore(self, state: dict[str, float], pl_module: Any) -> None:
         """Restore a raised β, but not an adaptive controller's: the module has restored that one."""
         if "coef" in state:
             self._coef = state["coef"]
@@ -108,8 +108,8 @@ class RollBack(GuardAction):
         if limit < 1:
             raise ValueError(f"`limit` must be at least 1: got {limit}")
         self.limit, self._undone = limit, 0
-        self._good: dict[str, Any] | None = None
-        self._candidate: dict[str, Any] | None = None
+        self._good: dict[str, Any] = {}
+        self._candidate: dict[str, Any] = {}
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the state that is about to sample; its rollout decides if it is kept.
@@ -153,7 +153,7 @@ class RollBack(GuardAction):
         self._undone = int(state.get("undone", 0))
 
 
-def _average(trainer: Trainer) -> dict[str, Tensor]:
+def _average(trainer: Any) -> dict[str, Tensor]:
     return next((callback.average for callback in trainer.callbacks if isinstance(callback, EMA)), {})
 
 
@@ -163,7 +163,7 @@ def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
 
 def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Copy the state to restore (weights, average, optimizers, algorithm) to main memory."""
-    live = {"weights": _trained(pl_module), "average": _average(trainer)}
+    live: dict[str, Any] = {"weights": _trained(pl_module), "average": _average(trainer)}
     live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
     live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
     return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"algorithm": pl_module.algorithm}

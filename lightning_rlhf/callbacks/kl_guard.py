@@ -37,9 +37,7 @@ class KLGuard(Callback):
         """Prepare the action for a rollout."""
         self.action.begin(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the logged numbers of the rollout with their budgets."""
         for name, budget in self.budgets.items():
             measured = float(trainer.callback_metrics[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ class NonFiniteGuard(Callback):
         self.limit = limit
         self.folder = folder
         self.left_out = 0
-        self.place: Path | None = None
+        self.place: Path = None  # type: ignore[assignment]  # until `setup`
         self._batch: Any = None
         self._skipped = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Check before training that the folder can be written to.
 
         Raises:
@@ -134,9 +135,9 @@ def _skipped(trainer: Trainer) -> int:
     return 0 if engine.fp16_enabled() else int(engine.skipped_steps)
 
 
-def _all_finite(named: dict[str, Tensor]) -> bool:
+def _all_finite(named: Mapping[str, Tensor]) -> bool:
     """Return True if this process's gradients are finite, with one synchronization of the device."""
-    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in named.values()]
+    gradients: list[Any] = [getattr(p.grad, "_local_tensor", p.grad) for p in named.values()]
     return not gradients or bool(torch.stack([g.isfinite().all() for g in gradients]).all())
 
 

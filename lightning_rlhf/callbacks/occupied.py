@@ -35,7 +35,7 @@ def check_free(folder: str | Path, trainer: Trainer, pl_module: LightningModule,
             )
 
 
-def _paths(trainer: Trainer, module: LightningModule, callback: Callback) -> Iterator[tuple[Any, str]]:
+def _paths(trainer: Any, module: LightningModule, callback: Callback) -> Iterator[tuple[Any, str]]:
     for other in trainer.callbacks:
         for holder in (other, getattr(other, "file", None)):
             for path in _values(holder, FOLDERS):

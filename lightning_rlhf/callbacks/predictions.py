@@ -37,7 +37,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="epoch")
         self.path = path
-        self.place: Path | None = None
+        self.place: Path = None  # type: ignore[assignment]  # until `setup`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check before prediction that the file can be written.

@@ -29,9 +29,10 @@ from lightning_rlhf.types import PromptBatch
 
 logger = logging.getLogger(__name__)
 
-FILTERS = {"top_k": (None, 0, 50), "top_p": (None, 1.0), "min_p": (None, 0.0), "typical_p": (None, 1.0)}
-FILTERS |= {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
-FILTERS |= {"min_new_tokens": (None, 0), "bad_words_ids": (None, []), "suppress_tokens": (None, [])}
+FILTERS: dict[str, tuple[Any, ...]] = {"top_k": (None, 0, 50), "top_p": (None, 1.0), "min_p": (None, 0.0)}
+FILTERS |= {"typical_p": (None, 1.0), "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0)}
+FILTERS |= {"min_length": (None, 0), "min_new_tokens": (None, 0), "bad_words_ids": (None, [])}
+FILTERS |= {"suppress_tokens": (None, [])}
 """Values of a generation config that change nothing; transformers' own default of top_k is 50."""
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no rollout can be taken between two steps."""
@@ -84,11 +85,11 @@ class Preflight(Callback):
         parts = memory_estimate(trainer, pl_module)
         logger.info(memory_report(parts))
         available = memory_available(trainer, pl_module.device)
-        warning = None if isinstance(trainer.strategy, SHARDED) else memory_warning(parts, available)
-        if warning is not None:
-            logger.warning(warning)
+        short = None if isinstance(trainer.strategy, SHARDED) else memory_warning(parts, available)
+        if short is not None:
+            logger.warning(short)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check the rollout and the demonstrations of the first batch.
 
         Raises:
@@ -114,7 +115,7 @@ class Preflight(Callback):
             )
         pl_module.clock.lap()
 
-    def _rollout_problems(self, trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> Iterator[str]:
+    def _rollout_problems(self, trainer: Trainer, module: Any, prompts: PromptBatch) -> Iterator[str]:
         """Check ratio, KL and padding on one small rollout."""
         collector = module.collector
         rollout = module.responder.respond(prompts, samples=1, stream="preflight", iteration=0)
@@ -156,7 +157,7 @@ class Preflight(Callback):
         raise ValueError(f"preflight: this run would go wrong\n{listed}\nTo run all the same, take Preflight out.")
 
 
-def filters(module: LightningModule) -> list[tuple[str, Any]]:
+def filters(module: Any) -> list[tuple[str, Any]]:
     """Settings of the policy's generation config that would change sampling."""
     config = getattr(module.policy.network, "generation_config", None)
     settings = {name: getattr(config, name, None) for name in FILTERS}
@@ -164,7 +165,7 @@ def filters(module: LightningModule) -> list[tuple[str, Any]]:
 
 
 def _first(prompts: PromptBatch, count: int) -> PromptBatch:
-    return PromptBatch(*(field[:count] for field in prompts))
+    return PromptBatch._make(field[:count] for field in prompts)
 
 
 def _padded(rollout: Any, *, columns: int) -> Any:
@@ -174,7 +175,7 @@ def _padded(rollout: Any, *, columns: int) -> Any:
     return replace(rollout, tokens=tokens, attention_mask=pad(rollout.attention_mask, (columns, 0)))
 
 
-def _demonstration_problems(module: LightningModule, batch: Any) -> Iterator[str]:
+def _demonstration_problems(module: Any, batch: Any) -> Iterator[str]:
     """Check that a learned reward scores the demonstrations near 0, where its bias should put them."""
     rows = [row for row in batch["prompts"].rows if isinstance(row.get("response"), str)]
     model = getattr(module.reward, "model", None)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_rlhf.callbacks.ema import EMA
@@ -35,7 +35,7 @@ REMEDIES = {
 SMALLER = "take a smaller model, or train an adapter (`policy.peft`)"
 
 
-def memory_estimate(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+def memory_estimate(trainer: Trainer, module: Any) -> dict[str, float]:
     """Memory of this process in GiB by part; activations are those of the largest forward and backward.
 
     Left out are the process itself, what attention caches while it samples, and activations where the data or the
@@ -43,7 +43,7 @@ def memory_estimate(trainer: Trainer, module: LightningModule) -> dict[str, floa
     """
     trained = _bytes(module, trained_only=True)
     sizes = {"weights": _bytes(module), "gradients": trained, "optimizer": MOMENTS * trained}
-    policy = getattr(module, "policy", None)
+    policy: Any = getattr(module, "policy", None)
     if getattr(module, "responder", None) is not None:
         collector = module.responder.collector
         frozen = collector.frozen()

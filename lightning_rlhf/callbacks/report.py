@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 
 from lightning_rlhf.callbacks.writable import check_writable, place_of
 from lightning_rlhf.report import require_matplotlib, write_report
@@ -30,9 +31,9 @@ class Report(Callback):
         self.folder = folder
         self.output = output
         self.run: Path | None = None
-        self.place: Path | None = None
+        self.place: Path = None  # type: ignore[assignment]  # until `setup`
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Check before training that the report can be written.
 
         Raises:
@@ -45,7 +46,7 @@ class Report(Callback):
         if stage == "fit" and not trainer.fast_dev_run:
             check_writable(trainer, self.place, argument="output")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Write the report on the first process."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return

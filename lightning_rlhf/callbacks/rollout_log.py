@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.rewards.text import texts_of
@@ -28,14 +28,12 @@ class RolloutLog(FileCallback):
     def __init__(self, folder: str | None = None) -> None:
         self.file = RunFile(folder, "rollouts.jsonl")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the log file."""
         if hasattr(pl_module, "outcome"):
             self.file.begin(trainer, before=pl_module.iteration)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the rollout to the log."""
         if self.file.path is None:
             return
@@ -44,7 +42,7 @@ class RolloutLog(FileCallback):
             self.file.append(records)
 
 
-def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Iterator[Keyed]:
+def _lines(trainer: Trainer, module: Any, outcome: Outcome) -> Iterator[Keyed]:
     """Records of this process; a key is the response's index in the rollout of all processes."""
     world = trainer.world_size
     samples = module.samples_per_prompt
@@ -59,7 +57,7 @@ def _lines(trainer: Trainer, module: LightningModule, outcome: Outcome) -> Itera
         yield (place,), opening | text | numbers | {"row": rest}
 
 
-def responses(module: LightningModule, tokens: list[list[int]]) -> list[str | None]:
+def responses(module: Any, tokens: list[list[int]]) -> Sequence[str | None]:
     """Decode responses to the texts that a reward reads; each is None if the module has no tokenizer."""
     if module.tokenizer is None:
         return [None] * len(tokens)

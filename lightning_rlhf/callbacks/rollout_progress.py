@@ -44,13 +44,13 @@ class RolloutProgress(Callback):
             self._start, self._before = perf_counter(), _share(trainer, pl_module)
             _hide_version(trainer.progress_bar_callback)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Follow the rollout's progress."""
         self._updates = 0
         if _shown(trainer, pl_module):
             pl_module.collector.sampler.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Show the number of the update."""
         if _shown(trainer, pl_module) and pl_module.outcome is not None:
             total = pl_module.updates.steps(len(pl_module.outcome.rollout))
@@ -61,9 +61,7 @@ class RolloutProgress(Callback):
         """Count the updates of the rollout."""
         self._updates += 1
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Show the time left in the run."""
         if _shown(trainer, pl_module):
             pl_module.collector.sampler.watch = None  # validation has a bar of its own
@@ -83,7 +81,7 @@ class RolloutProgress(Callback):
         return f"{timedelta(seconds=round(seconds))} left"
 
 
-def _share(trainer: Trainer, module: LightningModule) -> float:
+def _share(trainer: Trainer, module: Any) -> float:
     """Share of the run that is done, by the nearer limit."""
     rollouts = trainer.num_training_batches * (trainer.max_epochs or -1)
     shares = [module.iteration / rollouts if rollouts > 0 else 0.0]
@@ -97,7 +95,7 @@ def _shown(trainer: Trainer, module: LightningModule) -> bool:
     return known and getattr(module, "collector", None) is not None
 
 
-def _hide_version(bar: TQDMProgressBar | RichProgressBar) -> None:
+def _hide_version(bar: Any) -> None:
     """Hide the logger's version on the bar, which takes the room of a metric."""
     metrics = bar.get_metrics
     bar.get_metrics = lambda *each: {name: value for name, value in metrics(*each).items() if name != "v_num"}
@@ -106,7 +104,7 @@ def _hide_version(bar: TQDMProgressBar | RichProgressBar) -> None:
 def _describe(trainer: Trainer, text: str) -> None:
     """Show a text behind the epoch."""
     words = ", ".join(filter(None, [f"Epoch {trainer.current_epoch}", text]))
-    bar = trainer.progress_bar_callback
+    bar: Any = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar):
         bar.train_progress_bar.set_description(words)
     elif bar.progress is not None and bar.train_progress_bar_id is not None:

@@ -49,7 +49,7 @@ class RunFile:
         self.path: Path | None = None
         self._lock = RunLock()
 
-    def begin(self, trainer: Trainer, *, before: float) -> None:
+    def begin(self, trainer: Any, *, before: float) -> None:
         """Open the file; on process 0 lock it and cut off the lines of rollouts that a resume discards.
 
         Args:
@@ -63,14 +63,13 @@ class RunFile:
         if self.path is None:
             return
         self._lock.claim(trainer, self.path.with_name(f".{self.name}.lock"), argument="folder")
-        on_first(trainer, partial(self._cut, before), folder=self.path.parent, argument="folder")
+        on_first(trainer, partial(self._cut, self.path, before), folder=self.path.parent, argument="folder")
 
     def end(self) -> None:
         """Unlock the file for other runs."""
         self._lock.release()
 
-    def _cut(self, before: float) -> None:
-        path = self.path
+    def _cut(self, path: Path, before: float) -> None:
         if before == 0 and path.exists() and path.stat().st_size:
             logger.warning("%s was of an earlier run: it is now %s", path, move_file(path))
         with path.open("ab") as file:

@@ -87,7 +87,7 @@ class RunLock:
 
     def release(self) -> None:
         """Remove the file and unlock it."""
-        if self._file is None:
+        if self._file is None or self._path is None:
             return
         self._path.unlink(missing_ok=True)
         self._file.close()

@@ -41,7 +41,7 @@ class SampleLog(FileCallback):
         self._taken: list[Keyed] = []
         self._evaluated: int | None = None  # `iteration` of the last validation that was written
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the log; in a new run also write the responses before training."""
         if not hasattr(pl_module, "outcome"):
             return
@@ -113,7 +113,7 @@ class SampleLog(FileCallback):
                     module.validation_step(batch, number)
                 self._take(trainer, module, number, place)
 
-    def _take(self, trainer: Trainer, module: LightningModule, batch_idx: int, loader: int) -> None:
+    def _take(self, trainer: Trainer, module: Any, batch_idx: int, loader: int) -> None:
         outcome = module.outcome
         if outcome is None:
             return
@@ -124,7 +124,7 @@ class SampleLog(FileCallback):
                 key = (loader, batch_idx, i, trainer.global_rank)  # the order of the file, dealt out to the processes
                 self._taken.append((key, {"prompt": row.get("prompt"), "response": response} | numbers))
 
-    def _write(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def _write(self, trainer: Trainer, module: Any, stage: str) -> None:
         records, self._taken = self.file.gathered(trainer, self._taken), []
         if stage == "val":
             self._evaluated = module.iteration
@@ -141,7 +141,7 @@ class SampleLog(FileCallback):
 
 
 def _before_training(file: RunFile) -> Iterator[dict[str, Any]]:
-    with file.path.open(encoding="ascii") as lines:
+    with file.path.open(encoding="ascii") as lines:  # type: ignore[union-attr]
         for line in lines:
             record = json.loads(line)
             if record["iteration"] > 0:

@@ -135,7 +135,7 @@ class RLHFCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the paths of the results."""
-        if not self.trainer.fast_dev_run:
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._show(results(self.trainer))
 
     def after_predict(self) -> None:

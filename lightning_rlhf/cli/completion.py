@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lightning_rlhf.cli.configs import shipped
 
@@ -35,6 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     from lightning_rlhf.cli.suggestions import keys
 
     flags = ["--config", "--run", "--seed_everything", "--ckpt_path", "--print_config", *(f"--{key}" for key in keys())]
-    words = {"commands": COMMANDS, "configs": shipped(), "flags": flags}
+    words: dict[str, Iterable[str]] = {"commands": COMMANDS, "configs": shipped(), "flags": flags}
     joined = {name: " ".join(values) for name, values in words.items()}
     print(SCRIPT.format(zsh=ZSH if shell == "zsh" else "", **joined), end="")

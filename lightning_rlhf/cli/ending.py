@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-
-from lightning.pytorch import Trainer
+from typing import Any, SupportsFloat
 
 from lightning_rlhf.callbacks import Export, PredictionWriter, RunCheckpoint
 from lightning_rlhf.modules.glossary import find
@@ -22,7 +21,7 @@ WIDTH = 110
 """Columns of the table of numbers."""
 
 
-def results(trainer: Trainer) -> str:
+def results(trainer: Any) -> str:
     """List the paths of a training run's results and the commands for the next steps."""
     root = Path(trainer.default_root_dir)
     exports = [str(each.place) for each in trainer.callbacks if isinstance(each, Export)]
@@ -37,15 +36,15 @@ def results(trainer: Trainer) -> str:
     return _columns(places)
 
 
-def predictions(trainer: Trainer) -> str:
+def predictions(trainer: Any) -> str:
     """List the paths of the responses of `predict`."""
     files = [str(each.place) for each in trainer.callbacks if isinstance(each, PredictionWriter)]
     return _columns([("responses", path) for path in files])
 
 
-def numbers(metrics: Mapping[str, float]) -> str:
+def numbers(metrics: Mapping[str, SupportsFloat]) -> str:
     """Format a table of measured numbers with standard error (if known), unit and meaning."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for key, value in metrics.items():
         if key.removesuffix("_se") != key and key.removesuffix("_se") in metrics:
             continue

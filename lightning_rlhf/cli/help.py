@@ -11,8 +11,8 @@ from jsonargparse import DefaultHelpFormatter
 
 from lightning_rlhf.cli.words import COMMANDS
 
-COMMON = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run")
-COMMON += ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_check_interval")
+COMMON: tuple[str, ...] = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks")
+COMMON += ("fast_dev_run", "max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_check_interval")
 COMMON += ("default_root_dir",)
 """Arguments of the trainer that the help explains."""
 OPTIONAL = "null leaves it out."

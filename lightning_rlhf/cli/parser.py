@@ -50,7 +50,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, formatter_class: type[HelpFormatter] = HelpFormatter, **options: Any) -> None:
         super().__init__(*args, formatter_class=formatter_class, **options)
 
-    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse arguments, with shipped configs by their names."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
@@ -89,8 +89,9 @@ def _sentence(message: str, ex: BaseException | None) -> str:
     reasons = _reasons(innermost, ex)
     hint = suggestion(" ".join(map(_tidied, reasons)), ".".join(keys))
     where = f"`{'.'.join(keys)}`" + (f" ({classes[-1]})" if classes and len(keys) > 1 else "")
-    known = given is None or any(given[1] in reason for reason in reasons) or "Namespace(" in given[1]
-    said = f"{where}: {'; or '.join(map(_tidied, reasons))}" + ("" if known else f"; got {given[1][:80]}")
+    got = given[1] if given else ""
+    known = any(got in reason for reason in reasons) or "Namespace(" in got
+    said = f"{where}: {'; or '.join(map(_tidied, reasons))}" + ("" if known else f"; got {got[:80]}")
     return f"{said}: {hint}" if hint else said
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from os.path import expanduser
@@ -71,7 +71,7 @@ class Rescorer:
         self.reward, self.texts = reward, LoggedTexts() if tokenizer is None else None
         self.encoder = None if tokenizer is None else Encoder(tokenizer, prompt_role=prompt_role)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reward.prepare(self.texts or tokenizer)
+        reward.prepare(self.texts or tokenizer)  # type: ignore[arg-type]
         for network in reward.networks():
             network.to(self.device)
 
@@ -91,7 +91,7 @@ class Rescorer:
         scores = self.reward.scored(self._rollout(lines), rows).total
         return checked_scores(scores, count=len(lines), source=type(self.reward).__name__).tolist()
 
-    def _rollout(self, lines: Sequence[dict[str, Any]]) -> Rollout:
+    def _rollout(self, lines: Sequence[Mapping[str, Any]]) -> Rollout:
         """Rebuild the rollout with zero log-probs (no reward reads them); without tokenizer it has no prompt tokens."""
         prompts = [list(self.encoder.prompt(line["prompt"])) if self.encoder else [] for line in lines]
         pad = self.encoder.pad if self.encoder else 0

@@ -53,7 +53,7 @@ def linear_logprobs(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = max(block // weight.shape[0], 1)
     with torch.autocast(device, enabled=False):
-        logprobs: Tensor = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)  # type: ignore[no-untyped-call]
+        logprobs: Tensor = _LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, dtype, rows)
     return logprobs
 
 

@@ -143,7 +143,8 @@ class TextDataModule(LightningDataModule):
         """Endless shuffled batches of this process from the examples of `name`."""
         rank, world = self._place()
         examples = self._loaded(name)
-        order = ShuffledOrder(len(examples), batch_size=batch_size, rank=rank, world=world, seed=self.seed, stream=name)
+        place: dict[str, Any] = {"rank": rank, "world": world, "seed": self.seed, "stream": name}
+        order = ShuffledOrder(len(examples), batch_size=batch_size, **place)
         return Stream(examples, order, partial(collate, pad=self.encoder.pad))
 
     def training_loader(self, stream: Stream | JointStream) -> ResumableLoader:
@@ -154,7 +155,7 @@ class TextDataModule(LightningDataModule):
         """Build a loader of every example of `name`, once over all processes in file order."""
         rank, world = self._place()
         examples = self._loaded(name)
-        order = FileOrder(len(examples), batch_size=self.eval_batch_size, rank=rank, world=world)
+        order = FileOrder(len(examples), batch_size=self.eval_batch_size or self.batch_size, rank=rank, world=world)
         stream = Stream(examples, order, partial(collate, pad=self.encoder.pad))
         return make_loader(DataLoader, stream, num_workers=self.num_workers)
 

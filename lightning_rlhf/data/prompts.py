@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.data.collate import collate_prompts, collate_texts
 from lightning_rlhf.data.columns import ColumnNames
-from lightning_rlhf.data.datamodule import TextDataModule, check_least
+from lightning_rlhf.data.datamodule import Collate, TextDataModule, check_least
 from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
 from lightning_rlhf.data.loader import JointStream, ResumableLoader
@@ -116,7 +116,7 @@ class PromptDataModule(TextDataModule):
         return next((name for name in ("predict", "test", "val") if getattr(self, name) is not None), "predict")
 
     def _evaluation(self, name: str) -> list[DataLoader[Any]]:
-        named = {name: collate_prompts, "val_pretrain": collate_texts}
+        named: dict[str, Collate] = {name: collate_prompts, "val_pretrain": collate_texts}
         return [self.evaluation_loader(key, fn) for key, fn in named.items() if getattr(self, key) is not None]
 
     def _load_prompts(self, name: str, *, required: bool) -> None:

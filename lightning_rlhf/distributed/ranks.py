@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -63,10 +64,11 @@ class Ranks:
         """Gather the rows of all processes in rank order, (n, …), on the CPU; counts may differ."""
         if self.world == 1:
             return rows
-        counts = self._module.all_gather(torch.tensor(len(rows), device=self.device)).flatten().tolist()
+        all_gather: Any = self._module.all_gather
+        counts = all_gather(torch.tensor(len(rows), device=self.device)).flatten().tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        whole = self._module.all_gather(padded.to(self.device)).cpu()
+        whole = all_gather(padded.to(self.device)).cpu()
         return torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)])
 
     def gather_text(self, text: str) -> str:

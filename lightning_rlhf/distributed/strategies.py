@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -54,9 +54,10 @@ def prepare_engine(strategy: DeepSpeedStrategy, max_grad_norm: float | None) -> 
         strategy: before its engine is made.
         max_grad_norm: to which the engine clips, since only it sees whole gradients.
     """
-    strategy.config["gradient_clipping"] = max_grad_norm or 0.0
+    config: Any = strategy.config
+    config["gradient_clipping"] = max_grad_norm or 0.0
     if strategy.zero_stage_3:  # weights are fetched ahead in the order of the step before, and no two rollouts have one
-        strategy.config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
 
 
 def open_backward(strategy: DeepSpeedStrategy, *, last: bool) -> None:
@@ -108,7 +109,7 @@ def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]
     sharded = [network for network in networks if isinstance(network, PolicyModel | ScalarModel)]
     if zero is not None:
         for network in sharded:
-            network.keep_shards(partition(network, zero.config))
+            network.keep_shards(partition(network, zero.config or {}))
         module.to(zero.root_device)  # the engine moves nothing of a module whose weights are shards
     if mesh is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=length, do_sample=False, eos_token_id=list(end_tokens), pad_token_id=pad_token
     )
-    plain = copy.copy(network)  # with no defaults of its own, such as a repetition penalty
+    plain: Any = copy.copy(network)  # with no defaults of its own, such as a repetition penalty
     plain.generation_config = config
     plain.generate(tokens, attention_mask=mask.long(), logits_processor=LogitsProcessorList([chooser]))
     return record.sampled()

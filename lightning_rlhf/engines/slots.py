@@ -34,13 +34,13 @@ class Slots:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.backbone = Backbone(network)
-        self._cache_name = cache_name(network)
+        self._cache_name = cache_name(network) or ""
         device = next(network.parameters()).device
         self.rows = self.ages = torch.empty(0, dtype=torch.long, device=device)
         self.open = torch.empty(0, dtype=torch.bool, device=device)
         self.mask = torch.empty(0, 0, dtype=torch.bool, device=device)
-        self.logits: Tensor | None = None
-        self.cache: Cache | None = None
+        self.logits = torch.empty(0, device=device)
+        self.cache: Any = None
         self.recorded: RecordedPass | None = None
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Slots:
         index = self.open.nonzero().squeeze(1)
         self.rows, self.ages, self.open, self.mask = (x[index] for x in (self.rows, self.ages, self.open, self.mask))
         if not len(index):
-            self.cache = self.logits = None
+            self.cache, self.logits = None, torch.empty(0)
             return
         first = int(self.mask.any(0).int().argmax())
         self.mask = self.mask[:, first:]
@@ -110,7 +110,7 @@ class Slots:
             self.cache, self.mask = self.recorded.grown()
             self.logits, self.recorded = self.logits.clone(), None  # they lay in what was recorded
 
-    def _join(self, cache: Cache, mask: Tensor) -> None:
+    def _join(self, cache: Any, mask: Tensor) -> None:
         """Append rows below the present ones, all right-aligned."""
         width = max(mask.shape[1], self.mask.shape[1])
         self.mask = torch.cat([pad(m, (width - m.shape[1], 0)) for m in (self.mask, mask)])

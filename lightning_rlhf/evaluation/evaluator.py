@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class Answers:
 
     def of_reference(self, samples: int) -> Rollout:
         """Return the first `samples` responses of the reference to each prompt."""
-        drawn = torch.arange(len(self.reference), device=self.reference.tokens.device)
-        return self.reference.select(drawn.view(len(self.scores), -1)[:, :samples].flatten())
+        reference: Any = self.reference
+        drawn = torch.arange(len(reference), device=reference.tokens.device)
+        return reference.select(drawn.view(len(self.scores), -1)[:, :samples].flatten())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

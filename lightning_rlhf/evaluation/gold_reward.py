@@ -49,12 +49,13 @@ class GoldReward(Evaluator):
     @property
     def rewards(self) -> tuple[Reward, ...]:
         """List the gold reward as the evaluator's own."""
-        return (self.reward,)
+        return (as_reward(self.reward),)
 
     def of_answers(self, answers: Answers) -> Columns:
         """Return gold and proxy scores of the policy's response and of the reference's, (B,) each."""
-        gold = answers.score(self.reward, answers.policy).total
-        of_reference = answers.score(self.reward, answers.of_reference(1)).total
+        (reward,) = self.rewards
+        gold = answers.score(reward, answers.policy).total
+        of_reference = answers.score(reward, answers.of_reference(1)).total
         proxies = {"proxy": answers.scores, "reference_proxy": answers.reference_scores[:, 0]}
         return proxies | {"gold": gold, "reference_gold": of_reference}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class ReferenceAnswers:
         """
         entry, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
         cached = entry is not None and entry.scores.shape[1] == samples and entry.rows == batch.rows
-        if not responder.ranks.all(cached and torch.equal(entry.tokens, tokens)):  # or else some would wait for others
+        same = cached and entry is not None and torch.equal(entry.tokens, tokens)
+        if not responder.ranks.all(same) or entry is None:  # or else some would wait for others
             rollout = responder.respond_as_reference(batch, samples=samples, iteration=batch_idx)
             scores = responder.score(rollout, batch, iteration=batch_idx).total.view(-1, samples)
             entry = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
@@ -56,7 +58,8 @@ class ReferenceAnswers:
 
 def _moved(rollout: Rollout, device: torch.device | str) -> Rollout:
     columns = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-    return Rollout(**{name: None if value is None else value.to(device) for name, value in columns.items()})
+    moved: Any = {name: None if value is None else value.to(device) for name, value in columns.items()}
+    return Rollout(**moved)
 
 
 NEEDS = {"prompts": "held-out prompts: set the data's `val` or `test`", "texts": "texts: set the data's `val_pretrain`"}

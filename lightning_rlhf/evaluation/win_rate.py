@@ -52,7 +52,7 @@ class WinRate(Evaluator):
             -1, self.samples
         )
         if self.judge is not None:
-            first, second = self._asked(answers)
+            first, second = self._asked(self.judge, answers)
             return {"preference": (first + second) / 2, "first": (first + 1 - second) / 2, "lengths": lengths}
         ours, theirs = answers.scores.unsqueeze(1), answers.reference_scores[:, : self.samples]
         return {"preference": (ours > theirs).double() + (ours == theirs).double() / 2, "lengths": lengths}
@@ -69,7 +69,7 @@ class WinRate(Evaluator):
         }
         return metrics | ({f"{self.name}_first": float(notes["first"].mean())} if "first" in notes else {})
 
-    def _asked(self, answers: Answers) -> Tensor:
+    def _asked(self, judge: Callable[..., Any], answers: Answers) -> Tensor:
         """Ask the judge for preferences in both orders, (2, B, k), except about filler rows.
 
         Raises:
@@ -86,7 +86,7 @@ class WinRate(Evaluator):
         rows = [answers.prompts.rows[i] for i in of_policy]
         texts = [ours[i] for i in of_policy], [theirs[i] for i in of_reference]
         preferences = torch.zeros(2, len(theirs), dtype=torch.float64)
-        ask = partial(judged, self.judge, rows, *texts)
+        ask = partial(judged, judge, rows, *texts)
         preferences[:, pairs] = on_all(ask, agreed=answers.agreed, what=f"the judge of `{self.name}`")
         return preferences.view(2, -1, self.samples).to(answers.scores.device)
 

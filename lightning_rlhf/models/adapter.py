@@ -69,7 +69,7 @@ def is_off(network: nn.Module) -> bool:
 
 
 @contextmanager
-def adapter_off(network: nn.Module) -> Iterator[None]:
+def adapter_off(network: Any) -> Iterator[None]:
     """Context that switches the adapter off, so that the network is the one before the adapter.
 
     Raises:
@@ -92,7 +92,7 @@ def adapter_off(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def bare_base(network: nn.Module) -> nn.Module:
+def bare_base(network: Any) -> nn.Module:
     """Return the model under an adapter, as it was before the adapter.
 
     Args:
@@ -115,7 +115,7 @@ def merged(network: nn.Module) -> nn.Module:
     return fold(copy.deepcopy(network))
 
 
-def fold(network: nn.Module) -> nn.Module:
+def fold(network: Any) -> nn.Module:
     """Fold an adapter into the weights of its network and return the network.
 
     Because the change would reach both otherwise, a weight that an adapted layer shares with another is untied first.

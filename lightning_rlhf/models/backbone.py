@@ -59,7 +59,7 @@ class Backbone:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._accepted = set(inspect.signature(bare(network).forward).parameters)
-        self._cache_name = cache_name(network)
+        self._cache_name = cache_name(network) or ""
         self.shares_prompts = why_no_cache(network) is None
         """True if a prompt can be read once for several responses."""
 

@@ -22,6 +22,9 @@ class GrowingLayer(DynamicLayer):
     gradient.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, **_: Any) -> None:
         super().__init__()
         self._buffers: list[Tensor] = []
@@ -58,7 +61,10 @@ class FixedLayer(DynamicLayer):
         width: columns of the buffers.
     """
 
-    def __init__(self, layer: DynamicLayer, column: Tensor, width: int) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any, column: Tensor, width: int) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.keys, self.values = (_widened(x, width, zero=True) for x in (layer.keys, layer.values))
@@ -83,6 +89,7 @@ def fixed_cache(cache: Cache, column: Tensor, width: int) -> Cache:
 def grown_cache(cache: Cache, used: int) -> Cache:
     """Copy the first columns of a fixed cache into one that can grow."""
     grown = growing_cache()
+    layer: Any
     for number, layer in enumerate(cache.layers):
         grown.update(layer.keys[:, :, :used], layer.values[:, :, :used], number)
     return grown
@@ -95,7 +102,7 @@ def _widened(states: Tensor, columns: int, *, zero: bool = False) -> Tensor:
     return buffer
 
 
-def bare(network: nn.Module) -> nn.Module:
+def bare(network: Any) -> Any:
     """Return the transformers model under an adapter."""
     return network.get_base_model() if is_adapted(network) else network
 

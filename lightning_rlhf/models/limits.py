@@ -82,7 +82,7 @@ def check_same(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBa
 
 def rows_of(network: Any) -> int | None:
     """Number of rows of the embedding, read from the config because sharded weights do not show them."""
-    config = getattr(network, "config", None)
+    config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 

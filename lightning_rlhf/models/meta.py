@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lightning_rlhf.folders.inspection import check_weights, loading
-from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import holds_adapter
 from lightning_rlhf.models.source import ModelSource
 from lightning_rlhf.models.stored_weights import UnreadWeights, check_unexpected, weight_files
@@ -79,7 +79,7 @@ class UnreadSource(ModelSource):
     def _load(self, kind: Any, **options: Any) -> tuple[Any, list[str]]:
         place = self._place()
         if place["local_files_only"]:
-            check_weights(local_folder(self.path))
+            check_weights(Path(self.path))
         with loading("a model", self.path):
             network = self._structure(kind, place | options)
             weights = UnreadWeights.of(network, weight_files(self.path, **place))

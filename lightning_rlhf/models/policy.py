@@ -42,7 +42,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network  # with the methods of transformers
         self.tokenizer = tokenizer
         self.backbone = Backbone(network)
         self.blueprint: Blueprint | None = None

@@ -50,7 +50,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network  # with the methods of transformers
         self.tokenizer = tokenizer
         self.blueprint: Blueprint | None = None
         """Structure of a sharded model; None for a full one."""
@@ -148,7 +148,7 @@ class ScalarModel(nn.Module):
             merge_adapter: fold a LoRA adapter into the weights.
             dtype: of the weights in the folder; None is that in which they were trained.
         """
-        network = whole(self.network, self.blueprint)
+        network: Any = whole(self.network, self.blueprint)
         if network is None:
             return
         if merge_adapter:
@@ -164,7 +164,7 @@ class ScalarModel(nn.Module):
 
     def _padding_tokenizer(self, padding: int | None) -> PreTrainedTokenizerBase:
         """Copy the tokenizer with right padding by a token, or unchanged if there is none."""
-        tokenizer = deepcopy(self.tokenizer)
+        tokenizer: Any = deepcopy(self.tokenizer)
         if padding is not None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
             tokenizer.padding_side = "right"

@@ -15,7 +15,7 @@ from lightning_rlhf.models.meta import fill, taken
 from lightning_rlhf.models.replica import Blueprint
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> Blueprint:
+def shard(model: Any, mesh: DeviceMesh) -> Blueprint:
     """Shard a model over the processes of a mesh: each transformer block by itself, all other weights together.
 
     Each process then reads its shard of the weights that were left in their files.
@@ -48,7 +48,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Half precisions of a DeepSpeed config and the dtype in which its engine then stores weights."""
 
 
-def partition(model: nn.Module, config: dict[str, Any]) -> Blueprint:
+def partition(model: Any, config: dict[str, Any]) -> Blueprint:
     """Shard every weight over the processes, in the precision of the config.
 
     Weights are trained by the strategy's engine, which gathers those of its module; a model without a trained weight is

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.folders.fingerprint import fingerprint
@@ -84,7 +83,7 @@ class ModelSource:
         if self.gguf_file is not None and not holds_adapter(self.path):
             options["gguf_file"] = self.gguf_file
         elif options["local_files_only"]:
-            check_tokenizer(local_folder(self.path))
+            check_tokenizer(Path(self.path))
         with loading("a tokenizer", self.path):
             return AutoTokenizer.from_pretrained(self.path, **options)
 
@@ -117,7 +116,7 @@ class ModelSource:
             ValueError: there is no such folder or file, or the head is missing and must not be drawn.
         """
         if not holds_adapter(self.path):
-            network = self._whole_scorer(new_head=new_head)
+            network: Any = self._whole_scorer(new_head=new_head)
         elif holds_reward_adapter(self.path):
             network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
             network.config.demonstration_bias = self._bias()
@@ -156,7 +155,7 @@ class ModelSource:
         """Load the network and return it with the names of weights missing from the folder."""
         place = self._place()
         if place["local_files_only"] and self.gguf_file is None:
-            check_weights(local_folder(self.path))
+            check_weights(Path(self.path))
         with loading("a model", self.path):
             network, info = kind.from_pretrained(
                 self.path,
@@ -185,7 +184,7 @@ class ModelSource:
                 f"{missing[0]}; they would start at random: copy the folder again"
             )
 
-    def _place(self) -> dict[str, bool]:
+    def _place(self) -> dict[str, Any]:
         """Return `local_files_only`, which is False for a hub name alone.
 
         Raises:
@@ -228,7 +227,7 @@ def without_dropout(network: nn.Module) -> nn.Module:
     return network
 
 
-def dequantized(network: PreTrainedModel) -> PreTrainedModel:
+def dequantized(network: Any) -> Any:
     """Remove the marks of a network's GGUF origin, which would prevent saving it."""
     if getattr(network, "hf_quantizer", None) is not None and not network.hf_quantizer.is_serializable():
         network.hf_quantizer = None

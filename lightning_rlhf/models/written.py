@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_rlhf.models.source import DType
 
 
-def write_network(network: nn.Module, folder: Path, dtype: DType | None = None) -> None:
+def write_network(network: Any, folder: Path, dtype: DType | None = None) -> None:
     """Write a transformers or PEFT network to a folder.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -14,8 +16,10 @@ from lightning_rlhf.models.policy import Reference
 from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.rewards import LearnedReward, Reward
 
+Given = TypeVar("Given")
 
-def as_source(model: ModelSource | str | nn.Module | None) -> ModelSource | nn.Module | None:
+
+def as_source(model: ModelSource | str | Given) -> ModelSource | Given:
     """Convert a folder or hub name to a `ModelSource` and return anything else unchanged."""
     return ModelSource(path=model) if isinstance(model, str) else model
 

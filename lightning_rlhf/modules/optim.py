@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,7 +31,7 @@ ENDLESS = 10**9
 logger = logging.getLogger(__name__)
 
 
-def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
+def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> OptimizerLRSchedulerConfig:
     """Return for `configure_optimizers` the optimizer and a schedule that steps once per step of `total`.
 
     Args:
@@ -60,8 +61,9 @@ def _fuse(optimizer: Optimizer) -> None:
 def retune(module: LightningModule) -> None:
     """Apply today's settings to a resumed optimizer and its schedule. Otherwise the checkpoint's would stay."""
     optimizer = module.trainer.optimizers[0]
-    scheduler = module.trainer.lr_scheduler_configs[0].scheduler
-    fresh = module.configure_optimizers()["optimizer"]
+    scheduler: Any = module.trainer.lr_scheduler_configs[0].scheduler
+    built: Any = module.configure_optimizers()
+    fresh = built["optimizer"]
     for live, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
         live.update({name: value for name, value in new.items() if name != "params"})
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
@@ -143,7 +145,7 @@ def rollouts_of(module: LightningModule) -> int:
     """Number of rollouts of the run under manual optimization, where `max_steps` counts optimizer steps."""
     trainer = module.trainer
     done, steps = trainer.fit_loop.total_batch_idx + 1, trainer.global_step
-    limits = [ENDLESS]
+    limits: list[float] = [ENDLESS]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.num_training_batches * trainer.max_epochs)
     if trainer.max_steps > 0 and steps > 0:
@@ -188,7 +190,7 @@ def refuse_finder(module: LightningModule) -> None:
     Raises:
         ValueError: the trainer has a `LearningRateFinder`, as a callback or through its Tuner.
     """
-    trainer = module._trainer
+    trainer: Any = module._trainer
     if trainer is not None and any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
         raise ValueError(
             "LearningRateFinder cannot set this module's learning rate, which is its optimizer's: leave it out, and "

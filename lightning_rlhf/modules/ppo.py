@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed import strategies
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines import SamplingParams
-from lightning_rlhf.evaluation.evaluation import Evaluation, Evaluator, credited, outcome_of
+from lightning_rlhf.evaluation import Evaluator
+from lightning_rlhf.evaluation.evaluation import Evaluation, credited, outcome_of
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
@@ -42,7 +44,7 @@ DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr",
 """Arguments in which a resumed run must agree with its checkpoint."""
 
 
-class PPOModule(CheckedRevival, LightningModule):
+class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
     """Reinforcement learning on prompts: one `training_step` is one rollout and its updates.
 
     Args:
@@ -114,9 +116,9 @@ class PPOModule(CheckedRevival, LightningModule):
         self.optimizer = optim.picklable(optim.chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
         self.value_lr, self.schedule = value_lr, schedule
         self.iteration = self.episodes = 0
-        self.policy: PolicyModel | None = None
+        self.policy: PolicyModel = None  # type: ignore[assignment]  # until `configure_model`
         self.value: ScalarModel | None = None
-        self.responder: Responder | None = None
+        self.responder: Responder = None  # type: ignore[assignment]  # until `configure_model`
         self.ranks = Ranks(self)
         self.evaluation = Evaluation(evaluations)
         self.clock = Clock()
@@ -140,7 +142,7 @@ class PPOModule(CheckedRevival, LightningModule):
         Raises:
             ValueError: the strategy cannot train PPO.
         """
-        if self.policy is not None:
+        if self.policy:
             return
         optim.refuse_finder(self)
         strategies.check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
@@ -217,7 +219,7 @@ class PPOModule(CheckedRevival, LightningModule):
             kl_old=means.get("policy/kl_old"),
             episodes=episodes,
         )
-        self.lr_schedulers().step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
 
     @property
     def reference_is_policy(self) -> bool:
@@ -243,7 +245,7 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def update(self, minibatch: Experience, text: TextBatch | None) -> MeanMetrics:
         """Take one optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         actions, words = self.counts(minibatch, text)
         pieces = self.updates.passes(minibatch, text, self.collector.agree)
         metrics = MeanMetrics()
@@ -284,9 +286,9 @@ class PPOModule(CheckedRevival, LightningModule):
         stats = means | cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
         stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
         stats |= {"objective/kl_coef": self.algorithm.kl.coef, "episode": float(self.episodes)}
-        stats["lr"] = self.optimizers().param_groups[0]["lr"]
+        stats["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         stats |= {f"surrogate/{name}": number for name, number in self.algorithm.surrogate.state().items()}
-        self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])
+        self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])  # type: ignore[arg-type]
         self.log_dict(stats, batch_size=episodes)
         bar = {"score": stats["objective/scores"], "kl": round(stats["objective/kl"], 4) + 0.0}  # no minus zero
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
@@ -323,9 +325,9 @@ class PPOModule(CheckedRevival, LightningModule):
         """Return a JSON-ready record per prompt: its response with score, KL and length."""
         return self.evaluation.predict(self.responder, batch, batch_idx)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
-        groups = [{"params": optim.trainable(self.policy)}]
+        groups: list[dict[str, Any]] = [{"params": optim.trainable(self.policy)}]
         if self.value is not None:
             groups.append(
                 {"params": optim.trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr})
@@ -352,6 +354,6 @@ class PPOModule(CheckedRevival, LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PPOModule:
         super()._apply(fn, recurse)
-        if self.responder is not None:
+        if self.responder:
             self.collector.apply(fn)
         return self

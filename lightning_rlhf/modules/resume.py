@@ -125,7 +125,7 @@ def with_changes(state: dict[str, Any], changed: list[Difference]) -> dict[str, 
 def _check_kind(module: LightningModule, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
     networks = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     stored = networks if state is None else {name.partition(".")[0] for name in state}
-    record = checkpoint.get("rlhf")
+    record: Any = checkpoint.get("rlhf")
     ours = isinstance(record, dict) and isinstance(record.get("settings"), dict)
     writer = record.get("module") if ours else None  # None if the networks' names tell
     if ours and not networks - stored and writer in (None, *(kind.__name__ for kind in type(module).__mro__)):

@@ -59,6 +59,7 @@ class RewardModule(SupervisedModule):
     """
 
     kind = "RewardModule"
+    model: ScalarModel
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class RewardModule(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         """Add the callback that scores the demonstrations when training ends."""
-        callbacks = self.trainer.callbacks
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if stage == "fit" and not any(isinstance(callback, DemonstrationBias) for callback in callbacks):
             callbacks.insert(0, DemonstrationBias())
 
@@ -167,7 +168,7 @@ class RewardModule(SupervisedModule):
     def _conclude(self, stage: str) -> None:
         if self._seen(self.accuracy):
             self.log(f"{stage}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
-            metrics = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
+            metrics: dict[str, Any] = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
             for metric in (self.calibration, self.length_accuracy, self.length_correlation):
                 metrics |= metric.compute()  # its names follow from sums over all processes, so that all log the same
             metrics |= self.system_accuracy.compute(self)
@@ -186,7 +187,7 @@ class RewardModule(SupervisedModule):
     @torch.no_grad()
     def score_demonstrations(self) -> None:
         """Set the bias from the data module's demonstrations over all processes; keeps it if there are none."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if getattr(trainer.datamodule, "demonstrations", None) is None:
             return
         training = self.training
@@ -243,6 +244,6 @@ class DemonstrationBias(Callback):
     `RewardModule` adds it to the trainer's callbacks, as the first.
     """
 
-    def on_train_end(self, trainer: Trainer, pl_module: RewardModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Set the demonstration bias over all processes."""
         pl_module.score_demonstrations()

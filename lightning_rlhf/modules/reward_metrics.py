@@ -40,7 +40,7 @@ class Sums(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Sums:
         """Move the sums to the module's device but keep their dtype: a count in bfloat16 stops at 256."""
         super()._apply(fn, exclude_state)
-        self.sums, self._defaults["sums"] = self.sums.double(), self._defaults["sums"].double()
+        self.sums, self._defaults["sums"] = self.sums.double(), self._defaults["sums"].double()  # type: ignore[union-attr]
         return self
 
 
@@ -242,7 +242,7 @@ class SystemAccuracy:
         lines = (
             Ranks(module).gather_text("".join(json.dumps(entry) + "\n" for entry in self._sums.items())).splitlines()
         )
-        values = {}
+        values: dict[str, float] = {}
         for name, (pairs, right, wins) in sorted(_added({}, map(json.loads, lines)).items()):
             values |= {f"accuracy/{name}": right / pairs, f"longer_wins/{name}": wins / pairs, f"pairs/{name}": pairs}
         return values

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ from lightning_rlhf.modules.resume import check_resumable, keep_hyperparameters,
 from lightning_rlhf.modules.revival import CheckedRevival
 
 
-class SupervisedModule(CheckedRevival, LightningModule):
+class SupervisedModule(CheckedRevival, LightningModule):  # type: ignore[misc]
     """Base class of a stage that trains one network on rows of data.
 
     Args:
@@ -65,7 +66,7 @@ class SupervisedModule(CheckedRevival, LightningModule):
         optimizer = chosen_optimizer(optimizer, lr, default=default_lr)
         keep_hyperparameters(self, tokenizer=tokenizer, lr=lr)
         self.tokenizer = find_tokenizer(source, tokenizer)
-        self.model: PolicyModel | ScalarModel | None = None
+        self.model: PolicyModel | ScalarModel = None  # type: ignore[assignment]  # until `configure_model`
         self.optimizer = picklable(optimizer)
         self.schedule = schedule
         self._step = StepMean()
@@ -80,7 +81,7 @@ class SupervisedModule(CheckedRevival, LightningModule):
     @built_whole
     def configure_model(self) -> None:
         """Build the network once and shard it if the strategy asks for it."""
-        if self.model is None:
+        if not self.model:
             refuse_finder(self)
             self.model = self._build(self._source[0])
             shard_networks(self, [self.model])
@@ -99,14 +100,14 @@ class SupervisedModule(CheckedRevival, LightningModule):
         """
         loss = self._step.loss(self, total, Ranks(self).sum(count))
         self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=rows)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of all accumulated batches."""
         self._step.finish(optimizer)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer and its schedule."""
         return scheduled(self.optimizer(trainable(self.model)), self.schedule, lambda: training_steps(self))
 

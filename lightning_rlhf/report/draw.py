@@ -17,7 +17,7 @@ SIZE = (5.4, 3.4)
 """Size of a figure in inches; smaller makes larger letters, because a page scales all figures alike."""
 ROOM = 74
 """Width of a legend's line in characters, six of them for each label's sign."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,

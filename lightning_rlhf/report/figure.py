@@ -38,7 +38,7 @@ class Mark(ABC):
 
     def rows(self) -> Iterator[Row]:
         """Rows of `report.csv`."""
-        bars = self.intervals or [(None, None)] * len(self.x)
+        bars: Sequence[tuple[float | None, float | None]] = self.intervals or [(None, None)] * len(self.x)
         for x, y, (low, high) in zip(self.x, self.y, bars, strict=True):
             yield x, y, low, high
 

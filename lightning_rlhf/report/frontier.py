@@ -153,8 +153,9 @@ def frontier(runs: Sequence[Run]) -> Figure | Missing:
     if not marks:
         return Missing(title=TITLE, remedy="needs objective/kl and objective/scores, or eval/kl and eval/reward")
     marks += _bounds(bests)
-    names = {"name": "frontier", "title": TITLE, "x": "√KL(π‖π_ref), √nats per response", "y": "score, reward units"}
-    return Figure(**names, marks=marks, caption=_caption(fits, bests))
+    x = "√KL(π‖π_ref), √nats per response"
+    caption = _caption(fits, bests)
+    return Figure(name="frontier", title=TITLE, x=x, y="score, reward units", marks=marks, caption=caption)
 
 
 def _points(run: Run, kl: str, reward: str) -> Series:

@@ -148,8 +148,8 @@ def length_bias(runs: Sequence[Run]) -> Figure | Missing:
         "Pearson's, over the responses of a rollout or evaluation: near +1 the reward is all but a length. A rise of "
         "this and of length together is the usual way to overfit a reward model."
     )
-    names = {"name": "length_correlation", "title": title, "x": ROLLOUTS, "y": "Pearson's correlation"}
-    return Figure(**names, marks=marks, caption=caption, level=0.0)
+    name, y = "length_correlation", "Pearson's correlation"
+    return Figure(name=name, title=title, x=ROLLOUTS, y=y, marks=marks, caption=caption, level=0.0)
 
 
 def _correlations(responses: Responses) -> Series:

@@ -91,7 +91,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _check(where: str, row: Mapping[str, Any], needed: Mapping[str, type]) -> None:
     for key, kind in needed.items():
-        value = row.get(key)
+        value: Any = row.get(key)
         right = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
         if not right or (key == "iteration" and value < 0):
             what = {int: "a whole number", float: "a number", str: "a text"}[kind]

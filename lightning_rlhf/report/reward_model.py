@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_rlhf.report.figure import Bars, Figure, Guide, Mark, Missing, Points
 from lightning_rlhf.report.palette import FAINT
@@ -61,21 +62,21 @@ def reliability(runs: Sequence[Run]) -> Figure | Missing:
     for run in runs:
         binned = _binned(run, [f"confidence_{name}" for name in CONFIDENCES])
         if binned:
-            sure = [last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in binned]
+            sure: list[Any] = [last(run, f"mean_confidence_{CONFIDENCES[i]}") for i in binned]
             bars = [share_interval(share, count) for share, count in binned.values()]
             shares = [share for share, _ in binned.values()]
             label = "held out" if len(runs) == 1 else run.name
             marks.append(Points(label=label, x=sure, y=shares, color=run.color, intervals=bars))
     if len(marks) == 1:
         return Missing(title="Reliability curve", remedy=_REMEDY)
-    names = {"name": "reliability", "title": "Reliability curve", "y": "accuracy", "x": "confidence σ(|r_w − r_l|)"}
+    x = "confidence σ(|r_w − r_l|)"
     errors = [(run, last(run, "calibration_error")) for run in runs]
     listed = ", ".join(f"{error:.3f} ({run.name})" for run, error in errors if error is not None)
     caption = (
         "Below the dashed line the model is surer than it is right. Bars: 95 % confidence by the number of pairs."
         + f" Calibration error: {listed}." * bool(listed)
     )
-    return Figure(**names, marks=marks, caption=caption)
+    return Figure(name="reliability", title="Reliability curve", x=x, y="accuracy", marks=marks, caption=caption)
 
 
 def accuracy_by_margin(runs: Sequence[Run]) -> Figure | Missing:

@@ -91,7 +91,7 @@ def on_all(call: Callable[[], T], *, agreed: Callable[[bool], bool], what: str) 
     raise ValueError(f"{what} failed with {type(problem).__name__}: {problem}") from problem
 
 
-def _attempt(call: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
+def _attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Return the result of a call or the exception it raised."""
     try:
         return call(), None

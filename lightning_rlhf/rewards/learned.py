@@ -48,7 +48,7 @@ class LearnedReward(TextReward):
         check_positive(batch_tokens=batch_tokens)
         self.path, self.dtype = expanduser(path), dtype
         self.prompt_role, self.batch_tokens = prompt_role, batch_tokens
-        self.model: ScalarModel | None = None
+        self.model: ScalarModel = None  # type: ignore[assignment]  # until `prepare`
         self.shares_vocabulary = True
 
     def identity(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class LearnedReward(TextReward):
             ValueError: it can't be loaded, or has no embedding for a token of its own tokenizer.
         """
         super().prepare(tokenizer)
-        if self.model is None:
+        if not self.model:
             self.model = self.load().eval().requires_grad_(False)
         own = self.model.tokenizer
         check_rows(self.model.network, own, name="reward")
@@ -84,7 +84,7 @@ class LearnedReward(TextReward):
 
     def networks(self) -> list[nn.Module]:
         """List the scalar model as the only frozen network."""
-        return [] if self.model is None else [self.model]
+        return [self.model] if self.model else []
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
@@ -107,22 +107,22 @@ class LearnedReward(TextReward):
 
         Otherwise its processes would run different numbers of passes.
         """
-        batches, scores = batches_of(mask, tokens=self.batch_tokens), None
+        batches, scores = batches_of(mask, tokens=self.batch_tokens), torch.empty(0)
         if self.model.blueprint is not None:
             batches = [(torch.arange(len(mask), device=mask.device), slice(None))]
         for rows, columns in batches:
             real = mask[rows, columns]
             part = score_at_end(self.model(tokens[rows, columns], real), real)
-            scores = part.new_empty(len(mask)) if scores is None else scores
+            scores = scores if len(scores) else part.new_empty(len(mask))
             scores[rows] = part
         return scores
 
     def _as_taught(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
         """Replace the end token of each ended response by the one that comparisons taught for its prompt."""
-        own = self.model.tokenizer
-        if any(tokenizer is None or tokenizer.eos_token_id is None for tokenizer in (own, self.tokenizer)):
+        own, given = self.model.tokenizer, self.tokenizer
+        if own is None or given is None or own.eos_token_id is None or given.eos_token_id is None:
             return rollout.tokens
-        encoder, policy = Encoder(own), Encoder(self.tokenizer)
+        encoder, policy = Encoder(own), Encoder(given)
         tokens, width = rollout.tokens, rollout.prompt_width
         last = (width + rollout.lengths - 1).unsqueeze(1)
         ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
@@ -144,7 +144,7 @@ class LearnedReward(TextReward):
         return self._encode([row["prompt"] for row in rows], self.responses(rollout), rollout.ended.tolist())
 
     def _encode(self, prompts: list[Any], responses: list[str], ended: list[bool]) -> tuple[Tensor, Tensor]:
-        encoder = Encoder(self.model.tokenizer, prompt_role=self.prompt_role)
+        encoder = Encoder(self.model.tokenizer, prompt_role=self.prompt_role)  # type: ignore[arg-type]
         device = next(self.model.parameters()).device
         texts = []
         for prompt, response, closed in zip(prompts, responses, ended, strict=True):

@@ -31,7 +31,7 @@ def texts_of(responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerB
     """Decode responses without special tokens, except for tag pairs such as `<think>` and `</think>`."""
     tags = _tags(tokenizer)
     if not tags:
-        return tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return tokenizer.batch_decode(responses, skip_special_tokens=True)  # type: ignore[arg-type]
     special = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
     omitted = special.union(tokenizer.all_special_ids) - tags
     plain = [[token for token in row if token not in omitted] for row in responses]

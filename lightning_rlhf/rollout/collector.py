@@ -119,7 +119,7 @@ class Collector:
     def _sampled(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
         rank, world = self.ranks.rank, self.ranks.world
         rows = [(prompt * world + rank) * samples + i for prompt in range(len(prompts.tokens)) for i in range(samples)]
-        length, seed = self.generation.max_new_tokens, self.generation.seed
+        length, seed = self.generation.max_new_tokens, self.generation.seed or 0
         with self.clock.phase("generate"):
             uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
             return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
@@ -167,9 +167,8 @@ def in_pieces(measure: Callable[[Rollout], Tensor], rollout: Rollout, pieces: li
         rollout: B responses.
         pieces: row numbers of each piece, which together are all rows.
     """
-    whole: Tensor | None = None
-    for index in pieces:
-        part = measure(rollout.select(index))
-        whole = part.new_zeros(rollout.response_mask.shape) if whole is None else whole
+    parts = [measure(rollout.select(index)) for index in pieces]
+    whole = parts[0].new_zeros(rollout.response_mask.shape)
+    for index, part in zip(pieces, parts, strict=True):
         whole[index, : part.shape[1]] = part
     return whole

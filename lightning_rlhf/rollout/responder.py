@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -36,7 +37,8 @@ def reference_rollout(collector: Collector, prompts: PromptBatch, *, samples: in
     """
     generation, ranks = collector.generation, collector.ranks
     rows = range(ranks.rank, len(prompts.tokens) * ranks.world, ranks.world)
-    place = {"seed": generation.seed, "iteration": iteration, "rows": rows, "length": generation.max_new_tokens}
+    seed, length = generation.seed or 0, generation.max_new_tokens
+    place: dict[str, Any] = {"seed": seed, "iteration": iteration, "rows": rows, "length": length}
     uniforms = torch.stack([row_uniforms(stream=f"{STREAM}/{j}", **place) for j in range(samples)], 1).flatten(0, 1)
     room = replace(generation, slots=None if generation.slots is None else max(generation.slots, samples))
     with collector.reference.model() as model:
