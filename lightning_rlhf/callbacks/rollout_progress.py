@@ -40,9 +40,10 @@ class RolloutProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and note the share that an earlier run did, which took no time of this one."""
+        if isinstance(trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar):
+            _hide_version(trainer.progress_bar_callback)
         if _shown(trainer, pl_module):
             self._start, self._before = perf_counter(), _share(trainer, pl_module)
-            _hide_version(trainer.progress_bar_callback)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Follow the rollout's progress."""

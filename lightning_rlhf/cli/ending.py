@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from lightning_rlhf.callbacks import Export, PredictionWriter, RunCheckpoint
-from lightning_rlhf.modules.glossary import find
+from lightning_rlhf.report.glossary import find, meaning
 from lightning_rlhf.text.escape import terminal
 
 NEXT = {
@@ -52,7 +52,7 @@ def numbers(metrics: Mapping[str, SupportsFloat]) -> str:
         error = metrics.get(f"{key}_se")
         unit = "" if entry is None or entry.unit == "1" else entry.unit
         plus = "" if error is None else f"± {float(error):.2g}"
-        rows.append((key, f"{float(value):.4g}", plus, unit, "" if entry is None else entry.meaning.replace("`", "")))
+        rows.append((key, f"{float(value):.4g}", plus, unit, meaning(key)))
     return _table(rows)
 
 
@@ -60,9 +60,9 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max((len(row[place]) for row in rows), default=0) for place in range(4)]
     indent = sum(widths) + 8
     lines = []
-    for key, value, error, unit, meaning in rows:
+    for key, value, error, unit, text in rows:
         opening = f"{key:<{widths[0]}}  {value:>{widths[1]}}  {error:<{widths[2]}}  {unit:<{widths[3]}}  "
-        first, *others = textwrap.wrap(meaning, max(WIDTH - indent, 30)) or [""]
+        first, *others = textwrap.wrap(text, max(WIDTH - indent, 30)) or [""]
         lines += [(opening + first).rstrip(), *(" " * indent + line for line in others)]
     return "\n".join(map(terminal, lines))
 

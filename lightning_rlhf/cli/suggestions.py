@@ -63,19 +63,27 @@ def _of_key(name: str, key: str) -> str:
     leaf = name.rpartition(".")[2]
     elsewhere = [path for path in keys() if path.rpartition(".")[2] == leaf]
     root = key.partition(".")[0]
+    if f"{key}.{name}" in elsewhere:
+        return f"name the class that it is of, --{root}=CLASS"
     if elsewhere and key:
         elsewhere = [path for path in elsewhere if path.startswith(root)] or elsewhere
-        return f"`{leaf}` belongs to {_listed('--' + path for path in elsewhere[:2])}"
+        return f"`{leaf}` belongs to {_listed('--' + path for path in _outermost(elsewhere))}"
     leaves = {path.rpartition(".")[2]: path for path in keys() if not key or path.startswith(root)}
     near = get_close_matches(leaf, leaves, n=2, cutoff=0.7)
     return f"did you mean {_listed('--' + leaves[each] for each in near)}?" if near else ""
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    """Return the paths that lie inside the fewest others, at most two."""
+    fewest = min(path.count(".") for path in paths)
+    return [path for path in paths if path.count(".") == fewest][:2]
 
 
 def _of_class(name: str, key: str) -> str:
     classes = {each.__name__: each for each in _classes()}
     if name in classes:
         places = [path for path, kind in keys().items() if kind is not None and issubclass(classes[name], kind)]
-        return f"it belongs to {_listed('--' + path + '=' + name for path in places[:2])}" if places else ""
+        return f"it belongs to {_listed(f'--{path}={name}' for path in _outermost(places))}" if places else ""
     kind = keys().get(key)
     fitting = [each for each, named in classes.items() if kind is None or issubclass(named, kind)]
     near = get_close_matches(name, fitting, n=2, cutoff=0.6)
@@ -113,11 +121,9 @@ def _add(keys: dict[str, type | None], path: str, kind: type, depth: int) -> Non
 def _arguments(kind: type) -> Iterator[tuple[str, type | None]]:
     """Arguments of a class, each with the class of this library that it takes."""
     hints = hints_of(kind)
-    for name in list(inspect.signature(kind).parameters):
-        yield (
-            name,
-            next((each for each in _inside(hints.get(name)) if each.__module__.startswith("lightning_rlhf")), None),
-        )
+    for name in inspect.signature(kind).parameters:
+        ours = [each for each in _inside(hints.get(name)) if each.__module__.startswith("lightning_rlhf")]
+        yield name, ours[0] if ours else None
 
 
 def _inside(annotation: Any) -> Iterator[type]:

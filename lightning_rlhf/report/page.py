@@ -11,6 +11,7 @@ from importlib.resources import files
 
 from lightning_rlhf.report.draw import Drawing
 from lightning_rlhf.report.figure import Missing
+from lightning_rlhf.report.glossary import meaning
 from lightning_rlhf.report.header import facts
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.settings import differing
@@ -107,10 +108,10 @@ def _summary(runs: Sequence[Run]) -> str:
     per_run = [changes(run) for run in runs]
     rows = [
         (
-            f'<td title="{html(_keys(what, per_run))}: {html(meaning)}">{html(what)}</td>',
+            f'<td title="{html(_keys(what, per_run))}: {html(meaning(names[0]))}">{html(what)}</td>',
             [_move(of_run.get(what)) for of_run in per_run],
         )
-        for what, _, _, meaning in ROWS
+        for what, names, _ in ROWS
         if any(what in of_run for of_run in per_run)
     ]
     if not rows:

@@ -9,63 +9,81 @@ from lightning_rlhf.report.metrics import EVALUATIONS, Series
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import by_iteration, thinned
 
-SCORE, KL = "mean r(x, y), after the shaping rules", "mean Σ_t log π_old − log π_ref of a response: KL(π_old‖π_ref)"
-LENGTH, ENDED = "mean tokens of a response, its end token included", "share of responses that ended"
 ROWS = (
-    ("held-out reward", ("eval/reward", "test/reward"), "score", SCORE),
-    ("held-out KL to the reference, nats", ("eval/kl", "test/kl"), "kl", KL),
-    ("held-out responses that end", ("eval/eos_rate", "test/eos_rate"), "ended", ENDED),
-    ("held-out length, tokens", ("eval/response_length", "test/response_length"), "length", LENGTH),
+    (
+        "held-out reward",
+        (
+            "eval/reward",
+            "test/reward",
+        ),
+        "score",
+    ),
+    (
+        "held-out KL to the reference, nats",
+        (
+            "eval/kl",
+            "test/kl",
+        ),
+        "kl",
+    ),
+    (
+        "held-out responses that end",
+        (
+            "eval/eos_rate",
+            "test/eos_rate",
+        ),
+        "ended",
+    ),
+    (
+        "held-out length, tokens",
+        (
+            "eval/response_length",
+            "test/response_length",
+        ),
+        "length",
+    ),
     (
         "held-out pretraining loss, nats per token",
-        ("eval/ptx_loss", "test/ptx_loss"),
+        (
+            "eval/ptx_loss",
+            "test/ptx_loss",
+        ),
         "",
-        "mean −log π(token) of the held-out texts",
     ),
-    ("reward", ("objective/scores",), "", SCORE),
-    ("KL to the reference, nats", ("objective/kl",), "", KL),
-    ("length, tokens", ("objective/response_length",), "", LENGTH),
-    ("responses that end", ("objective/eos_rate",), "", ENDED),
-    (
-        "entropy of the next token, nats",
-        ("policy/entropy_avg",),
-        "",
-        "mean entropy of the next token, under the weights that sample",
-    ),
-    (
-        "clip fraction",
-        ("policy/clipfrac_avg",),
-        "",
-        "share of actions whose ratio or weight was clipped; surrogates that clip",
-    ),
-    ("seconds of a step", ("time/step",), "", "the whole rollout with its update"),
+    ("reward", ("objective/scores",), ""),
+    ("KL to the reference, nats", ("objective/kl",), ""),
+    ("length, tokens", ("objective/response_length",), ""),
+    ("responses that end", ("objective/eos_rate",), ""),
+    ("entropy of the next token, nats", ("policy/entropy_avg",), ""),
+    ("clip fraction", ("policy/clipfrac_avg",), ""),
+    ("seconds of a step", ("time/step",), ""),
     (
         "accuracy on held-out pairs",
-        ("eval/accuracy", "test/accuracy"),
+        (
+            "eval/accuracy",
+            "test/accuracy",
+        ),
         "",
-        "share of pairs whose preferred response scores higher",
     ),
     (
         "calibration error",
-        ("eval/calibration_error", "test/calibration_error"),
+        (
+            "eval/calibration_error",
+            "test/calibration_error",
+        ),
         "",
-        "Σ_bins pairs of the bin / pairs · ∣accuracy − mean confidence∣",
     ),
     (
         "held-out loss",
-        ("eval/loss", "test/loss"),
+        (
+            "eval/loss",
+            "test/loss",
+        ),
         "",
-        "stages 1 and 2: mean −log π(token); mean ranking loss of a prompt",
     ),
-    (
-        "training loss",
-        ("train/loss",),
-        "",
-        "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts",
-    ),
+    ("training loss", ("train/loss",), ""),
 )
-"""Label, logged names, column of `samples.jsonl` that also has the state before training, and the glossary's
-meaning, copied because importing it would load the modules."""
+"""Label, logged names, and the column of `samples.jsonl` that also has the state before training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +111,7 @@ class Change:
 def changes(run: Run) -> dict[str, Change]:
     """Collect the changes of all logged numbers by label."""
     moves = {}
-    for what, names, column, _ in ROWS:
+    for what, names, column in ROWS:
         counted = by_iteration(run.held_out.column(column)) if column else Series()
         name = next((name for name in names if run.metrics[name]), names[0])
         series = counted or run.metrics[name]

@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "one evaluation": (lambda: ppo(evaluations=WinRate()), "`evaluations` must be a list of Evaluator"),
     "class of evaluation": (lambda: ppo(evaluations=[WinRate]), "`evaluations`"),
     "built optimizer": (lambda: ppo(optimizer=torch.optim.SGD([torch.zeros(1)])), "`optimizer` must be a function"),
-    "no policy": (lambda: PPOModule(None, length), "`policy` must be str or ModelSource or Module"),
+    "no policy": (lambda: PPOModule(None, length), "`policy` must be ModelSource or str or Module"),
     "no model": (lambda: SFTModule(None), "`model`"),
     "class of loss": (lambda: RewardModule(torch.nn.Linear(1, 1), loss=RankingLoss), r"write RankingLoss\(\)"),
 }

@@ -17,7 +17,7 @@ from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.modules.glossary import GLOSSARY, find, table
+from lightning_rlhf.report.glossary import GLOSSARY, find, table
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.types import ComparisonBatch
 
@@ -138,6 +138,6 @@ def test_no_key_has_two_entries(logged):
 
 
 def test_page_shows_the_glossary():
-    """To renew it, put what `lightning_rlhf.modules.glossary.table()` returns into docs/metrics.md."""
+    """To renew it, put what `lightning_rlhf.report.glossary.table()` returns into docs/metrics.md."""
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert table() in page

@@ -30,8 +30,8 @@ BELOW = {  # what each room may import of the library beside itself
     "report": {"core", "text"},
     "callbacks": {"core", "engines", "folders", "report", "rewards", "rollout", "text", "types"},
     "cli": {
-        *("callbacks", "core", "data", "engines", "evaluation", "models", "modules", "rewards", "rollout", "text"),
-        "types",
+        *("callbacks", "core", "data", "engines", "evaluation", "models", "modules", "report", "rewards", "rollout"),
+        *("text", "types"),
     },
     "__main__": {"cli"},
     "__init__": set(),

@@ -192,7 +192,7 @@ def test_members_leave_no_gradient(rollout):
         def __call__(self, rollout, rows):
             return 2.0 * scale
 
-    ranks = SimpleNamespace(all=lambda fine: fine)
+    ranks = SimpleNamespace(all=lambda fine: fine, folder=Path())
     collector = SimpleNamespace(
         reward=WeightedReward({"a": Careless()}), clock=Clock(), ranks=ranks
     )  # nothing is built

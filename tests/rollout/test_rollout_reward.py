@@ -59,7 +59,7 @@ def test_score_must_be_finite_where_it_is_used(score, text_rollout, toy_tokenize
     """In float32, as the log-probabilities are; in float64 it is let in."""
     monkeypatch.chdir(tmp_path)
     reward = prepared(lambda prompts, responses: torch.tensor([0.0, score, 0.0], dtype=torch.float64), toy_tokenizer)
-    asked = {"rows": ROWS, "agreed": lambda fine: fine, "iteration": 3}
+    asked = {"rows": ROWS, "agreed": lambda fine: fine, "iteration": 3, "run": tmp_path}
     said = re.escape(f"{score} for response 1: return numbers that are finite in float32")
     with pytest.raises(RewardError, match=said):
         scored_or_told(reward, text_rollout, **asked)

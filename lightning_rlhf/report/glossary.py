@@ -158,6 +158,15 @@ def find(key: str) -> Entry | None:
     return next((entry for entry in GLOSSARY if entry.matches(key)), None)
 
 
+def meaning(key: str) -> str:
+    """Return what a logged key measures, after following "as KEY"; empty if the library does not log it."""
+    entry = find(key)
+    if entry is None:
+        return ""
+    same = re.match(r"as `([\w/]+)`(.*)", entry.meaning)
+    return meaning(same[1]) + same[2] if same else entry.meaning.replace("`", "")
+
+
 def table() -> str:
     """Return the glossary as a Markdown table."""
     lines = [f"| `{entry.key}` | {entry.meaning} | {entry.unit} |" for entry in GLOSSARY]
