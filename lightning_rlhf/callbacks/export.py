@@ -74,9 +74,11 @@ class Export(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         all_take_part = any(getattr(model, "blueprint", None) is not None for model in pl_module.modules())
+        given = {"merge_adapter": self.merge_adapter, "dtype": self.dtype}
+        options = {name: value for name, value in given.items() if value}  # a module of the user's may take none
         try:
             if trainer.is_global_zero or all_take_part:
-                pl_module.save_pretrained(self.place, merge_adapter=self.merge_adapter, dtype=self.dtype)
+                pl_module.save_pretrained(self.place, **options)
         except (OSError, ValueError) as error:
             self._problem = error
         if trainer.is_global_zero and self._problem is None:

@@ -62,7 +62,7 @@ def with_standard(trainer: dict[str, Any], callbacks: list[Callback], module: Li
     standard = [callback for callback in callbacks if not isinstance(callback, unwanted)]
     logger = trainer.get("logger")
     if logger is None:
-        logger = CSVLogger(trainer["default_root_dir"], name=None)
+        logger = CSVLogger(trainer["default_root_dir"] or ".", name=None)
     every = [*own, *standard]
     if trainer.get("enable_checkpointing") is None and not any(isinstance(each, Checkpoint) for each in every):
         trainer = trainer | {"enable_checkpointing": False}  # otherwise Lightning adds one of its own

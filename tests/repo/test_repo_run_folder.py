@@ -107,7 +107,7 @@ class Learner(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
-    def save_pretrained(self, folder: Path, **options: Any) -> None:
+    def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()
 
 
