@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,7 +30,7 @@ ENDLESS = 10**9
 logger = logging.getLogger(__name__)
 
 
-def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> OptimizerLRSchedulerConfig:
+def scheduled(optimizer: Optimizer, schedule: Schedule, total: Callable[[], int]) -> dict[str, Any]:
     """Return for `configure_optimizers` the optimizer and a schedule that steps once per step of `total`.
 
     Args:
