@@ -98,6 +98,15 @@ class TextReward(Reward):
             columns: every other column of the records, by name; one called `prompts` or `responses` is left out.
         """
 
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if an argument of the reward without a default is no column of the data."""
+        missing = [name for name in needed_by(self._asked()) if name not in names - {"prompt"}]
+        if missing:
+            raise ValueError(
+                f"`reward`: {self._name()} needs {', '.join(missing)}, but the rows "
+                f"have {', '.join(sorted(names)) or 'none'}: rename the argument, or give it a default"
+            )
+
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
         """Return the scores, (B,), float32.
 
@@ -119,6 +128,10 @@ class TextReward(Reward):
             raise ValueError(f"{self._name()} scores text, but there is no tokenizer: pass PPOModule(tokenizer=...)")
         return decoded(rollout, self.tokenizer)
 
+    def _asked(self) -> Callable[..., Any]:
+        """Return the function whose arguments are columns."""
+        return self.score
+
     def _name(self) -> str:
         return type(self).__name__
 
@@ -134,22 +147,15 @@ class FunctionReward(TextReward):
         self.fn = fn
         try:
             self._wanted = wanted_by(fn)
-            self._needed = needed_by(fn)
         except ValueError as error:
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
-
-    def check_columns(self, names: set[str]) -> None:
-        """Raise ValueError if the function needs a column that the data lack."""
-        missing = [name for name in self._needed if name not in names - {"prompt"}]
-        if missing:
-            raise ValueError(
-                f"`reward`: {self._name()} needs {', '.join(missing)}, but the rows "
-                f"have {', '.join(sorted(names)) or 'none'}: rename the argument, or give it a default"
-            )
 
     def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
         """Return the result of the function."""
         return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
+
+    def _asked(self) -> Callable[..., Any]:
+        return self.fn
 
     def _name(self) -> str:
         return getattr(self.fn, "__qualname__", type(self.fn).__name__)
