@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import get_loader
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from lightning_rlhf.cli.words import configs_of
+from lightning_rlhf.cli.words import METHOD, configs_of
 
 LARGEST = 10_000
 """Values of a document, aliases written out: far more than any config has."""
@@ -63,7 +63,8 @@ def replaced_callbacks(words: Sequence[str]) -> list[str]:
     listed: list[str] = []
     replaced: list[str] = []
     for path in configs_of(words):
-        trainer = _trainer(Path(path))
+        trainer = _value(path, "trainer")
+        trainer = trainer if isinstance(trainer, dict) else {}
         if isinstance(trainer.get("callbacks"), list):
             now = [_name(callback) for callback in trainer["callbacks"]]
             replaced = [*replaced, *(name for name in listed if name not in now)]
@@ -73,16 +74,39 @@ def replaced_callbacks(words: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(replaced) if name not in listed]
 
 
-def _trainer(path: Path) -> dict[str, Any]:
-    """Read the `trainer` of a config; empty if it has none or is unreadable, which the parser reports."""
+def with_methods(words: Sequence[str]) -> list[str]:
+    """Insert a flag that takes the algorithm back before each config that names another method.
+
+    Otherwise the parts that an earlier config lists would stay under its name.
+
+    Args:
+        words: of the command line, after `words.expanded`.
+    """
+    cleared: list[str] = []
+    before = ""
+    for word in words:
+        for path in configs_of([word]):
+            algorithm = _value(path, "model", "init_args", "algorithm")
+            method = _name(algorithm) if algorithm else ""
+            if before and method and method != before:
+                cleared.append(f"{METHOD}=null")
+            before = method or before
+        cleared.append(word)
+    return cleared
+
+
+def _value(path: str, *keys: str) -> Any:
+    """Read a value of a config by its keys; None if it has none or is unreadable, which the parser reports."""
     try:
-        config = load(path.read_text(encoding="utf-8"))
+        value = load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    trainer = config.get("trainer") if isinstance(config, dict) else None
-    return trainer if isinstance(trainer, dict) else {}
+        return None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _name(callback: Any) -> str:
+    """Return the last word of the class that a value names; empty if it names none."""
     path = callback.get("class_path", "") if isinstance(callback, dict) else callback
     return str(path).rpartition(".")[2]

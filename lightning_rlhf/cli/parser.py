@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_rlhf.cli.documents import with_methods
 from lightning_rlhf.cli.failure import TRACEBACK, one_line
 from lightning_rlhf.cli.help import HelpFormatter
 from lightning_rlhf.cli.suggestions import suggestion
-from lightning_rlhf.cli.words import expanded
+from lightning_rlhf.cli.words import COMMANDS, expanded
 from lightning_rlhf.core import Algorithm
 
 _NOISE = (
@@ -53,9 +54,9 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse arguments, with shipped configs by their names."""
         words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
+        if isinstance(words, list) and any(word in COMMANDS for word in words):  # not again in a command's own parser
             try:
-                words = expanded(words)
+                words = with_methods(expanded(words))
             except ValueError as error:
                 self.error(str(error))
         return super().parse_args(words, *rest, **options)

@@ -368,3 +368,23 @@ def test_method_named_beside_a_config_is_the_method(
     words = [*ppo(model__algorithm__beta=None), f"--model.algorithm={method.__name__}", "--model.algorithm.beta=0.5"]
     written = yaml.safe_load(printed(capsys, *words))["model"]["init_args"]["algorithm"]
     assert algorithm_of(f"--algorithm={json.dumps(written)}") == method(beta=0.5)
+
+
+@pytest.mark.parametrize("written", ["GSPO", {"class_path": "lightning_rlhf.GSPO", "init_args": {"beta": 0.5}}])
+def test_method_named_by_a_later_config_is_the_method(
+    written: Any, ppo: Callable[..., list[str]], workplace: Path, capsys: Any
+) -> None:
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"algorithm": written}}}), encoding="utf-8")
+    parsed = yaml.safe_load(printed(capsys, *ppo(), "--config", "mine.yaml"))["model"]["init_args"]["algorithm"]
+    expected = GSPO(beta=0.5) if isinstance(written, dict) else GSPO()
+    assert algorithm_of(f"--algorithm={json.dumps(parsed)}") == expected
+
+
+def test_later_config_that_names_no_method_changes_a_part(
+    ppo: Callable[..., list[str]], workplace: Path, capsys: Any
+) -> None:
+    part = {"model": {"init_args": {"algorithm": {"init_args": {"beta": 0.5}}}}}
+    Path("mine.yaml").write_text(yaml.safe_dump(part), encoding="utf-8")
+    parsed = yaml.safe_load(printed(capsys, *ppo(), "--config", "mine.yaml"))["model"]["init_args"]["algorithm"]
+    changed = algorithm_of(f"--algorithm={json.dumps(parsed)}")
+    assert (type(changed), changed.beta, changed.shaping[0].value) == (Algorithm, 0.5, -1.0)
