@@ -24,7 +24,7 @@ from turns import prepared
 from work import Work, parsed, parser, works
 
 from lightning_rlhf import SamplingParams
-from lightning_rlhf.engines import Sampler, row_uniforms
+from lightning_rlhf.engines import row_uniforms, sample
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.types import PromptBatch
 
@@ -56,7 +56,7 @@ def ours(work: Work, chosen: Any, prompts: Any) -> Rollout:
     """fp32 master weights, copied to the sampling dtype in every rollout: the copy is part of the time."""
     network = network_of(work, "float32")
     options = {"max_new_tokens": work.tokens, "dtype": DTYPES[work.precision], **work.options("generation")}
-    sampler = Sampler(PolicyModel(network, tokenizer_of(work)), SamplingParams(**options))
+    sampler = partial(sample, PolicyModel(network, tokenizer_of(work)), params=SamplingParams(**options))
     real = torch.ones(chosen.rows, dtype=torch.bool, device=work.device)
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), real, [])
 

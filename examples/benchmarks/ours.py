@@ -38,8 +38,9 @@ class Baton(Callback):
         self.turns = Turns(waiter(work.device))
 
     def on_fit_start(self, trainer: Trainer, module: PPOModule) -> None:
-        sampler = module.collector.sampler
-        sampler.decode = partial(ended, sampler.decode, probability=self.work.end)
+        engine = module.engine
+        engine.load(module.policy, version=0)
+        engine.decode = partial(ended, engine.decode, probability=self.work.end)
 
     def on_train_batch_start(self, *_: object) -> None:
         self.turns.next(self.found)

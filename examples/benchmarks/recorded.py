@@ -9,8 +9,9 @@ every position, so that rows leave and passes are recorded anew. Both ways take 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from turns import prepared
 from work import Work, parsed, parser, works
 
 from lightning_rlhf import ModelSource, SamplingParams
-from lightning_rlhf.engines import Sampler, row_uniforms, slots
+from lightning_rlhf.engines import Sampled, row_uniforms, sample, slots
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.types import PromptBatch
 
@@ -46,7 +47,7 @@ def unrecorded() -> Iterator[None]:
         slots.recordable = recordable
 
 
-def timed(sampler: Sampler, batch: PromptBatch, uniforms: torch.Tensor) -> Row:
+def timed(sampler: Callable[..., Sampled], batch: PromptBatch, uniforms: torch.Tensor) -> Row:
     """Both ends wait for the GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -69,7 +70,9 @@ def measured(work: Work, rows: int, chosen: Any) -> Iterator[Row]:
     prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(work.device)
     real = torch.ones(len(texts), dtype=torch.bool, device=work.device)
     batch = PromptBatch(prompts.input_ids, prompts.attention_mask.bool(), real, [])
-    sampler = Sampler(PolicyModel(network, tokenizer), SamplingParams(max_new_tokens=work.tokens, dtype="bfloat16"))
+    policy = PolicyModel(network, tokenizer)
+    params = SamplingParams(max_new_tokens=work.tokens, dtype="bfloat16")
+    sampler = partial(sample, policy, params=params)
     for lengths, probability in (("full", 0.0), ("geometric", 1 / chosen.mean)):
         Ending.put_on(network, probability)
         for repeat in range(chosen.repeats):

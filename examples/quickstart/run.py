@@ -41,13 +41,13 @@ def fit(config: str, overlay: str, *flags: str) -> None:
 def sample_comparisons() -> None:
     """K responses of the SFT model to each of the first prompts, ranked by the labeler."""
     from lightning_rlhf import ModelSource, PromptDataModule, SamplingParams
-    from lightning_rlhf.engines import Sampler, row_uniforms
+    from lightning_rlhf.engines import row_uniforms, sample
     from lightning_rlhf.models import PolicyModel
     from lightning_rlhf.types import PromptBatch
 
     source = ModelSource(path=str(RUN / "sft/model"), attention="eager")
     policy = PolicyModel(source.causal_lm(), source.tokenizer())
-    sampler = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16"))
+    params = SamplingParams(max_new_tokens=LENGTH, temperature=0.7, dtype="bfloat16")
     prompts = str(RUN / "data/prompts_train.jsonl")
     data = PromptDataModule(predict=prompts, eval_batch_size=BATCH, tokenizer=policy.tokenizer)
     data.setup("predict")
@@ -55,7 +55,7 @@ def sample_comparisons() -> None:
     for step, batch in zip(range(RANKED // BATCH), data.predict_dataloader(), strict=False):
         repeated = PromptBatch(*(field.repeat_interleave(K, 0) for field in batch[:3]), rows=[])
         uniforms = row_uniforms(seed=SEED, stream="comparisons", iteration=step, rows=range(BATCH * K), length=LENGTH)
-        drawn = sampler(repeated, uniforms)
+        drawn = sample(policy, repeated, uniforms, params)
         kept = [tokens[mask] for tokens, mask in zip(drawn.tokens, drawn.response_mask, strict=True)]
         texts = policy.tokenizer.batch_decode(kept, skip_special_tokens=True)
         rows += rank([row["prompt"] for row in batch.rows], [texts[i : i + K] for i in range(0, len(texts), K)])

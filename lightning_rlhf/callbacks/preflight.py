@@ -121,7 +121,7 @@ class Preflight(Callback):
         rollout = module.responder.respond(prompts, samples=1, stream="preflight", iteration=0)
         temperature = collector.generation.temperature
         now = module.policy.response_logprobs(rollout, temperature=temperature)
-        low = collector.sampler.training_dtype(module.device.type) in LOW
+        low = collector.policy.computing_dtype(module.device.type) in LOW
         tolerance = self._allowed(low)
         off = float((now - rollout.logprobs).abs().max())
         if not off <= tolerance:

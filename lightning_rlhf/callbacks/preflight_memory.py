@@ -49,10 +49,10 @@ def memory_estimate(trainer: Trainer, module: Any) -> dict[str, float]:
         frozen = collector.frozen()
         sizes["frozen networks"] = sum(_bytes(network) for network in frozen)
         with trainer.precision_plugin.forward_context():
-            dtype = collector.sampler.dtype(module.device.type)
-            computed = collector.sampler.training_dtype(module.device.type)
+            computed = policy.computing_dtype(module.device.type)
+            dtype = collector.engine.copy_dtype(policy, collector.generation, module.device.type)
         weight = next(policy.parameters()).element_size()
-        if dtype.itemsize != weight or module.device.type == "cpu":  # which packs them
+        if dtype is not None and (dtype.itemsize != weight or module.device.type == "cpu"):  # which packs them
             sizes["sampling copy"] = _bytes(policy) * dtype.itemsize // weight
         if computed.itemsize != weight:
             sizes["autocast copies"] = trained * computed.itemsize // weight

@@ -49,7 +49,7 @@ class RolloutProgress(Callback):
         """Follow the rollout's progress."""
         self._updates = 0
         if _shown(trainer, pl_module):
-            pl_module.collector.sampler.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
+            pl_module.collector.engine.watch = Watch(partial(self._tell, trainer, pl_module), every=self.every)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Show the number of the update."""
@@ -65,7 +65,7 @@ class RolloutProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Show the time left in the run."""
         if _shown(trainer, pl_module):
-            pl_module.collector.sampler.watch = None  # validation has a bar of its own
+            pl_module.collector.engine.watch = None  # validation has a bar of its own
             _describe(trainer, self._left(trainer, pl_module))
 
     def _tell(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:

@@ -1,14 +1,20 @@
-"""Samplers: the decode loop and the weights it uses."""
+"""Engines: what draws responses, and how."""
 
 from lightning_rlhf.engines.decode import decode
+from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sampled
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
+from lightning_rlhf.engines.local import LocalEngine, sample
 from lightning_rlhf.engines.response_buffer import Sampled
-from lightning_rlhf.engines.sampler import Sampler
 
 __all__ = [
+    "Engine",
+    "EngineError",
+    "LocalEngine",
+    "Request",
     "Sampled",
-    "Sampler",
     "SamplingParams",
+    "check_sampled",
     "decode",
     "row_uniforms",
+    "sample",
 ]

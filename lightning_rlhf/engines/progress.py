@@ -29,7 +29,7 @@ class Progress(NamedTuple):
 
 
 class Watch:
-    """Progress tracker of the rollouts that a `Sampler` draws.
+    """Progress tracker of the rollouts that an engine draws.
 
     Counting stays on the device, which is synchronized only for a report.
 

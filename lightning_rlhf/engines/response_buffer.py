@@ -20,7 +20,9 @@ class Sampled(NamedTuple):
         response_mask: (B, R), bool, True up to and including the end token.
         ended: (B,), bool.
         logprobs: of the drawn tokens under the weights that drew them, (B, R), nats, 0 after the end.
-        entropy: of the distributions they were drawn from, (B, R), nats, 0 after the end.
+        entropy: of the distributions they were drawn from, (B, R), nats, 0 after the end; where an engine does not
+            know it, the unbiased −log-prob of the drawn token.
+        versions: of the weights that drew each token, (B, R), int64.
     """
 
     tokens: Tensor
@@ -28,6 +30,7 @@ class Sampled(NamedTuple):
     ended: Tensor
     logprobs: Tensor
     entropy: Tensor
+    versions: Tensor
 
     def rollout(self, prompts: PromptBatch) -> Rollout:
         """Combine the responses with their prompts into a rollout; unmeasured fields are zero.
@@ -109,4 +112,12 @@ class Record:
         """Return all responses, in the precision of the logits."""
         if self._watch is not None:
             self._watch.end()
-        return Sampled(self._tokens, self._response, self._ended, *self._numbers.to(self._dtype))
+        logprobs, entropy = self._numbers.to(self._dtype)
+        return Sampled(
+            tokens=self._tokens,
+            response_mask=self._response,
+            ended=self._ended,
+            logprobs=logprobs,
+            entropy=entropy,
+            versions=torch.zeros_like(self._tokens),
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlhf.core import group_size, group_std, k3
+from lightning_rlhf.core import Algorithm, group_size, group_std, k3
 from lightning_rlhf.evaluation.evaluator import Evaluator
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.evaluation.panel import Panel
@@ -61,6 +61,19 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
     )
 
 
+def learned(means: dict[str, float], algorithm: Algorithm) -> dict[str, float]:
+    """Return the metrics of a rollout and its updates, with the coefficients in force.
+
+    Args:
+        means: of all processes, by logged name.
+        algorithm: that learned from it.
+    """
+    stats = dict(means)
+    stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
+    stats["objective/kl_coef"] = algorithm.kl.coef
+    return stats | {f"surrogate/{name}": number for name, number in algorithm.surrogate.state().items()}
+
+
 def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experience: Experience | None = None) -> Outcome:
     """Build the outcome for callbacks, detached from the graph that the update uses.
 
@@ -97,7 +110,8 @@ class Evaluation:
         self._metrics = MeanMetrics()
 
     def begin(self, responder: Responder) -> None:
-        """Discard the batches of an interrupted evaluation."""
+        """Discard the batches of an interrupted evaluation and have the engine take the weights to be evaluated."""
+        responder.collector.sampler.outdate()
         self._metrics = MeanMetrics()
         self.panel.begin(responder)
 

@@ -144,6 +144,16 @@ class PolicyModel(nn.Module):
             return ends
         raise ValueError("neither model nor tokenizer names an end token: set `eos_token_id` in generation_config.json")
 
+    def computing_dtype(self, device: str) -> torch.dtype:
+        """Return the dtype of training: that of autocast, or else of the weights.
+
+        Args:
+            device: type of the device, whose autocast is asked.
+        """
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(self.parameters()).dtype
+
     def reference(self) -> AbstractContextManager[object]:
         """Context in which the policy is π_ref: its adapter is off.
 

@@ -140,6 +140,27 @@ def clip_gradients(module: LightningModule, optimizer: Optimizer, max_norm: floa
     return norm.detach()
 
 
+def groups_of(policy: nn.Module, value: nn.Module | None, *, value_lr: float | None) -> list[dict[str, Any]]:
+    """List a parameter group for each trained network, the policy first.
+
+    Args:
+        policy: π_θ.
+        value: V_θ, or None.
+        value_lr: its peak learning rate; None is the policy's.
+    """
+    groups: list[dict[str, Any]] = [{"params": trainable(policy)}]
+    if value is not None:
+        own = {} if value_lr is None else {"lr": value_lr}
+        groups.append({"params": trainable(value)} | own)
+    return groups
+
+
+def learning_rate(module: LightningModule) -> float:
+    """Return today's learning rate of the first parameter group, the policy's."""
+    optimizer: Any = module.optimizers()
+    return optimizer.param_groups[0]["lr"]
+
+
 def rollouts_of(module: LightningModule) -> int:
     """Number of rollouts of the run under manual optimization, where `max_steps` counts optimizer steps."""
     trainer = module.trainer

@@ -21,9 +21,9 @@ from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed import strategies
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.engines import Engine, LocalEngine, SamplingParams
 from lightning_rlhf.evaluation import Evaluator
-from lightning_rlhf.evaluation.evaluation import Evaluation, credited, outcome_of
+from lightning_rlhf.evaluation.evaluation import Evaluation, credited, learned, outcome_of
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
@@ -66,6 +66,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         compile: fuse the operations of policy and reference by `torch.compile`; sampling is left alone. The first
             rollouts take a minute or more longer.
         evaluations: what validation and test measure beside reward and KL: `WinRate`, `BestOfN`, `GoldReward`, ...
+        engine: draws the responses; None is the decode loop of this process.
 
     Attributes:
         iteration: rollouts that were learned from.
@@ -93,6 +94,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         schedule: Schedule = ConstantSchedule(warmup=10),
         compile: bool = False,
         evaluations: Sequence[Evaluator] = (),
+        engine: Engine | None = None,
     ) -> None:
         check_arguments(PPOModule, locals())
         super().__init__()
@@ -118,6 +120,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.policy: PolicyModel = None  # type: ignore[assignment]  # until `configure_model`
         self.value: ScalarModel | None = None
         self.responder: Responder = None  # type: ignore[assignment]  # until `configure_model`
+        self.engine = LocalEngine() if engine is None else engine
         self.ranks = Ranks(self)
         self.evaluation = Evaluation(evaluations)
         self.clock = Clock()
@@ -158,6 +161,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
             frozen,
             self.value,
             self.reward,
+            engine=self.engine,
             ranks=self.ranks,
             generation=self.generation,
             updates=self.updates,
@@ -282,11 +286,10 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         """
         self.iteration += 1
         self.episodes += episodes
-        stats = means | cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
-        stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
-        stats |= {"objective/kl_coef": self.algorithm.kl.coef, "episode": float(self.episodes)}
-        stats["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        stats |= {f"surrogate/{name}": number for name, number in self.algorithm.surrogate.state().items()}
+        self.collector.sampler.outdate(self.iteration)
+        stats = learned(means, self.algorithm) | self.engine.metrics()
+        stats |= cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
+        stats |= {"episode": float(self.episodes), "lr": optim.learning_rate(self)}
         self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])  # type: ignore[arg-type]
         self.log_dict(stats, batch_size=episodes)
         bar = {"score": stats["objective/scores"], "kl": round(stats["objective/kl"], 4) + 0.0}  # no minus zero
@@ -297,7 +300,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self._grad_norm = optim.clip_gradients(self, optimizer, self.updates.max_grad_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the means of the evaluation."""
+        """Reset the means of the evaluation, which is of today's weights."""
         self.evaluation.begin(self.responder)
 
     def validation_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -310,6 +313,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self._log_evaluation("eval")
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    on_predict_epoch_start = on_validation_epoch_start
 
     def on_test_epoch_end(self) -> None:
         """Log the test means as `test/…`."""
@@ -326,11 +330,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
-        groups: list[dict[str, Any]] = [{"params": optim.trainable(self.policy)}]
-        if self.value is not None:
-            groups.append(
-                {"params": optim.trainable(self.value)} | ({} if self.value_lr is None else {"lr": self.value_lr})
-            )
+        groups = optim.groups_of(self.policy, self.value, value_lr=self.value_lr)
         return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from lightning_rlhf.modules.networks import as_source, find_tokenizer
 from lightning_rlhf.modules.optim import (
     begin_training,
     chosen_optimizer,
+    learning_rate,
     picklable,
     refuse_finder,
     scheduled,
@@ -99,7 +100,7 @@ class SupervisedModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         """
         loss = self._step.loss(self, total, Ranks(self).sum(count))
         self.log("train/loss", self._step.mean.to(loss), prog_bar=True, batch_size=rows)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("lr", learning_rate(self))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
-from lightning_rlhf.engines.sampler import Sampler
+from lightning_rlhf.engines.engine import Engine
+from lightning_rlhf.engines.generation import SamplingParams
 from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.models.policy import Reference
 from lightning_rlhf.rewards.reward import Reward
 from lightning_rlhf.rollout.clock import Clock
 from lightning_rlhf.rollout.old_logprobs import OldLogprobs, Situation, choose
+from lightning_rlhf.rollout.sampler import Sampler
 from lightning_rlhf.rollout.updates import Agree, UpdateSchedule, alone
 from lightning_rlhf.types import PromptBatch, Rollout
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Sampler of responses that also measures their log-probs and values, without gradient but for `UpdateLogprobs`.
+    """Collector of responses that also measures their log-probs and values, without gradient but for `UpdateLogprobs`.
 
     It owns the frozen networks. They are no part of the module's state, so `apply` carries `.to()` and casts to them.
 
@@ -34,6 +35,7 @@ class Collector:
         reference: π_ref.
         value: V, or None.
         reward: whose networks move along.
+        engine: draws the responses.
         ranks: prompt i of this process is prompt i·world + rank of the whole batch.
         generation: how responses are drawn.
         updates: what learns from the rollout; its microbatches are also how it is measured.
@@ -48,6 +50,7 @@ class Collector:
         value: ScalarModel | None,
         reward: Reward,
         *,
+        engine: Engine,
         ranks: Ranks,
         generation: SamplingParams,
         updates: UpdateSchedule,
@@ -62,8 +65,14 @@ class Collector:
         self.generation = generation
         self.updates = updates
         self.agree = agree
-        self.sampler, self.clock = Sampler(policy, generation), clock or Clock()
+        self.clock = clock or Clock()
+        self.sampler = Sampler(policy, engine, ranks=ranks, generation=generation, clock=self.clock)
         self._named: set[OldLogprobs] = set()
+
+    @property
+    def engine(self) -> Engine:
+        """Engine that draws the responses."""
+        return self.sampler.engine
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the frozen networks."""
@@ -94,7 +103,9 @@ class Collector:
             samples: k, responses to each prompt.
             iteration: which rollout of the run; it names the random numbers.
         """
-        rollout = self._sampled(prompts, samples, stream="train", iteration=iteration)
+        self.sampler.outdate(iteration)
+        sampled = self.sampler.draw(prompts, samples, stream="train", iteration=iteration)
+        rollout = sampled.rollout(prompts)
         pieces = self.updates.pieces(rollout, self.agree)
         epochs = self.updates.epochs
         one_step = len(pieces) == 1 and epochs == 1
@@ -111,18 +122,9 @@ class Collector:
             stream: names the random numbers; those of `train` are the training's.
             iteration: which rollout of that stream.
         """
-        rollout = self._sampled(prompts, samples, stream=stream, iteration=iteration)
+        rollout = self.sampler.draw(prompts, samples, stream=stream, iteration=iteration).rollout(prompts)
         pieces = self.updates.split(rollout, self.agree)
         return self._measured(rollout, pieces, choose(None, self._situation(one_step=False, epochs=0)))
-
-    @torch.no_grad()
-    def _sampled(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
-        rank, world = self.ranks.rank, self.ranks.world
-        rows = [(prompt * world + rank) * samples + i for prompt in range(len(prompts.tokens)) for i in range(samples)]
-        length, seed = self.generation.max_new_tokens, self.generation.seed or 0
-        with self.clock.phase("generate"):
-            uniforms = row_uniforms(seed=seed, stream=stream, iteration=iteration, rows=rows, length=length)
-            return self.sampler(prompts, uniforms, samples=samples).rollout(prompts)
 
     def _measured(self, rollout: Rollout, pieces: list[Tensor], source: OldLogprobs) -> Rollout:
         """Add log π_ref, log π_old and V of each token to a rollout."""
@@ -143,13 +145,15 @@ class Collector:
 
     def _situation(self, *, one_step: bool, epochs: int) -> Situation:
         samples_in, trains_in = self._dtypes()
-        full = samples_in == trains_in and trains_in in (torch.float32, torch.float64)
+        same = samples_in == trains_in and not self.engine.is_external
+        full = same and trains_in in (torch.float32, torch.float64)
         return Situation(full_precision=full, one_step=one_step, epochs=epochs)
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Return the dtype of the sampling weights and that of the trained weights."""
+    def _dtypes(self) -> tuple[torch.dtype | str, torch.dtype]:
+        """Return the dtype of the sampling weights (or the engine that has them) and that of the trained weights."""
         device = self.ranks.device.type
-        return self.sampler.dtype(device), self.sampler.training_dtype(device)
+        samples_in = self.engine.copy_dtype(self.policy, self.generation, device)
+        return samples_in or type(self.engine).__name__, self.policy.computing_dtype(device)
 
     def _tell(self, source: OldLogprobs) -> None:
         """Log the source of log π_old once."""

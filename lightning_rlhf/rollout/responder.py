@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import Algorithm
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.generation import row_uniforms
-from lightning_rlhf.engines.sampler import Sampler
+from lightning_rlhf.engines.local import sample
 from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.rewards.errors import scored_or_told
 from lightning_rlhf.rewards.reward import Reward, Scores
@@ -44,7 +44,7 @@ def reference_rollout(collector: Collector, prompts: PromptBatch, *, samples: in
     with collector.reference.model() as model:
         longest = prompts.tokens.shape[1] + generation.max_new_tokens
         check_length(model.network, longest, limits="the data's `max_prompt_tokens` or `max_new_tokens`")
-        return Sampler(model, room)(prompts, uniforms, samples=samples).rollout(prompts)
+        return sample(model, prompts, uniforms, room, samples=samples).rollout(prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

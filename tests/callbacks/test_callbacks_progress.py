@@ -110,7 +110,7 @@ def test_bar_shows_responses_speed_and_time_left(fit, capsys, monkeypatch, kind)
     assert told[first - 1] == "Epoch 0, update 1/1"
     assert re.fullmatch(r"Epoch 0, [0-3]/4 responses, \d+ tokens/s, 0:00:0\d left", told[first + 1])
     assert told[-1] == "Epoch 1, 0:00:00 left"
-    assert module.collector.sampler.watch is None
+    assert module.collector.engine.watch is None
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
     assert re.search(r"Epoch 1, 0:00:00 left.*3/3.*score[:=] ?-?\d.*kl[:=] ?-?\d", drawn)
 
@@ -122,7 +122,7 @@ class Said(Callback):
         self.watches: list[Watch | None] = []
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        self.watches.append(pl_module.collector.sampler.watch)
+        self.watches.append(pl_module.collector.engine.watch)
 
 
 @pytest.mark.parametrize(("bar", "watched"), [(TQDMProgressBar(), True), (TQDMProgressBar(refresh_rate=0), False)])

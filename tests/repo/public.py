@@ -17,7 +17,7 @@ def classes_of(room: str) -> dict[str, type]:
     return {name: value for name, value in values.items() if inspect.isclass(value)}
 
 
-INNER = {"Adaptive", "BatchSchedule", "Collector", "ResumableLoader", "Sampled", "Sampler"}
+INNER = {"Adaptive", "BatchSchedule", "Collector", "EngineError", "Request", "ResumableLoader", "Sampled"}
 """Classes that the modules build by themselves, and the base of bases."""
 FLOWING = {name: value for name, value in vars(types).items() if getattr(value, "__module__", "") == types.__name__}
 PUBLIC = {name: kind for room in ROOMS for name, kind in classes_of(room).items()}

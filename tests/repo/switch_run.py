@@ -7,6 +7,7 @@ import copy
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from lightning_rlhf.core import (
     TruncatedScore,
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
-from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.engines import LocalEngine, Request, Sampled, SamplingParams
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
@@ -65,6 +66,13 @@ SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
 COSTS = ("time", "throughput", "memory")  # no two runs agree on them
 FREE = UpdateSchedule(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
 MANY = UpdateSchedule(epochs=3, max_grad_norm=None)  # ratios leave 1
+
+
+class Greedy(LocalEngine):
+    """An engine of a user's own: the most likely token, whatever was asked for."""
+
+    def generate(self, request: Request) -> Sampled:
+        return super().generate(replace(request, uniforms=None))
 
 
 def shorter(prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
@@ -198,6 +206,7 @@ def _rl(bench: Bench) -> Table:
             value_lr=to(0.5, by=value_weights, **critic),
             schedule=to(ConstantSchedule(warmup=10)),
             evaluations=to([WinRate()], by=evaluated),
+            engine=to(Greedy()),
         ),
         UpdateSchedule: case(
             updates(weights),

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_rlhf import PPOModule, SamplingParams, TextReward, TimedReward, UpdateSchedule, WeightedReward
-from lightning_rlhf.engines import Sampler
+from lightning_rlhf.engines import LocalEngine
 
 
 def needs(prompts: list[str], responses: list[str], solution: list[str], bonus: float = 0.0) -> list[float]:
@@ -30,9 +30,9 @@ def fit(make_lm: Any, make_tokenizer: Any, make_trainer: Any, as_loader: Any, le
 
     def run(monkeypatch: pytest.MonkeyPatch, reward: Any, *callbacks: Callback, **options: Any) -> int:
         sampled: list[int] = []
-        draw = Sampler.__call__
+        draw = LocalEngine.generate
         monkeypatch.setattr(
-            Sampler, "__call__", lambda self, *args, **more: sampled.append(1) or draw(self, *args, **more)
+            LocalEngine, "generate", lambda self, *args, **more: sampled.append(1) or draw(self, *args, **more)
         )
         trainer = options.pop("trainer", {})
         short = {"generation": SamplingParams(max_new_tokens=3), "tokenizer": make_tokenizer()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from lightning_rlhf.engines import Sampler, SamplingParams, decode
+from lightning_rlhf.engines import LocalEngine, SamplingParams, decode, sample
 from lightning_rlhf.engines.hf_generate import generate
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.models.cache import why_no_cache
@@ -43,12 +43,11 @@ def test_generate_gives_what_decode_gives(make_lm, left_padded, kind, greedy):
 def test_network_without_such_a_cache_falls_back_and_says_why(left_padded, caplog):
     network = mamba()
     assert why_no_cache(network)
-    with caplog.at_level(logging.INFO, logger="lightning_rlhf"):
-        sampler = Sampler(PolicyModel(network), SamplingParams(max_new_tokens=LENGTH))
-    assert "sampling by transformers' `generate`" in caplog.text
     batch = left_padded([[12, 13, 14], [20, 21, 22]])
     uniforms = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    sampled = sampler(batch, uniforms)
+    with caplog.at_level(logging.INFO, logger="lightning_rlhf"):
+        sampled = sample(PolicyModel(network), batch, uniforms, SamplingParams(max_new_tokens=LENGTH))
+    assert "sampling by transformers' `generate`" in caplog.text
     for i in range(2):
         n = int(sampled.response_mask[i].sum())
         row = torch.cat([batch.tokens[i], sampled.tokens[i, :n]]).unsqueeze(0)
@@ -60,5 +59,5 @@ def test_network_without_such_a_cache_falls_back_and_says_why(left_padded, caplo
 
 def test_known_networks_do_not_fall_back(make_lm, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_rlhf"):
-        Sampler(PolicyModel(make_lm()), SamplingParams())
+        LocalEngine().load(PolicyModel(make_lm()), version=0)
     assert not caplog.text

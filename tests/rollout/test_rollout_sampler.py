@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from lightning_rlhf.engines import Sampler, SamplingParams, decode
+from lightning_rlhf.engines import SamplingParams, decode, sample
 from lightning_rlhf.models import PolicyModel
 
 PROMPTS = [[12, 13, 14], [10], [20, 21], [33, 11]]
@@ -46,10 +47,10 @@ def by_hand(policy, batch, uniforms, dtype):
 def test_policy_itself_samples_in_its_own_dtype(watched, left_padded):
     policy, seen = watched
     batch = left_padded(PROMPTS)
-    sampled = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.9))(batch, numbers())
+    sampled = sample(policy, batch, numbers(), SamplingParams(max_new_tokens=LENGTH, temperature=0.9))
     assert {first for first, *_ in seen} == {torch.float32}
     assert torch.equal(sampled.tokens, by_hand(policy, batch, numbers(), torch.float32).tokens)
-    greedy = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.9))(batch, None)
+    greedy = sample(policy, batch, None, SamplingParams(max_new_tokens=LENGTH, temperature=0.9))
     assert torch.equal(greedy.tokens, by_hand(policy, batch, None, torch.float32).tokens)
     assert not torch.equal(greedy.tokens, sampled.tokens)
 
@@ -57,7 +58,7 @@ def test_policy_itself_samples_in_its_own_dtype(watched, left_padded):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_copy_follows_the_policy(policy, left_padded, dtype):
     batch = left_padded(PROMPTS)
-    sampler = Sampler(policy, SamplingParams(max_new_tokens=LENGTH, temperature=0.9, dtype=dtype))
+    sampler = partial(sample, policy, params=SamplingParams(max_new_tokens=LENGTH, temperature=0.9, dtype=dtype))
     before = {name: p.clone() for name, p in policy.named_parameters()}
     first = sampler(batch, numbers())
     for name, p in policy.named_parameters():
@@ -76,18 +77,18 @@ def test_low_precision_copy_follows_the_policy(policy, left_padded, dtype):
 def test_autocast_is_off_inside_and_decides_the_copy(watched, left_padded):
     policy, seen = watched
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        Sampler(policy, SamplingParams(max_new_tokens=LENGTH))(left_padded(PROMPTS), numbers())
+        sample(policy, left_padded(PROMPTS), numbers(), SamplingParams(max_new_tokens=LENGTH))
         assert torch.is_autocast_enabled("cpu")
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, False)}
     seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        Sampler(policy, SamplingParams(max_new_tokens=LENGTH, dtype="float32"))(left_padded(PROMPTS), numbers())
+        sample(policy, left_padded(PROMPTS), numbers(), SamplingParams(max_new_tokens=LENGTH, dtype="float32"))
     assert set(seen) == {(torch.float32, torch.float32, False)}
 
 
 def test_copy_follows_a_change_of_precision(watched, left_padded):
     policy, seen = watched
-    sampler = Sampler(policy, SamplingParams(max_new_tokens=2))
+    sampler = partial(sample, policy, params=SamplingParams(max_new_tokens=2))
     for dtype in (torch.bfloat16, torch.float16):
         seen.clear()
         with torch.autocast("cpu", dtype=dtype):
@@ -99,7 +100,7 @@ def test_copy_keeps_float32_buffers(policy, left_padded):
     """Rotary frequencies rounded to bfloat16 turn far positions by whole radians."""
     found = []
     policy.network.model.rotary_emb.register_forward_pre_hook(lambda module, _: found.append(module.inv_freq.dtype))
-    Sampler(policy, SamplingParams(max_new_tokens=2, dtype="bfloat16"))(left_padded(PROMPTS), numbers())
+    sample(policy, left_padded(PROMPTS), numbers(), SamplingParams(max_new_tokens=2, dtype="bfloat16"))
     assert set(found) == {torch.float32}
 
 
@@ -107,7 +108,7 @@ def test_responses_end_at_the_policy_s_end_tokens(make_lm, left_padded):
     network = make_lm().double().eval()
     network.generation_config.eos_token_id = [17, 5, 9, 30, 21]
     batch = left_padded(PROMPTS)
-    sampled = Sampler(PolicyModel(network), SamplingParams(max_new_tokens=LENGTH))(batch, numbers())
+    sampled = sample(PolicyModel(network), batch, numbers(), SamplingParams(max_new_tokens=LENGTH))
     assert sampled.ended.any()
     for tokens, response, ended in zip(*(f.tolist() for f in sampled[:3]), strict=True):
         n = sum(response)
@@ -122,7 +123,7 @@ def test_rollouts_stop_at_what_any_of_template_tokenizer_and_config_names(make_l
     network = make_lm("llama", end=9).eval()
     policy, prompts = PolicyModel(network, toy_tokenizer), [[3, 5, 10, 4, 3, 6], [10, 11]]  # a dialogue, and a text
     uniforms = torch.rand(400, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = Sampler(policy, SamplingParams(max_new_tokens=LENGTH))(left_padded(prompts), uniforms, samples=200)
+    found = sample(policy, left_padded(prompts), uniforms, SamplingParams(max_new_tokens=LENGTH), samples=200)
     last = found.tokens[torch.arange(400), found.tokens.shape[1] - LENGTH + found.response_mask.sum(1) - 1]
     assert torch.equal(found.ended, torch.isin(last, torch.tensor([0, 4, 9])))
     for answers in (slice(0, 200), slice(200, 400)):

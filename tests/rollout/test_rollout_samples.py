@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_rlhf.engines import SamplingParams, decode, row_uniforms
+from lightning_rlhf.engines import LocalEngine, SamplingParams, decode, row_uniforms
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.models.policy import Reference
 from lightning_rlhf.rollout import Collector, UpdateSchedule
@@ -147,7 +147,7 @@ def collect(make_lm, left_padded):
         reference = PolicyModel(make_lm(kind, end=ENDS, seed=4).double().eval())
         setting = SamplingParams(**({"max_new_tokens": LENGTH, "temperature": 0.8, "seed": 9} | generation))
         ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-        sizes = {"generation": setting, "updates": UpdateSchedule(microbatch=microbatch)}
+        sizes = {"generation": setting, "updates": UpdateSchedule(microbatch=microbatch), "engine": LocalEngine()}
         collector = Collector(policy, Reference(policy, reference), None, NOBODY, ranks=ranks, **sizes)
         batch = left_padded(prompts, fill=29)
         rollout = collector.collect(batch, samples=k, iteration=2)

@@ -1,0 +1,96 @@
+"""Sampler of responses by an engine that has today's weights, with at most one rollout drawn ahead."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_rlhf.distributed.ranks import Ranks
+from lightning_rlhf.engines.engine import Engine, Request, check_sampled
+from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
+from lightning_rlhf.engines.response_buffer import Sampled
+from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.rollout.clock import Clock
+from lightning_rlhf.types import PromptBatch
+
+
+class Sampler:
+    """Sampler of responses: what an engine is asked, with which weights and random numbers.
+
+    Weights are handed to the engine before the first draw after `outdate`, by all processes together.
+
+    Args:
+        policy: π_old.
+        engine: draws the responses.
+        ranks: prompt i of this process is prompt i·world + rank of the whole batch.
+        generation: how responses are drawn.
+        clock: takes the seconds of each phase.
+    """
+
+    def __init__(
+        self, policy: PolicyModel, engine: Engine, *, ranks: Ranks, generation: SamplingParams, clock: Clock
+    ) -> None:
+        self.policy = policy
+        self.engine = engine
+        self.ranks = ranks
+        self.generation = generation
+        self.clock = clock
+        self.version = 0
+        self._outdated = True
+
+    def outdate(self, version: int | None = None) -> None:
+        """Note that the policy's weights have changed, or may have.
+
+        Args:
+            version: rollouts that today's weights have learned from; None if they have learned from no other.
+        """
+        self.version = self.version if version is None else version
+        self._outdated = True
+
+    @torch.no_grad()
+    def draw(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Sampled:
+        """Draw B·k responses with today's weights, those of one prompt in consecutive rows.
+
+        Args:
+            prompts: B prompts of this process.
+            samples: k, responses to each prompt.
+            stream: names the random numbers.
+            iteration: which rollout of that stream.
+
+        Raises:
+            EngineError: the engine failed, or what it returned is not whole.
+        """
+        request = self._request(prompts, samples, stream=stream, iteration=iteration)
+        self._load()
+        with self.clock.phase("generate"):
+            sampled = self.engine.generate(request)
+        check_sampled(sampled, request, self.version)
+        return sampled
+
+    def _load(self) -> None:
+        """Hand today's weights to the engine unless it has them."""
+        if not self._outdated:
+            return
+        if self.engine.is_external:
+            with self.clock.phase("sync"):
+                self.engine.load(self.policy, self.version)
+        else:
+            self.engine.load(self.policy, self.version)
+        self._outdated = False
+
+    def _request(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Request:
+        rank, world = self.ranks.rank, self.ranks.world
+        rows = [(prompt * world + rank) * samples + i for prompt in range(len(prompts.tokens)) for i in range(samples)]
+        uniforms = row_uniforms(
+            seed=self.generation.seed or 0,
+            stream=stream,
+            iteration=iteration,
+            rows=rows,
+            length=self.generation.max_new_tokens,
+        )
+        return Request(
+            prompts=prompts,
+            samples=samples,
+            uniforms=uniforms,
+            params=self.generation,
+            end_tokens=self.policy.end_tokens,
+        )
