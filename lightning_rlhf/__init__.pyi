@@ -36,7 +36,6 @@ from lightning_rlhf.data import (
     PromptDataModule as PromptDataModule,
 )
 from lightning_rlhf.engines import (
-    Engine as Engine,
     SamplingParams as SamplingParams,
 )
 from lightning_rlhf.evaluation import (
