@@ -53,6 +53,21 @@ class Ranks:
         """Return True if the decision of every process is True."""
         return not self.sum(torch.tensor(float(not decision), device=self.device))
 
+    def agree(self, problem: Exception | None) -> None:
+        """Raise on every process if one has a problem, so that none waits for the others.
+
+        Args:
+            problem: of this process; None if it has none.
+
+        Raises:
+            RuntimeError: another process has one.
+        """
+        well = self.all(problem is None)
+        if problem is not None:
+            raise problem
+        if not well:
+            raise RuntimeError("another process of the run failed, and says why")
+
     def largest(self, count: int) -> int:
         """Return the largest count of any process."""
         if self.world == 1:

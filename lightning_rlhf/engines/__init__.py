@@ -5,6 +5,7 @@ from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sa
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.local import LocalEngine, sample
 from lightning_rlhf.engines.response_buffer import Sampled
+from lightning_rlhf.engines.vllm import SharedFolder, VLLMServer, WeightSync
 
 __all__ = [
     "Engine",
@@ -13,6 +14,9 @@ __all__ = [
     "Request",
     "Sampled",
     "SamplingParams",
+    "SharedFolder",
+    "VLLMServer",
+    "WeightSync",
     "check_sampled",
     "decode",
     "row_uniforms",

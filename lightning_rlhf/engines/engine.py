@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.generation import SamplingParams
 from lightning_rlhf.engines.progress import Watch
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models.policy import PolicyModel
-from lightning_rlhf.types import PromptBatch
+from lightning_rlhf.types import PromptBatch, Rollout
 
 
 class EngineError(RuntimeError):
@@ -81,6 +82,23 @@ class Engine(ABC):
             EngineError: they cannot be drawn.
         """
 
+    def attach(self, ranks: Ranks) -> None:
+        """Take note of the processes of the run, before anything else is asked."""
+        return
+
+    def confirm(self, rollout: Rollout, logprobs: Tensor, *, same_weights: bool) -> None:
+        """Check the log-probs that came with responses against the trainer's.
+
+        Args:
+            rollout: B responses with `sampler_logprobs`.
+            logprobs: the trainer's, (B, R), nats.
+            same_weights: whether the trainer's are of the weights that drew, or of those after one update.
+
+        Raises:
+            EngineError: they are too far apart to be of these responses and weights.
+        """
+        return
+
     def copy_dtype(self, policy: PolicyModel, params: SamplingParams, device: str) -> torch.dtype | None:
         """Return the dtype of the weights that this process samples with; None: others sample.
 
@@ -97,7 +115,11 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Release what the engine holds."""
-        self.watch = None
+        return
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Return the engine itself: callbacks copy modules, and there is one engine in a run."""
+        return self
 
 
 def check_sampled(sampled: Sampled, request: Request, version: int) -> None:

@@ -58,6 +58,13 @@ class Watch:
         if perf_counter() - self._told >= self.every:
             self._tell()
 
+    def count(self, responses: int, tokens: int) -> None:
+        """Count complete responses and their tokens."""
+        self._tokens += tokens
+        self._done += responses
+        if perf_counter() - self._told >= self.every:
+            self._tell()
+
     def end(self) -> None:
         """Mark the rollout as complete."""
         self._tell()

@@ -138,6 +138,8 @@ class Collector:
             rollout = replace(rollout, ref_logprobs=of_reference)
         with self.clock.phase("old_logprobs"):
             rollout = source(rollout, lambda x: in_pieces(logprobs, x, pieces), logprobs)
+        if self.engine.is_external:
+            self.engine.confirm(rollout, rollout.logprobs, same_weights=True)
         if self.value is not None:
             with self.clock.phase("values"):
                 rollout = replace(rollout, values=in_pieces(self.value.response_values, rollout, pieces))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.engines.engine import Engine, Request, check_sampled
+from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sampled
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models import PolicyModel
@@ -35,6 +37,7 @@ class Sampler:
         self.generation = generation
         self.clock = clock
         self.version = 0
+        engine.attach(ranks)
         self._outdated = True
 
     def outdate(self, version: int | None = None) -> None:
@@ -62,8 +65,24 @@ class Sampler:
         request = self._request(prompts, samples, stream=stream, iteration=iteration)
         self._load()
         with self.clock.phase("generate"):
-            sampled = self.engine.generate(request)
+            return self._together(lambda: self._drawn(request))
+
+    def _drawn(self, request: Request) -> Sampled:
+        sampled = self.engine.generate(request)
         check_sampled(sampled, request, self.version)
+        return sampled
+
+    def _together(self, draw: Callable[[], Sampled]) -> Sampled:
+        """Draw, and raise on every process if an engine outside fails on one."""
+        if not self.engine.is_external:
+            return draw()
+        sampled = problem = None
+        try:
+            sampled = draw()
+        except EngineError as error:
+            problem = error
+        self.ranks.agree(problem)
+        assert sampled is not None
         return sampled
 
     def _load(self) -> None:

@@ -1,0 +1,140 @@
+"""Transfer of weights from the trainer to vLLM servers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_rlhf.core.arguments import check_arguments
+from lightning_rlhf.engines.vllm.client import Client
+from lightning_rlhf.models.adapter import is_adapted, merged
+from lightning_rlhf.models.policy import PolicyModel
+from lightning_rlhf.models.replica import whole
+from lightning_rlhf.models.source import DType
+from lightning_rlhf.models.written import write_network
+
+RAM_DISK = Path("/dev/shm")
+
+
+class Sent(NamedTuple):
+    """Weights that were sent.
+
+    Attributes:
+        size: bytes.
+        fingerprint: a number that changes with the weights.
+    """
+
+    size: int
+    fingerprint: int
+
+
+class WeightSync(ABC):
+    """Way by which weights reach the servers."""
+
+    @abstractmethod
+    def send(self, policy: PolicyModel, clients: Sequence[Client], *, label: str, dtype: DType) -> Sent | None:
+        """Have the servers load today's weights; they answer no request meanwhile.
+
+        All processes of a sharded policy must call this; the first sends, and only there clients are given. The
+        others get None.
+
+        Args:
+            policy: whose weights; an adapter is folded in.
+            clients: of all servers.
+            label: name of the weights.
+            dtype: in which they are sent.
+
+        Raises:
+            EngineError: a server did not take them.
+            OSError: they cannot be written.
+        """
+
+    def close(self) -> None:
+        """Remove what was written."""
+        return
+
+
+class SharedFolder(WeightSync):
+    """Transfer by a folder that trainer and servers both see.
+
+    The weights are written as safetensors under another name, renamed, and read by the servers in place; then the
+    folder before it is removed. Of a sharded policy they are gathered weight by weight into main memory.
+
+    Args:
+        folder: an existing folder; None is the RAM disk where there is one, else the system's temporary folder.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        check_arguments(SharedFolder, {"folder": folder})
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"`folder`: there is no folder {folder}; make one that the servers see too")
+        self.folder = folder
+        self._own: Path | None = None
+        self._current: Path | None = None
+
+    def send(self, policy: PolicyModel, clients: Sequence[Client], *, label: str, dtype: DType) -> Sent | None:
+        """Write the folder and have every server read it."""
+        network = whole(policy.network, policy.blueprint)
+        if network is None or not clients:
+            return None
+        network = merged(network) if is_adapted(network) else network
+        target = self._place() / label
+        writing = target.with_name(f".{label}")
+        try:
+            writing.mkdir()
+            write_network(network, writing, dtype)
+            writing.rename(target)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise OSError(
+                error.errno, f"{error.strerror}; the weights for the vLLM servers are written there", str(writing)
+            ) from error
+        sent = _read(target)
+        with ThreadPoolExecutor(len(clients)) as pool:
+            list(pool.map(lambda client: _reload(client, target, label), clients))
+        before, self._current = self._current, target
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        return sent
+
+    def close(self) -> None:
+        """Remove the folder of this run."""
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
+        self._own = self._current = None
+
+    def _place(self) -> Path:
+        """Return the folder of this run, made at the first call."""
+        if self._own is None:
+            base = self.folder or (RAM_DISK if RAM_DISK.is_dir() else None)
+            self._own = Path(tempfile.mkdtemp(prefix="lightning_rlhf-", dir=base))
+            self._own.chmod(0o755)  # a server may be another user's
+        return self._own
+
+
+def _reload(client: Client, folder: Path, label: str) -> None:
+    """Have a server read a folder, forget what it computed with other weights, and call them by their label."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    client.post("/collective_rpc", body, repeats=False)
+    client.post("/reset_prefix_cache", {}, repeats=True)
+    client.post("/update_weight_version", {"new_version": label}, repeats=True)
+
+
+def _read(folder: Path) -> Sent:
+    """Size and fingerprint of the weights in a folder: the sum of their words modulo 2⁶⁴."""
+    size = fingerprint = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        size += file.stat().st_size
+        words = np.memmap(file, dtype=np.uint64, mode="r", shape=(file.stat().st_size // 8,))
+        fingerprint = (fingerprint * 31 + int(words.sum(dtype=np.uint64))) % 2**64
+    return Sent(size, fingerprint)
