@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import set_parsing_settings
+from stopped import shown
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.parser import Parser
@@ -128,11 +129,7 @@ def named(path: Path) -> str:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "fit") -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([command, *arguments, "--print_config"])
-    assert stopped.value.code == 0
-    return capsys.readouterr().out
+    return shown(capsys, command, *arguments, "--print_config")
 
 
 def header(path: Path) -> str:

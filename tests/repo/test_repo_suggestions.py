@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped import refused
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.ending import numbers
@@ -19,14 +20,6 @@ from lightning_rlhf.cli.suggestions import suggestion
 
 Arguments = Callable[..., list[str]]
 REPOSITORY = Path(__file__).parents[2]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 NEAR = {
