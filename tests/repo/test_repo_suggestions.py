@@ -37,6 +37,7 @@ NEAR = {
     "--minibatch=4": "did you mean `--model.updates.minibatch`",
     "--model.reward=rewards/mine.py": "name what is in it by module and name, rewards.mine.NAME",
     "--model.reward=nowhere.at_all": "No module named 'nowhere'",
+    "--model.policy.peft.r=16": "an adapter is given as a whole, in a config or by --model.policy.peft='{",
     "--model.quantum=1": "Option 'quantum' is not accepted",
 }
 
