@@ -74,7 +74,7 @@ def check_needed(fn: Callable[..., Any], names: set[str], *, texts: int, source:
 
 
 def needed_by(fn: Callable[..., Any], *, texts: int) -> list[str]:
-    """List the arguments of a function after its first `texts`, prompts and responses, that have no default."""
+    """List the arguments of a function without a default, but for its first `texts`."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(fn).parameters.values())
     positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:texts]
