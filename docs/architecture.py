@@ -12,7 +12,7 @@ STEP = [
     ("prompts", "x", "PromptDataModule", ""),
     ("rollout", "y ~ π_old(·|x)", "SamplingParams", "Collector"),
     ("scores", "r(x, y)", "Reward", "Shaping"),
-    ("advantages", "r − β·log π/π_SFT", "Algorithm", "ActionLevel, KL, Advantage"),
+    ("advantages", "r − β·log π/π_SFT", "ActionLevel, KL", "AdvantageEstimator"),
     ("minibatches", "epochs × pieces", "UpdateSchedule", "OldLogprobs"),
     ("update", "CLIP, KLPEN + γ·ptx", "Surrogate", "Reduction"),
     ("metrics", "β, b adapt", "KLController", "callbacks"),

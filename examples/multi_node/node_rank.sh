@@ -6,4 +6,4 @@ set -euo pipefail
 export NODE_RANK=${NODE_RANK:?number of this node, from 0} MASTER_ADDR=${MASTER_ADDR:?address of node 0}
 export MASTER_PORT=${MASTER_PORT:-29500}  # a port of node 0 that is free
 
-exec lightning-rlhf fit --config configs/ppo.yaml --config examples/multi_node/multi_node.yaml "$@"
+exec lightning-rlhf fit --config ppo --config examples/multi_node/multi_node.yaml "$@"

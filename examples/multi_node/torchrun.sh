@@ -6,4 +6,4 @@ set -euo pipefail
 
 exec torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="${RUN_ID:-lightning-rlhf}" \
   --rdzv-endpoint="${MASTER_ADDR:?address of node 0}:${MASTER_PORT:-29500}" \
-  -m lightning_rlhf fit --config configs/ppo.yaml --config examples/multi_node/multi_node.yaml "$@"
+  -m lightning_rlhf fit --config ppo --config examples/multi_node/multi_node.yaml "$@"

@@ -1,6 +1,6 @@
 """An advantage of your own: how many responses of the rollout one beats, whatever the scale of the reward.
 
-    PYTHONPATH=examples/own_advantage lightning-rlhf fit --config configs/ppo.yaml \
+    PYTHONPATH=examples/own_advantage lightning-rlhf fit --config ppo \
         --config examples/own_advantage/own_advantage.yaml --model.policy.path runs/sft/model \
         --model.reward.path runs/reward/model --data.train prompts.jsonl
 """

@@ -2,7 +2,7 @@
 
 Data rows are {"prompt": "What is 2 + 3?", "answer": "5"}: each column beside the prompt reaches `score` by its name.
 
-    PYTHONPATH=examples/own_reward lightning-rlhf fit --config configs/ppo.yaml \
+    PYTHONPATH=examples/own_reward lightning-rlhf fit --config ppo \
         --config examples/own_reward/own_reward.yaml --model.policy.path runs/sft/model --data.train questions.jsonl
 """
 

@@ -1,6 +1,6 @@
 """A surrogate of your own: PPO's CLIP with a smooth knee, so that the gradient fades out instead of stopping.
 
-    PYTHONPATH=examples/own_surrogate lightning-rlhf fit --config configs/ppo.yaml \
+    PYTHONPATH=examples/own_surrogate lightning-rlhf fit --config ppo \
         --config examples/own_surrogate/own_surrogate.yaml --model.policy.path runs/sft/model \
         --model.reward.path runs/reward/model --data.train prompts.jsonl
 """

@@ -21,10 +21,14 @@ def shipped() -> dict[str, Path]:
 def path_of(config: str) -> str:
     """Return the path of a shipped config by its name; existing files and names with a suffix are unchanged.
 
+    A folder of the name, as `reward/` beside the data, is no file.
+
     Raises:
         ValueError: it is no file, and none of that name is shipped.
     """
-    if Path(config).expanduser().exists() or not config.replace("/", "").replace("_", "").isalnum():
+    place = Path(config).expanduser()
+    is_file = place.exists() and not place.is_dir()
+    if is_file or not config.replace("/", "").replace("_", "").isalnum():
         return config
     known = shipped()
     if config in known:

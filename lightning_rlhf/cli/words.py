@@ -22,7 +22,8 @@ def expanded(words: Sequence[str]) -> list[str]:
     jsonargparse reads from left to right, and a later config would win over an earlier flag.
 
     Raises:
-        ValueError: a config is no file, and none of that name is shipped.
+        ValueError: a config is no file, and none of that name is shipped; a class is given by a file, or an adapter by
+            one of its arguments.
     """
     start = next((place + 1 for place, word in enumerate(words) if word in COMMANDS), 0)
     classes: list[str] = []
@@ -36,6 +37,7 @@ def expanded(words: Sequence[str]) -> list[str]:
             classes += [f"{flag}={value}"] if flag in CLASSES else []
             others += [long] if value is None else [*_cleared(long, value), f"{long}={value}"]
     _refuse_files(others)
+    _refuse_parts_of_adapters(others)
     return [*words[:start], *classes, *configs, *others]
 
 
@@ -44,6 +46,15 @@ def _refuse_files(words: Sequence[str]) -> None:
     for flag, value in re.findall(r"--(model[\w.]*)[= ](\S+)\.py(?:\s|$)", " ".join(words)):
         module = value.strip("./").replace("/", ".")
         raise ValueError(f"`{flag}`: {value}.py is a file: name what is in it by module and name, {module}.NAME")
+
+
+def _refuse_parts_of_adapters(words: Sequence[str]) -> None:
+    """Raise ValueError if an argument of an adapter stands alone: jsonargparse would take its words for the adapter."""
+    for word in words:
+        part = re.match(r"--(model\.\w+\.peft)\.[\w.]+", word)
+        if part is not None:
+            whole = """'{"class_path": "peft.LoraConfig", "init_args": {"r": 16}}'"""
+            raise ValueError(f"`{part[0]}`: an adapter is given as a whole, in a config or by --{part[1]}={whole}")
 
 
 def configs_of(words: Sequence[str]) -> list[str]:

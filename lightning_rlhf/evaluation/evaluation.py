@@ -123,6 +123,7 @@ class Evaluation:
             self._metrics += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
             self.panel.texts(responder, batch, batch_idx, logprobs)
             return None
+        self.panel.check(batch)
         rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
         scores = responder.score(rollout, batch, iteration=batch_idx)
         self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)

@@ -86,6 +86,15 @@ class Evaluator(ABC):
         """List the evaluator's own rewards, which the module prepares and moves."""
         return ()
 
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if the evaluator needs a column that the data lack; asked before anything is sampled.
+
+        Args:
+            names: columns of the records of a batch of prompts.
+        """
+        for reward in self.rewards:
+            reward.check_columns(names)
+
     def of_answers(self, answers: Answers) -> Columns:
         """Return notes of B prompts, float or int; only those of rows that count are used."""
         raise NotImplementedError(f"{type(self).__name__} is not of prompts")

@@ -99,6 +99,13 @@ class Panel:
             for network in reward.networks():
                 network.to(responder.ranks.device)
 
+    def check(self, batch: PromptBatch) -> None:
+        """Raise ValueError if an evaluator needs a column that the batch lacks."""
+        if batch.rows:
+            names = {name for row in batch.rows for name in row}
+            for _, evaluator in self._of("prompts"):
+                evaluator.check_columns(names)
+
     def prompts(
         self, responder: Responder, batch: PromptBatch, batch_idx: int, rollout: Rollout, scores: Scores
     ) -> None:

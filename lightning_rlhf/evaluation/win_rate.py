@@ -14,7 +14,7 @@ from lightning_rlhf.core import length_controlled, standard_error
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.evaluation.evaluator import Answers, Columns, Evaluator
 from lightning_rlhf.rewards.errors import on_all
-from lightning_rlhf.rewards.text import columns_of, decoded, wanted_by
+from lightning_rlhf.rewards.text import check_needed, columns_of, decoded, wanted_by
 from lightning_rlhf.types import Row
 
 
@@ -45,6 +45,11 @@ class WinRate(Evaluator):
     def reference_samples(self) -> int:
         """Number of reference responses to each prompt."""
         return self.samples
+
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ValueError if an argument of the judge without a default is no column of the data."""
+        if self.judge is not None:
+            check_needed(self.judge, names, texts=3, source=f"the judge of `{self.name}`")
 
     def of_answers(self, answers: Answers) -> Columns:
         """Return preferences and differences of length, (B, k) each."""

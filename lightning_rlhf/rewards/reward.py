@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
-from lightning_rlhf.rewards.text import columns_of, decoded, needed_by, wanted_by
+from lightning_rlhf.rewards.text import check_needed, columns_of, decoded, wanted_by
 from lightning_rlhf.types import Rollout, Row
 
 
@@ -100,12 +100,7 @@ class TextReward(Reward):
 
     def check_columns(self, names: set[str]) -> None:
         """Raise ValueError if an argument of the reward without a default is no column of the data."""
-        missing = [name for name in needed_by(self._asked()) if name not in names - {"prompt"}]
-        if missing:
-            raise ValueError(
-                f"`reward`: {self._name()} needs {', '.join(missing)}, but the rows "
-                f"have {', '.join(sorted(names)) or 'none'}: rename the argument, or give it a default"
-            )
+        check_needed(self._asked(), names, texts=2, source=f"`reward`: {self._name()}")
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
         """Return the scores, (B,), float32.

@@ -56,11 +56,28 @@ def columns_of(rows: Sequence[Row], *, but: set[str]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def needed_by(fn: Callable[..., Any]) -> list[str]:
-    """List the arguments of a reward function after prompts and responses that have no default."""
+def check_needed(fn: Callable[..., Any], names: set[str], *, texts: int, source: str) -> None:
+    """Raise ValueError if an argument of a function without a default is no column of the data.
+
+    Args:
+        fn: a reward, a judge.
+        names: columns of the records.
+        texts: number of its first arguments that are no columns.
+        source: what the function is, for the error.
+    """
+    missing = [name for name in needed_by(fn, texts=texts) if name not in names - {"prompt"}]
+    if missing:
+        raise ValueError(
+            f"{source} needs {', '.join(missing)}, but the rows "
+            f"have {', '.join(sorted(names)) or 'none'}: rename the argument, or give it a default"
+        )
+
+
+def needed_by(fn: Callable[..., Any], *, texts: int) -> list[str]:
+    """List the arguments of a function without a default, but for its first `texts`."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(fn).parameters.values())
-    positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:2]
+    positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:texts]
     others = [p for p in parameters if p not in positional and p.kind in named]
     return [p.name for p in others if p.default is inspect.Parameter.empty]
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from stopped import refused
 
 from lightning_rlhf import DAPO, GRPO, RLOO, PPOModule, RewardModule, SFTModule
 from lightning_rlhf.cli import console, main
@@ -21,14 +22,6 @@ from lightning_rlhf.rewards import ModuleReward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Arguments = Callable[..., list[str]]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that must end with status 2 writes after the usage."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.split("error:", 1)[1]
 
 
 @pytest.fixture

@@ -25,6 +25,12 @@ def test_picture_is_the_program_s(picture: dict[str, Any]) -> None:
     assert (DOCS / "architecture.svg").read_text(encoding="utf-8") == picture["drawing"](), "run docs/architecture.py"
 
 
+def test_words_of_a_stage_fit_into_its_box(picture: dict[str, Any]) -> None:
+    _, width = picture["columns"](len(picture["STEP"]))
+    for _, *words in picture["STEP"]:
+        assert max(map(len, words)) * 6.2 < width, f"{words}: a letter of 11 px is about 6.2 px wide"
+
+
 def test_picture_has_every_room_above_what_it_imports(picture: dict[str, Any]) -> None:
     """`__init__` is no room: it names the others' contents."""
     rows = {name: number for number, row in enumerate(picture["ROOMS"]) for name in row}

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_rlhf import PPOModule, SamplingParams, TextReward, TimedReward, UpdateSchedule, WeightedReward
+from lightning_rlhf import (
+    GoldReward,
+    PPOModule,
+    SamplingParams,
+    TextReward,
+    TimedReward,
+    UpdateSchedule,
+    WeightedReward,
+    WinRate,
+)
 from lightning_rlhf.engines import LocalEngine
 
 
@@ -24,6 +33,10 @@ class Needs(TextReward):
         return needs(prompts, responses, solution)
 
 
+def judge(prompts: list[str], first: list[str], second: list[str], solution: list[str]) -> list[float]:
+    return [0.5] * len(prompts)
+
+
 @pytest.fixture
 def fit(make_lm: Any, make_tokenizer: Any, make_trainer: Any, as_loader: Any, left_padded: Any) -> Any:
     """One rollout of 4 responses whose rows have `prompt` and `answer`; counts the calls of the sampler."""
@@ -38,9 +51,9 @@ def fit(make_lm: Any, make_tokenizer: Any, make_trainer: Any, as_loader: Any, le
         short = {"generation": SamplingParams(max_new_tokens=3), "tokenizer": make_tokenizer()}
         module = PPOModule(make_lm(), reward, **(short | options))
         rows = [{"prompt": "a", "answer": "b"}] * 4
-        batch = {"prompts": left_padded([[11, 12]] * 4, rows=rows)}
+        prompts = left_padded([[11, 12]] * 4, rows=rows)
         try:
-            make_trainer(**trainer).fit(module, as_loader([batch]))
+            make_trainer(**trainer).fit(module, as_loader([{"prompts": prompts}]), as_loader([prompts]))
         finally:
             run.sampled = len(sampled)
         return len(sampled)
@@ -60,6 +73,18 @@ REWARDS = {
 def test_column_that_the_data_lack_is_named(fit: Any, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"(needs|Needs) needs solution, but the rows have answer, prompt"):
         fit(monkeypatch, reward)
+    assert fit.sampled == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "source"),
+    [(GoldReward(reward=needs), "needs"), (WinRate(judge=judge), "the judge of `win_rate`")],
+)
+def test_column_that_an_evaluation_lacks_is_named(
+    fit: Any, evaluation: Any, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=f"{source} needs solution, but the rows have answer, prompt"):
+        fit(monkeypatch, fits, evaluations=[evaluation], trainer={"num_sanity_val_steps": 1})
     assert fit.sampled == 0
 
 

@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped import shown
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.console import COMMANDS, TOOLS
 from lightning_rlhf.cli.suggestions import keys
-
-
-def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["--help"], 0), (["-h"], 0)])

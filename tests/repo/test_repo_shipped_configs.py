@@ -36,7 +36,9 @@ def test_clone_without_links_has_them_too(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_file_of_the_name_wins(workplace: Path) -> None:
+    Path("grpo").mkdir()
     assert Path(configs.path_of("grpo")).samefile(ROOT / "configs" / "grpo.yaml")
+    Path("grpo").rmdir()
     Path("grpo").write_text("trainer: {}", encoding="utf-8")
     assert configs.path_of("grpo") == "grpo"
     assert configs.path_of("configs/none.yaml") == "configs/none.yaml"  # the parser says that it is not there

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped import refused
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.ending import numbers
@@ -19,14 +20,6 @@ from lightning_rlhf.cli.suggestions import suggestion
 
 Arguments = Callable[..., list[str]]
 REPOSITORY = Path(__file__).parents[2]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 NEAR = {
@@ -44,6 +37,7 @@ NEAR = {
     "--minibatch=4": "did you mean `--model.updates.minibatch`",
     "--model.reward=rewards/mine.py": "name what is in it by module and name, rewards.mine.NAME",
     "--model.reward=nowhere.at_all": "No module named 'nowhere'",
+    "--model.policy.peft.r=16": "an adapter is given as a whole, in a config or by --model.policy.peft='{",
     "--model.quantum=1": "Option 'quantum' is not accepted",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -124,7 +125,8 @@ def test_every_flag_of_an_advice_is_taken(
         required = ["--model.model.path=MODEL", "--data.train=a.jsonl"]
         if not re.search(r"[= ]", code):  # the name of a flag alone
             continue
-        words = [*code.split(), *required] if stage else [*REQUIRED, *code.split()]
+        given = shlex.split(code)
+        words = [*given, *required] if stage else [*REQUIRED, *given]
         with pytest.raises(SystemExit) as stopped:
             main(["fit", *words, "--print_config"])
         assert stopped.value.code == 0, f"{code}: {capsys.readouterr().err}"
