@@ -17,7 +17,7 @@ TEXT = (
 WITHOUT_TOKENIZER = 32
 """Tokens of the text of a policy without a tokenizer, spread over its vocabulary."""
 LONGEST = 64
-FLOOR = 2e-3
+FLOOR = 1e-4
 """Smallest bound, nats per token: what float32 leaves."""
 LIMIT = 0.5
 """Largest mean difference at the first transfer, nats per token: more is another model or another precision."""

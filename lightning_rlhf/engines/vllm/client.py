@@ -32,6 +32,9 @@ class Client:
     Raises:
         ValueError: the URL is none, or is plain HTTP to another machine.
         ImportError: `httpx` is not installed.
+
+    Attributes:
+        untied: whether the server needs the output layer as weights of its own.
     """
 
     def __init__(self, url: str, *, timeout: float, patience: float, private: bool) -> None:
@@ -42,6 +45,7 @@ class Client:
             raise ImportError("an engine on a server needs httpx: pip install 'lightning-rlhf[vllm]'") from error
         self.url = url.rstrip("/")
         self.patience = patience
+        self.untied = False
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._http = httpx.Client(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False)
         self._lost = httpx.TransportError

@@ -23,6 +23,7 @@ from lightning_rlhf.engines.vllm.answers import ROUTE, Response, body_of, respon
 from lightning_rlhf.engines.vllm.canary import LIMIT, Canary, canary_tokens, trainer_logprobs
 from lightning_rlhf.engines.vllm.client import Client, check_url
 from lightning_rlhf.engines.vllm.sync import Sent, SharedFolder, WeightSync
+from lightning_rlhf.engines.vllm.untied import UNTIED
 from lightning_rlhf.models.policy import PolicyModel
 from lightning_rlhf.types import Rollout
 
@@ -193,6 +194,7 @@ class VLLMServer(Engine):
                 models = client.get("/v1/models").get("data", [{}])
                 client.get("/weight_info")
                 logger.info("sampling on vLLM %s at %s", version, client.url)
+                client.untied = models[0].get("id") == UNTIED
                 limit = int(models[0].get("max_model_len") or 0)
                 self._longest = min(self._longest or limit, limit)
         except EngineError as error:

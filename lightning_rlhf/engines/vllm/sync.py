@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from transformers.utils import logging as transformers_logging
 
 from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.engines.vllm.client import Client
+from lightning_rlhf.engines.vllm.untied import is_tied, write_output_layer
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.policy import PolicyModel
 from lightning_rlhf.models.replica import whole
@@ -80,6 +84,7 @@ class SharedFolder(WeightSync):
             raise ValueError(f"`folder`: there is no folder {folder}; make one that the servers see too")
         self.folder = folder
         self._own: Path | None = None
+        self._removal: weakref.finalize[..., Any] | None = None
         self._current: Path | None = None
 
     def send(self, policy: PolicyModel, clients: Sequence[Client], *, label: str, dtype: DType) -> Sent | None:
@@ -92,7 +97,10 @@ class SharedFolder(WeightSync):
         writing = target.with_name(f".{label}")
         try:
             writing.mkdir()
-            write_network(network, writing, dtype)
+            with _quiet():
+                write_network(network, writing, dtype)
+            if any(client.untied for client in clients) and is_tied(network):
+                write_output_layer(network, writing)
             writing.rename(target)
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
@@ -109,9 +117,9 @@ class SharedFolder(WeightSync):
 
     def close(self) -> None:
         """Remove the folder of this run."""
-        if self._own is not None:
-            shutil.rmtree(self._own, ignore_errors=True)
-        self._own = self._current = None
+        if self._removal is not None:
+            self._removal()
+        self._own = self._current = self._removal = None
 
     def _place(self) -> Path:
         """Return the folder of this run, made at the first call."""
@@ -119,7 +127,20 @@ class SharedFolder(WeightSync):
             base = self.folder or (RAM_DISK if RAM_DISK.is_dir() else None)
             self._own = Path(tempfile.mkdtemp(prefix="lightning_rlhf-", dir=base))
             self._own.chmod(0o755)  # a server may be another user's
+            self._removal = weakref.finalize(self, shutil.rmtree, self._own, ignore_errors=True)
         return self._own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context without the bar that transformers shows while it writes, once a rollout."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _reload(client: Client, folder: Path, label: str) -> None:
