@@ -24,7 +24,7 @@ from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.evaluation import Evaluator
 from lightning_rlhf.evaluation.evaluation import Evaluation, credited, outcome_of
-from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics, with_spread
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import optim, resume
@@ -283,7 +283,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.iteration += 1
         self.episodes += episodes
         stats = means | cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
-        stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
+        stats = with_spread(stats)
         stats |= {"objective/kl_coef": self.algorithm.kl.coef, "episode": float(self.episodes)}
         stats["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         stats |= {f"surrogate/{name}": number for name, number in self.algorithm.surrogate.state().items()}
