@@ -34,7 +34,7 @@ from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
-from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, TruncatedIS
+from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, NoCorrection, TruncatedIS
 from lightning_rlhf.core.preference import (
     Centered,
     PlackettLuce,
@@ -54,7 +54,7 @@ from lightning_rlhf.core.shaping import (
     SoftOverlong,
     TruncatedScore,
 )
-from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, Surrogate, importance_ratio
+from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, SamplerWeights, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
 __all__ = [
@@ -108,6 +108,7 @@ __all__ = [
     "SeqMeanTokenMean",
     "MismatchIS",
     "NoBaseline",
+    "NoCorrection",
     "PerAction",
     "PlackettLuce",
     "PreferenceLoss",
@@ -119,6 +120,7 @@ __all__ = [
     "TruncatedScore",
     "RewardToGo",
     "RunningMean",
+    "SamplerWeights",
     "Schedule",
     "SequenceLevel",
     "SeqMeanTokenSum",

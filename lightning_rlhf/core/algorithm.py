@@ -20,7 +20,7 @@ from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewar
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
-from lightning_rlhf.core.mismatch import MismatchIS
+from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
 from lightning_rlhf.core.reduction import Reduction, TokenMean
 from lightning_rlhf.core.shaping import Shaping, TruncatedScore
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
@@ -69,6 +69,7 @@ class Algorithm(Adaptive):
         if isinstance(self.shaping, list):
             object.__setattr__(self, "shaping", tuple(self.shaping))
         _check_ratio(self.level, self.surrogate)
+        check_levels(self.surrogate, self.level)
         if self.value_loss is not None and not self.needs_value:
             raise ValueError(
                 f"`value_loss` belongs to a value network, but {type(self.advantage).__name__} trains none: leave it "
@@ -100,19 +101,24 @@ class Algorithm(Adaptive):
         """Return the fields by name with β as its controller, so that a number equals `FixedKL` of it."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"beta": self.kl}
 
-    def for_run(self, *, learned_reward: bool, max_new_tokens: int) -> Self:
-        """Fill in the shaping, lengths and value loss that were left to the run.
+    def for_run(self, *, learned_reward: bool, max_new_tokens: int, sampled_elsewhere: bool = False) -> Self:
+        """Fill in what was left to the run.
 
-        −1 is low on the scale of a reward model that is normalized by its demonstrations, and unknown on any other.
+        That is the shaping, lengths, the value loss and the correction for the sampler. −1 is low on the scale of a
+        reward model that is normalized by its demonstrations, and unknown on any other.
 
         Args:
             learned_reward: whether the reward is such a model.
             max_new_tokens: longest response.
+            sampled_elsewhere: whether an external engine samples. It differs from the trainer in kernels and precision,
+                so that a surrogate without a correction is put into `TruncatedIS`; `NoCorrection` goes without one.
         """
         by_reward = (TruncatedScore(),) if learned_reward else ()
         rules = by_reward if self.shaping is None else self.rules
+        corrected = isinstance(self.surrogate, MismatchIS) or not sampled_elsewhere
         return replace(
             self,
+            surrogate=self.surrogate if corrected else TruncatedIS(surrogate=self.surrogate),
             shaping=tuple(rule.for_length(max_new_tokens) for rule in rules),
             reduction=self.reduction.for_length(max_new_tokens),
             value_loss=ClippedValueLoss() if self.value_loss is None and self.needs_value else self.value_loss,
@@ -167,12 +173,13 @@ class Algorithm(Adaptive):
         old = experience.rollout
         log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response_mask)
         action = self.surrogate(log_ratio, experience.advantages)
-        weights = self.surrogate.weights(self.level.total(old.logprobs - old.sampler_logprobs, old.response_mask))
-        policy_loss = weights * action.loss
+        weights = self.surrogate.weights(old.logprobs, old.sampler_logprobs, old.response_mask, self.level)
+        policy_loss = weights.applied * action.loss
         kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response_mask, self.level)
         ratio = importance_ratio(log_ratio.detach())
         stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
-        stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()} | action.stats
+        stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()}
+        stats |= weights.stats(policy_loss) | action.stats
         if values is None:
             return PerAction(policy_loss + kl_loss, stats)
         value = self._value_loss(values, experience)

@@ -1,6 +1,6 @@
-"""Corrections for tokens sampled by weights other than the trained ones.
+"""Corrections for tokens sampled by another policy than the trained one.
 
-Causes are low precision, another kernel or a stale copy.
+Causes are low precision, other kernels (an engine such as vLLM) or a stale copy of the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_positive
 from lightning_rlhf.core.clip import Clip
-from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
+from lightning_rlhf.core.level import ActionLevel, SequenceLevel
+from lightning_rlhf.core.surrogate import PerAction, SamplerWeights, Surrogate, importance_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,18 @@ class MismatchIS(Surrogate, ABC):
     E_sampler[w·loss] = E_old[loss] for whole responses, up to the truncation; per token, as is usual, the tokens before
     it stay uncorrected. Do not also take π_sampler for π_old: that counts w twice. The KL that `KLInLoss` adds is not
     weighted, as in TRL: where the sampler differs much, its gradient is another. `KLInReward` is weighted.
+
+    Corrections may stand inside one another: the outer one corrects the weights of the inner one. They count w once,
+    and so at one level: that which any of them names.
     """
 
     surrogate: Surrogate = field(default_factory=Clip)
     """Surrogate whose loss is weighted."""
+    level: ActionLevel | None = None
+    """Level of w; None: the actions, under `GeometricLevel` the whole response. Where actions are tokens,
+    `SequenceLevel` gives all tokens of a response the weight exp(Σ_t log π_old − log π_sampler), which is exact and of
+    high variance (sequence-level TIS and MIS; Liu et al. 2025, "When Speed Kills Stability"), `GeometricLevel` the
+    geometric mean of their weights."""
 
     @property
     def adaptive(self) -> bool:
@@ -40,15 +49,45 @@ class MismatchIS(Surrogate, ABC):
         """Compute the inner surrogate's loss."""
         return self.surrogate(log_ratio, advantages)
 
-    def weights(self, mismatch: Tensor) -> Tensor:
-        """Apply the correction to w, after that of an inner one."""
-        inner = self.surrogate
-        corrected = isinstance(inner, MismatchIS)
-        return self.correction(inner.weights(mismatch) if corrected else importance_ratio(mismatch))
+    def weights(
+        self, logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> SamplerWeights:
+        """Correct w, taken at the level of the correction.
+
+        Args:
+            logprobs: log π_old per token, (B, R), nats.
+            sampler_logprobs: log π_sampler per token, (B, R), nats.
+            response: (B, R), bool.
+            level: what an action is.
+        """
+        named = self.named_levels()
+        if named:
+            log_ratio = named[0].log_ratio(logprobs, sampler_logprobs, response)
+        else:
+            log_ratio = level.total(logprobs - sampler_logprobs, response)
+        ratio = importance_ratio(log_ratio)
+        applied = self.corrected(ratio)
+        return SamplerWeights(applied, ratio, (applied != ratio).to(ratio))
+
+    def named_levels(self) -> list[ActionLevel]:
+        """Return the different levels that this correction and those inside it name."""
+        inner = self.surrogate.named_levels() if isinstance(self.surrogate, MismatchIS) else []
+        return inner if self.level is None or self.level in inner else [self.level, *inner]
+
+    def corrected(self, ratio: Tensor) -> Tensor:
+        """Apply the correction to w of any shape, after those inside it."""
+        return self.correction(self.surrogate.corrected(ratio) if isinstance(self.surrogate, MismatchIS) else ratio)
 
     @abstractmethod
     def correction(self, ratio: Tensor) -> Tensor:
-        """Compute the correction of w = π_old / π_sampler, (B, T)."""
+        """Compute the correction of w = π_old / π_sampler, (B, T).
+
+        Args:
+            ratio: w of each action, or (B, 1) of whole responses.
+
+        Returns:
+            the same shape.
+        """
 
     def adapted(self, kl_old: float) -> Self:
         """Return the surrogate with the inner surrogate of the next rollout."""
@@ -90,3 +129,55 @@ class MaskedIS(MismatchIS):
         """Return w, or 0 outside the bounds."""
         inside = (ratio >= self.smallest) & (ratio <= self.largest)
         return torch.where(inside, ratio, torch.zeros_like(ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCorrection(MismatchIS):
+    """Weight 1: the sampler is taken for the trainer.
+
+    It says so on purpose where an external engine samples, which puts a surrogate into `TruncatedIS` by default.
+    `level` is that of `policy/sampler_ess`.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def weights(
+        self, logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> SamplerWeights:
+        """Leave the losses as they are, and count none of them as changed.
+
+        Args:
+            logprobs: log π_old per token, (B, R), nats.
+            sampler_logprobs: log π_sampler per token, (B, R), nats.
+            response: (B, R), bool.
+            level: what an action is.
+        """
+        weights = super().weights(logprobs, sampler_logprobs, response, level)
+        return weights._replace(changed=torch.zeros_like(weights.ratio))
+
+    def correction(self, ratio: Tensor) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(ratio)
+
+
+def check_levels(surrogate: Surrogate, actions: ActionLevel) -> None:
+    """Raise ValueError unless corrections name one level at most, of the actions or of whole responses.
+
+    Args:
+        surrogate: corrected or not.
+        actions: what an action is.
+    """
+    named = surrogate.named_levels() if isinstance(surrogate, MismatchIS) else []
+    if len(named) > 1:
+        levels = " and ".join(type(level).__name__ for level in named)
+        raise ValueError(
+            f"corrections inside one another count π_old/π_sampler once, but `level` names {levels}: name it in one"
+        )
+    for level in named:
+        if level != actions and not isinstance(level, SequenceLevel):
+            raise ValueError(
+                f"{type(surrogate).__name__}(level={type(level).__name__}()) weights parts of an action, but an action "
+                f"of {type(actions).__name__} has one loss: leave `level` out, take SequenceLevel() or "
+                "GeometricLevel(), or set the algorithm's `level` to it"
+            )

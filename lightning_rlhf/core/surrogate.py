@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.kl import held
+from lightning_rlhf.core.level import ActionLevel
 
 
 def importance_ratio(log_ratio: Tensor) -> Tensor:
@@ -37,6 +38,37 @@ class PerAction(NamedTuple):
     stats: dict[str, Tensor]
 
 
+class SamplerWeights(NamedTuple):
+    """Weights that correct for the sampler, with what they were made of.
+
+    Attributes:
+        applied: what the loss of each action is multiplied with, (B, T), ≥ 0; (B, 1) where one weight is for all tokens
+            of a response.
+        ratio: w = π_old / π_sampler before the correction, of the same shape, ≥ 0 and at most e⁴⁰.
+        changed: 1 where the correction made another weight of w, else 0, of the same shape.
+    """
+
+    applied: Tensor
+    ratio: Tensor
+    changed: Tensor
+
+    def stats(self, actions: Tensor) -> dict[str, Tensor]:
+        """Return what to log of each action, by logged name, (B, T) each.
+
+        The square of w is float64: in float32 a sum of squares near e⁸⁰ overflows.
+
+        Args:
+            actions: any number of each action, (B, T).
+        """
+        parts = {
+            "policy/sampler_ratio": self.ratio,
+            "policy/sampler_ratio_square": self.ratio.double().square(),
+            "policy/sampler_weight": self.applied,
+            "policy/sampler_truncated": self.changed,
+        }
+        return {name: part.expand_as(actions) for name, part in parts.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surrogate(Adaptive, ABC):
     """Per-action policy loss. It sees no mask and no reduction: those are applied once, outside."""
@@ -55,14 +87,19 @@ class Surrogate(Adaptive, ABC):
             advantages: Â, (B, T), no gradient.
         """
 
-    def weights(self, mismatch: Tensor) -> Tensor:
-        """Weights of the actions' losses, (B, T): 1 unless a class corrects for the sampler.
+    def weights(
+        self, logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> SamplerWeights:
+        """Weights of the actions' losses: 1 unless a class corrects for the sampler.
 
         Args:
-            mismatch: log π_old − log π_sampler of each action, (B, T), nats: the trainer's forward pass against the
-                weights, and the precision, that drew the tokens.
+            logprobs: log π_old per token, (B, R), nats: the trainer's forward pass.
+            sampler_logprobs: the same under the engine, weights and precision that drew the tokens, (B, R), nats.
+            response: (B, R), bool.
+            level: what an action is.
         """
-        return torch.ones_like(mismatch)
+        ratio = importance_ratio(level.total(logprobs - sampler_logprobs, response))
+        return SamplerWeights(torch.ones_like(ratio), ratio, torch.zeros_like(ratio))
 
     def adapted(self, kl_old: float) -> Self:
         """Return the surrogate of the next rollout.

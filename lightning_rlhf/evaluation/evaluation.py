@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_rlhf.core import Algorithm, group_size, group_std, k3
 from lightning_rlhf.evaluation.evaluator import Evaluator
-from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics, with_spread
 from lightning_rlhf.evaluation.panel import Panel
 from lightning_rlhf.rewards import Scores
 from lightning_rlhf.rewards.text import texts_of
@@ -68,9 +68,7 @@ def learned(means: dict[str, float], algorithm: Algorithm) -> dict[str, float]:
         means: of all processes, by logged name.
         algorithm: that learned from it.
     """
-    stats = dict(means)
-    stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
-    stats["objective/kl_coef"] = algorithm.kl.coef
+    stats = with_spread(means) | {"objective/kl_coef": algorithm.kl.coef}
     return stats | {f"surrogate/{name}": number for name, number in algorithm.surrogate.state().items()}
 
 

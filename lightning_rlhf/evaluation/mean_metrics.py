@@ -46,6 +46,21 @@ class MeanMetrics:
         return dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
 
 
+def with_spread(means: Mapping[str, float]) -> dict[str, float]:
+    """Replace the mean squares of ratios by `policy/ratio_var` and `policy/sampler_ess`.
+
+    The effective sample size is a share of the actions, (mean w)² / mean w², 0 if every w is 0 (Kish 1965).
+
+    Args:
+        means: of an iteration by logged name, with `policy/ratio_square` and `policy/sampler_ratio_square`.
+    """
+    stats = dict(means)
+    stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
+    mean, square = stats.pop("policy/sampler_ratio"), stats.pop("policy/sampler_ratio_square")
+    stats["policy/sampler_ess"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
+    return stats
+
+
 def _sum_and_count(values: Tensor, mask: Tensor | None) -> Tensor:
     values = full_precision(values.detach())
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask

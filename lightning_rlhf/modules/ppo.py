@@ -102,10 +102,13 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         reference = as_source(reference)
         value = as_source(value)
         algorithm = Algorithm() if algorithm is None else algorithm
+        self.engine = LocalEngine() if engine is None else engine
         self.generation = generation.for_run(algorithm.advantage.needs_group)
         self.reward = as_reward(reward)
         longest = self.generation.max_new_tokens
-        self.algorithm = algorithm.for_run(learned_reward=self.reward.is_learned, max_new_tokens=longest)
+        self.algorithm = algorithm.for_run(
+            learned_reward=self.reward.is_learned, max_new_tokens=longest, sampled_elsewhere=self.engine.is_external
+        )
         check_compatible(self.algorithm, self.generation, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
@@ -120,7 +123,6 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.policy: PolicyModel = None  # type: ignore[assignment]  # until `configure_model`
         self.value: ScalarModel | None = None
         self.responder: Responder = None  # type: ignore[assignment]  # until `configure_model`
-        self.engine = LocalEngine() if engine is None else engine
         self.ranks = Ranks(self)
         self.evaluation = Evaluation(evaluations)
         self.clock = Clock()

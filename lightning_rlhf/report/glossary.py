@@ -67,6 +67,13 @@ UPDATE = (
     Entry("policy/kl_old", "KLPEN: mean k3 estimate of KL(π_old‖π) of an action, after the update", "nats"),
     Entry("policy/kl_penalty", "KLPEN: mean b·KL(π_old‖π) of an action during the update", "reward"),
     Entry("policy/kl_sampler", "mean k3 estimate of KL(π_sampler‖π_old) of a token: what low precision costs", "nats"),
+    Entry(
+        "policy/sampler_ess",
+        "effective sample size as a share: (mean w)² / mean w² over actions, w = π_old/π_sampler before a correction",
+        "1",
+    ),
+    Entry("policy/sampler_weight", "mean weight of an action's loss, after the correction for the sampler", "1"),
+    Entry("policy/sampler_truncated", "share of actions whose w the correction changed; 0 without one", "1"),
     Entry("surrogate/coef", "KLPEN: b of this rollout", "reward/nat"),
     Entry("policy/ratio", "mean ρ = π/π_old of an action: 1 on the first minibatch", "1"),
     Entry("policy/ratio_var", "variance of ρ", "1"),

@@ -1,6 +1,7 @@
 """Eq. 2 as one value: its credit and loss by hand, what it refuses, and the published methods."""
 
 import inspect
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lightning_rlhf.core import (
+    CISPO,
     DAPO,
     GAE,
     GRPO,
@@ -17,17 +19,22 @@ from lightning_rlhf.core import (
     RLOO,
     AdaptiveKL,
     Algorithm,
+    Clip,
     ClippedValueLoss,
     ClipScore,
     DrGRPO,
     FixedKL,
     GeometricLevel,
+    ImportanceSampling,
     KLInLoss,
     KLPen,
     MaskedIS,
+    NoCorrection,
     SeqMeanTokenSumNorm,
+    SequenceLevel,
     SoftOverlong,
     TokenLevel,
+    TruncatedIS,
     TruncatedScore,
     methods,
 )
@@ -97,6 +104,67 @@ def test_loss_is_the_surrogate_plus_the_kl_in_the_loss_plus_the_value_loss():
     without = whole.action_loss(logprobs, None, experience)
     torch.testing.assert_close(without.loss, expected - 0.25 * errors.square(), **TIGHT)
     assert found.stats.keys() - without.stats.keys() == {"loss/value_avg", "value/clipfrac_avg"}
+
+
+SAMPLER = torch.tensor([[-1.0, -3.0], [-0.5 + math.log(2), 0.0]], dtype=torch.float64)
+"""Another log π_sampler than log π_old: w is 1 and e of the first response's tokens, ½ of the second's one."""
+
+
+def test_weights_multiply_the_surrogate_loss_alone_and_are_logged():
+    """w, min(w, 2) and whether they differ, of each action: tokens, whole responses, and responses' w on tokens."""
+    e, tokens, responses = math.e, TokenLevel(), SequenceLevel()
+    for level, at, ratio, applied, changed in (
+        (tokens, None, [[1, e], [0.5, 1]], [[1, 2], [0.5, 1]], [[0, 1], [0, 0]]),
+        (responses, None, [[e], [0.5]], [[2], [0.5]], [[1], [0]]),
+        (tokens, responses, [[e, e], [0.5, 0.5]], [[2, 2], [0.5, 0.5]], [[1, 1], [0, 0]]),
+    ):
+        rollout = a_rollout(sampler_logprobs=SAMPLER)
+        plain = Algorithm(level=level, kl_term=KLInLoss(), beta=0.1, surrogate=ImportanceSampling())
+        weighted = replace(plain, surrogate=TruncatedIS(surrogate=ImportanceSampling(), level=at))
+        experience = plain.credit(rollout, SCORES)
+        without, found = (each.action_loss(rollout.logprobs, None, experience) for each in (plain, weighted))
+        mask = experience.action_mask
+        expected = {"sampler_ratio": ratio, "sampler_weight": applied, "sampler_truncated": changed}
+        for name, rows in expected.items():
+            stat = found.stats[f"policy/{name}"]
+            torch.testing.assert_close(stat[mask], torch.tensor(rows, dtype=torch.float64)[mask], **TIGHT)
+        square = found.stats["policy/sampler_ratio_square"]
+        torch.testing.assert_close(square, found.stats["policy/sampler_ratio"].square(), **TIGHT)
+        weights, kl = torch.tensor(applied, dtype=torch.float64), found.stats["loss/kl_avg"]
+        torch.testing.assert_close(found.loss[mask], (weights * (without.loss - kl) + kl)[mask], **TIGHT)
+        # without a correction nothing is weighed, and w is that of the actions
+        assert without.stats["policy/sampler_weight"].unique().tolist() == [1.0]
+        assert without.stats["policy/sampler_truncated"].unique().tolist() == [0.0]
+        if at is None:
+            assert torch.equal(without.stats["policy/sampler_ratio"], found.stats["policy/sampler_ratio"])
+        # (B, T) each, as the mask: what is logged is a mean over actions
+        assert {stat.shape for stat in found.stats.values()} == {mask.shape}
+
+
+def test_external_engine_is_corrected_for_unless_it_was_decided():
+    run = {"learned_reward": False, "max_new_tokens": 100}
+    for surrogate in (Clip(), KLPen(coef=2.0)):
+        algorithm = Algorithm(surrogate=surrogate, level=TokenLevel())
+        assert algorithm.for_run(**run).surrogate == surrogate
+        assert algorithm.for_run(**run, sampled_elsewhere=False).surrogate == surrogate
+        corrected = algorithm.for_run(**run, sampled_elsewhere=True)
+        assert corrected.surrogate == TruncatedIS(surrogate=surrogate, cap=2.0, level=None)
+        assert corrected.for_run(**run, sampled_elsewhere=True) == corrected  # once
+    for decided in (NoCorrection(surrogate=CISPO()), MaskedIS(), TruncatedIS(cap=5.0, level=SequenceLevel())):
+        for elsewhere in (False, True):
+            kept = Algorithm(surrogate=decided, level=TokenLevel()).for_run(**run, sampled_elsewhere=elsewhere)
+            assert kept.surrogate == decided
+
+
+def test_no_correction_gives_the_loss_of_its_surrogate():
+    rollout = a_rollout(sampler_logprobs=SAMPLER)
+    losses = {}
+    for surrogate in (Clip(), NoCorrection(surrogate=Clip()), TruncatedIS(surrogate=Clip())):
+        algorithm = Algorithm(surrogate=surrogate)
+        losses[surrogate] = algorithm.action_loss(rollout.logprobs, None, algorithm.credit(rollout, SCORES)).loss
+    plain, none, truncated = losses.values()
+    assert torch.equal(plain, none)
+    assert not torch.equal(plain, truncated)  # negative control
 
 
 def test_beta_is_a_number_or_what_adapts():

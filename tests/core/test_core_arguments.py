@@ -36,6 +36,7 @@ from lightning_rlhf.core import (
     MeanReward,
     MissingEOSPenalty,
     NoBaseline,
+    NoCorrection,
     NoScale,
     PlackettLuce,
     PreferenceLoss,
@@ -109,6 +110,10 @@ def in_loss(term, level):
     return lambda logprobs, ref, m: term.in_loss(logprobs, ref, m, level), X, Y, MASK
 
 
+def weights(surrogate):
+    return lambda old, sampler, m: surrogate.weights(old, sampler, m, TokenLevel()), X, Y, MASK
+
+
 CALLS = {
     "masked_sum": (masked_sum, X, MASK),
     "masked_mean": (masked_mean, X, MASK),
@@ -168,11 +173,13 @@ CALLS = {
     "cispo": (CISPO(largest=1.2, smallest=0.8), X, Y),
     "unclipped": (lambda log_ratio, advantages: ImportanceSampling()(log_ratio, advantages).loss, X, Y),
     "kl_penalty": (KLPen(), X, Y),
-    "plain_weights": (Clip().weights, X),
+    "plain_weights": weights(Clip()),
     "truncated_loss": (TruncatedIS(), X, Y),
-    "truncated_weights": (TruncatedIS(cap=1.1).weights, X),
+    "truncated_weights": weights(TruncatedIS(cap=1.1)),
+    "weights_of_responses": weights(TruncatedIS(level=SequenceLevel())),
+    "no_correction": weights(NoCorrection()),
     "masked_loss": (MaskedIS(), X, Y),
-    "masked_weights": (MaskedIS(surrogate=TruncatedIS(), smallest=0.7, largest=1.3).weights, X),
+    "masked_weights": weights(MaskedIS(surrogate=TruncatedIS(), smallest=0.7, largest=1.3)),
     "value_loss": (ClippedValueLoss(), X, Y, Z),
     "token_mean": (TokenMean().total, X, MASK),
     "sequence_mean": (SeqMeanTokenSum().total, X, MASK),

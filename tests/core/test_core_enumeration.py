@@ -27,6 +27,7 @@ from lightning_rlhf.core import (
     KLInReward,
     KLPen,
     MaskedIS,
+    NoCorrection,
     ReferenceKL,
     RewardToGo,
     SeqMeanTokenMean,
@@ -173,7 +174,7 @@ def step_loss(
     losses = surrogate(level.log_ratio(logprobs, old_logprobs, response), credit.advantages).loss
     losses = losses + beta * kl.in_loss(logprobs, ref_logprobs, response, level)
     if sampler is not None:
-        losses = losses * surrogate.weights(level.total(old_logprobs - token_logps(sampler, rows), response))
+        losses = losses * surrogate.weights(old_logprobs, token_logps(sampler, rows), response, level).applied
     count = reduction.count(mask)
     if batch is None:
         losses = losses * count * drawn.unsqueeze(1)
@@ -450,6 +451,75 @@ def test_token_weights_leave_the_prefix_uncorrected():
     single = step_gradient(p.old, p, SINGLE, **settings)
     assert_close(single, -gradient(lambda t: objective(t, p, SINGLE), p.old), **TIGHT)
     assert apart(step_gradient(p.old, p, **settings), -gradient(lambda t: objective(t, p), p.old)) > 0.01
+
+
+@pytest.mark.parametrize("inner", SURROGATES[:9], ids=repr)
+@given(seed=SEEDS)
+@settings(deadline=None, max_examples=15)
+def test_weights_of_responses_correct_the_losses_of_their_tokens(inner, seed):
+    # E_sampler[w(y)·Σ_t ∇loss_t] = E_old[Σ_t ∇loss_t], w(y) = old(y)/sampler(y), at π_old and away from it
+    p = problem(seed)
+    for estimator in (BanditAdvantage(), RewardToGo(), GAE(lam=0.9)):
+        settings = {"level": TokenLevel(), "estimator": estimator}
+        for theta in (p.old, p.new):
+            expected = step_gradient(theta, p, surrogate=inner, **settings)
+            for kind in (TruncatedIS, MaskedIS):
+                bounds = {"cap": 1e9} if kind is TruncatedIS else {"smallest": 0.0, "largest": 1e9}
+                weighted = kind(surrogate=inner, level=SequenceLevel(), **bounds)
+                assert_close(
+                    step_gradient(theta, p, surrogate=weighted, sampler=p.sampler, **settings), expected, **TIGHT
+                )
+    # so that at π_old it is ∇J
+    weighted = TruncatedIS(surrogate=inner, level=SequenceLevel(), cap=1e9)
+    settings = {"level": TokenLevel(), "estimator": RewardToGo(), "surrogate": weighted, "sampler": p.sampler}
+    assert_close(step_gradient(p.old, p, **settings), -gradient(lambda t: objective(t, p), p.old), **TIGHT)
+
+
+def test_no_other_weights_correct_the_losses_of_tokens():
+    # negative control: no weights, w of each token, of the geometric mean, truncated or masked ones of responses
+    p = problem(0)
+    settings = {"level": TokenLevel(), "estimator": RewardToGo()}
+    expected, plain = step_gradient(p.old, p, **settings), ImportanceSampling()
+    for surrogate in (
+        plain,
+        NoCorrection(surrogate=plain, level=SequenceLevel()),
+        TruncatedIS(surrogate=plain, cap=1e9),
+        TruncatedIS(surrogate=plain, cap=1e9, level=GeometricLevel()),
+        TruncatedIS(surrogate=plain, cap=1.0, level=SequenceLevel()),
+        MaskedIS(surrogate=plain, smallest=0.8, largest=1.2, level=SequenceLevel()),
+    ):
+        assert apart(step_gradient(p.old, p, surrogate=surrogate, sampler=p.sampler, **settings), expected) > 0.01
+
+
+@given(SEEDS)
+@settings(deadline=None, max_examples=15)
+def test_cut_weights_of_responses_lose_exactly_what_is_cut_of_tokens(seed):
+    # Σ_y sampler(y)·f(w(y))·Σ_t r·∇log π(y_t), f the cut
+    p = problem(seed)
+    w, drawn = (logps(p.old) - logps(p.sampler)).exp(), logps(p.sampler).exp()
+    settings = {"level": TokenLevel(), "beta": 0.0, "estimator": RewardToGo(), "sampler": p.sampler}
+    plain = ImportanceSampling()
+    for surrogate, kept in (
+        (TruncatedIS(cap=1.1, surrogate=plain, level=SequenceLevel()), w.clamp(max=1.1)),
+        (
+            MaskedIS(smallest=0.8, largest=1.2, surrogate=plain, level=SequenceLevel()),
+            torch.tensor([x if 0.8 <= x <= 1.2 else 0.0 for x in w.tolist()], dtype=torch.float64),
+        ),
+    ):
+        expected = -gradient(lambda t, kept=kept: (drawn * kept * p.scores * logps(t)).sum(), p.old)
+        assert_close(step_gradient(p.old, p, surrogate=surrogate, **settings), expected, **TIGHT)
+
+
+def test_effective_sample_size_is_that_of_the_enumerated_sampler():
+    # (E w)²/E w² = 1/Σ_y old(y)²/sampler(y), whatever the correction cuts
+    p = problem(0)
+    old, drawn = token_logps(p.old, RAGGED), logps(p.sampler).exp()
+    expected = 1 / (logps(p.old).exp().square() / drawn).sum()
+    for surrogate in (TruncatedIS(cap=1.1), MaskedIS(level=SequenceLevel()), ImportanceSampling()):
+        w = surrogate.weights(old, token_logps(p.sampler, RAGGED), RAGGED.response, SequenceLevel()).ratio.squeeze(1)
+        assert_close((drawn * w).sum(), torch.tensor(1.0).double(), **TIGHT)
+        assert_close((drawn * w).sum() ** 2 / (drawn * w.square()).sum(), expected, **TIGHT)
+    assert 0.5 < float(expected) < 0.99
 
 
 # Property 17: the table of KL estimators, on responses.

@@ -13,7 +13,9 @@ from lightning_rlhf.core import (
     ImportanceSampling,
     KLPen,
     MaskedIS,
+    NoCorrection,
     Surrogate,
+    TokenLevel,
     TruncatedIS,
     importance_ratio,
 )
@@ -28,6 +30,7 @@ SURROGATES = [
     KLPen(),
     TruncatedIS(),
     MaskedIS(),
+    NoCorrection(),
 ]
 
 
@@ -109,8 +112,11 @@ def test_statistics_carry_no_gradient_and_the_shape_of_the_loss(float64, surroga
 
 @pytest.mark.parametrize("surrogate", SURROGATES[:6], ids=repr)
 def test_ordinary_surrogates_weigh_every_action_with_one(float64, surrogate):
-    mismatch = float64([[-3.0, 0.0, 50.0], [0.1, -0.1, 1.0]])
-    assert torch.equal(surrogate.weights(mismatch), torch.ones(2, 3, dtype=torch.float64))
+    old = float64([[-3.0, 0.0, 50.0], [0.1, -0.1, 1.0]])
+    weights = surrogate.weights(old, torch.zeros_like(old), torch.ones(2, 3, dtype=torch.bool), TokenLevel())
+    assert torch.equal(weights.applied, torch.ones(2, 3, dtype=torch.float64))
+    assert torch.equal(weights.changed, torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(weights.ratio, torch.where(old > 40, 40.0, old).exp())
 
 
 @pytest.mark.parametrize("surrogate", [ImportanceSampling(), Clip(epsilon=0.1), CISPO()], ids=repr)

@@ -33,7 +33,7 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.evaluation import evaluation
-from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
+from lightning_rlhf.evaluation.mean_metrics import MeanMetrics, with_spread
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.rewards import Scores
 from lightning_rlhf.rollout import UpdateSchedule
@@ -430,3 +430,60 @@ def test_weights_are_those_of_each_action(make_ppo, credited, level):
     assert logged["loss/policy_avg"] == pytest.approx(mean(losses), abs=1e-9)
     assert logged["loss/kl_avg"] == pytest.approx(mean(estimates), abs=1e-12)
     assert mean(losses) != pytest.approx(mean(plain), abs=1e-5)
+
+
+LEVELS = {
+    "tokens": (TokenLevel(), None, None),
+    "responses": (SequenceLevel(), None, None),
+    "responses on tokens": (TokenLevel(), SequenceLevel(), 1.001),
+    "truncated tokens": (TokenLevel(), None, 1.001),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_run_logs_how_far_sampler_and_trainer_are_apart(make_ppo, make_trainer, as_loader, left_padded, recorder, case):
+    """Of all actions of the step, in two epochs of two minibatches; by loops over rows and tokens."""
+    level, at, cap = LEVELS[case]
+    surrogate = Clip() if cap is None else TruncatedIS(cap=cap, level=at)
+    updates = UpdateSchedule(epochs=2, minibatch=4, microbatch=3)
+    module = make_ppo(generation=LOW, level=level, surrogate=surrogate, updates=updates)
+    make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": left_padded(RAGGED)}]))
+    rollout, ratios = module.outcome.rollout, []
+    for old, sampler, n in zip(rollout.logprobs, rollout.sampler_logprobs, rollout.lengths.tolist(), strict=True):
+        gaps = [float(old[t] - sampler[t]) for t in range(n)]
+        if isinstance(level, SequenceLevel):
+            ratios.append(math.exp(sum(gaps)))
+        else:
+            ratios += [math.exp(sum(gaps) if at else gap) for gap in gaps]
+    logged, applied = recorder.steps[0], [w if cap is None else min(w, cap) for w in ratios]
+    ess = mean(ratios) ** 2 / mean([w**2 for w in ratios])
+    assert logged["policy/sampler_ess"] == pytest.approx(ess, abs=1e-12)
+    assert 0 < ess < 1 - 1e-8
+    changed = [w != v for w, v in zip(ratios, applied, strict=True)]
+    assert logged["policy/sampler_truncated"] == pytest.approx(mean(changed), abs=1e-12)
+    assert logged["policy/sampler_weight"] == pytest.approx(1.0 if cap is None else mean(applied), abs=1e-12)
+    assert (0 < mean(changed) < 1) == (cap is not None)
+    assert not {"policy/sampler_ratio", "policy/sampler_ratio_square"} & logged.keys()
+
+
+def test_spread_equals_hand_values():
+    """Of ρ 1 and 3: variance 1; of w 1, 1 and 4: 6²/(3·18) = 2/3; equal ones at any size, and none at all."""
+    rho = {"policy/ratio": 2.0, "policy/ratio_square": 5.0}
+    for w, ess in (([1.0, 1.0, 4.0], 2 / 3), ([1.0, 0.0], 1 / 2), ([1e17] * 3, 1.0), ([0.0] * 3, 0.0)):
+        moments = {"policy/sampler_ratio": mean(w), "policy/sampler_ratio_square": mean([x**2 for x in w])}
+        stats = with_spread(rho | moments | {"lr": 0.5})
+        assert stats == {
+            "policy/ratio": 2.0,
+            "policy/ratio_var": 1.0,
+            "policy/sampler_ess": pytest.approx(ess, abs=1e-15),
+            "lr": 0.5,
+        }
+        assert 0 <= stats["policy/sampler_ess"] <= 1
+
+
+def test_same_policy_has_the_whole_sample(make_ppo, make_trainer, as_loader, left_padded, recorder):
+    """Negative control: without a mismatch every action counts."""
+    make_trainer(callbacks=[recorder]).fit(make_ppo(), as_loader([{"prompts": left_padded(RAGGED)}]))
+    logged = recorder.steps[0]
+    assert logged["policy/sampler_ess"] == pytest.approx(1.0, abs=1e-12)
+    assert (logged["policy/sampler_weight"], logged["policy/sampler_truncated"]) == (1.0, 0.0)

@@ -38,6 +38,7 @@ from lightning_rlhf.core import (
     LinearSchedule,
     MaskedIS,
     MissingEOSPenalty,
+    NoCorrection,
     NoScale,
     PlackettLuce,
     PreferenceLoss,
@@ -81,7 +82,11 @@ def loss(surrogate: Surrogate) -> list[Tensor]:
 
 
 def weights(surrogate: Surrogate) -> Tensor:
-    return surrogate.weights(X)
+    return surrogate.weights(X, Y, MASK, TokenLevel()).applied
+
+
+def sampler_ratios(surrogate: Surrogate) -> Tensor:
+    return surrogate.weights(X, Y, MASK, TokenLevel()).ratio
 
 
 def later_loss(surrogate: Surrogate) -> list[list[Tensor]]:
@@ -166,14 +171,21 @@ TABLE: Table = {
     LengthNormalized: case(shaped, length=to(3.0)),
     LengthPenalty: case(shaped, {"coef": 0.1}, coef=to(0.2)),
     LinearSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
-    MaskedIS: case(weights, surrogate=to(ImportanceSampling(), by=loss), smallest=to(0.9), largest=to(1.1)),
+    MaskedIS: case(
+        weights,
+        surrogate=to(ImportanceSampling(), by=loss),
+        level=to(SequenceLevel()),
+        smallest=to(0.9),
+        largest=to(1.1),
+    ),
     RankingLoss: case(preference, margin=to(0.5)),
     TruncatedScore: case(shaped, value=to(0.0)),
     RewardToGo: case(advantages, gamma=to(0.9)),
     RunningMean: case(baselines, {"weight": 0.3}, decay=to(0.5), mean=to(0.7), weight=to(0.6, mean=0.7)),
     SoftOverlong: case(shaped, {"limit": 4, "buffer": 2}, limit=to(3), buffer=to(3), penalty=to(2.0)),
+    NoCorrection: case(sampler_ratios, surrogate=to(ImportanceSampling(), by=loss), level=to(SequenceLevel())),
     MissingEOSPenalty: case(shaped, penalty=to(2.0)),
-    TruncatedIS: case(weights, surrogate=to(ImportanceSampling(), by=loss), cap=to(1.1)),
+    TruncatedIS: case(weights, surrogate=to(ImportanceSampling(), by=loss), level=to(SequenceLevel()), cap=to(1.1)),
     UncertaintyWeighted: case(combined, coef=to(0.5)),
     Whitened: case(advantages, estimator=to(RewardToGo())),
 }
