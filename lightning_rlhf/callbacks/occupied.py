@@ -48,7 +48,11 @@ def _paths(trainer: Any, module: LightningModule, callback: Callback) -> Iterato
         for name, value in vars(trainer.datamodule).items():
             for path in _existing(value):
                 yield path, f"the data's `{name}`"
-    sources = (*getattr(module, "_sources", ()), *getattr(module, "_source", ()), getattr(module, "reward", None))
+    sources = (
+        *getattr(module, "_sources", {}).values(),
+        *getattr(module, "_source", ()),
+        getattr(module, "reward", None),
+    )
     for source in sources:
         for path in _existing(getattr(source, "path", None)):
             yield path, "a model that the run reads"

@@ -98,23 +98,23 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
     ) -> None:
         check_arguments(PPOModule, locals())
         super().__init__()
-        policy = as_source(policy)
-        reference = as_source(reference)
-        value = as_source(value)
+        models = {"policy": policy, "reference": reference, "value": value}
+        self._sources: dict[str, Any] = {name: as_source(model) for name, model in models.items()}
         algorithm = Algorithm() if algorithm is None else algorithm
         self.engine = LocalEngine() if engine is None else engine
         self.generation = generation.for_run(algorithm.advantage.needs_group)
         self.reward = as_reward(reward)
-        longest = self.generation.max_new_tokens
         self.algorithm = algorithm.for_run(
-            learned_reward=self.reward.is_learned, max_new_tokens=longest, sampled_elsewhere=self.engine.is_external
+            learned_reward=self.reward.is_learned,
+            max_new_tokens=self.generation.max_new_tokens,
+            sampled_elsewhere=self.engine.is_external,
         )
         check_compatible(self.algorithm, self.generation, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
         )
         self.automatic_optimization = False
-        self.tokenizer = find_tokenizer(policy, tokenizer)
+        self.tokenizer = find_tokenizer(self._sources["policy"], tokenizer)
         self.updates = updates
         self.reference_dtype, self.compile_networks = reference_dtype, compile
         self.optimizer = optim.picklable(optim.chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
@@ -129,12 +129,9 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.signal = TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
-        self._sources = (policy, reference, value)
         self._settings = resume.settings(
             self.optimizer,
-            policy=policy,
-            reference=reference,
-            value=value,
+            **self._sources,
             reward=resume.reward_settings(self.reward),
             **{name: getattr(self, name) for name in DECISIVE},
         )
@@ -150,7 +147,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
             return
         optim.refuse_finder(self)
         strategies.check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
-        policy, reference, value = self._sources
+        policy, reference, value = self._sources.values()
         self.policy = build_policy(policy, self.tokenizer)
         self.reward.prepare(self.tokenizer)
         if self.algorithm.needs_value:
@@ -229,7 +226,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
     @property
     def reference_is_policy(self) -> bool:
         """Return True if π_ref is the policy at the start of training."""
-        return self._sources[1] is None
+        return self._sources["reference"] is None
 
     @property
     def samples_per_prompt(self) -> int:
@@ -347,6 +344,10 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.algorithm = self.algorithm.restored(state["algorithm"])
+
+    def teardown(self, stage: str) -> None:
+        """Release what the engine holds."""
+        self.engine.close()
 
     def save_pretrained(self, folder: str | Path, *, merge_adapter: bool = False, dtype: DType | None = None) -> None:
         """Write the policy atomically as a Hugging Face folder; `merge_adapter` folds a LoRA adapter in."""

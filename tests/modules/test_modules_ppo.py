@@ -334,7 +334,7 @@ def test_ptx_step_descends_the_mean_over_all_text_tokens(make_ppo, make_trainer,
         module = make_ppo(ptx_coef=gamma, updates=UpdateSchedule(max_grad_norm=None))
         make_trainer().fit(module, as_loader([batch]))
         after.append(flat(module.policy))
-    network = make_ppo().eval()._sources[0].double().eval()
+    network = make_ppo().eval()._sources["policy"].double().eval()
     total, count = 0.0, 0
     for text in TEXTS:
         logits = network(input_ids=torch.tensor([text])).logits[0].log_softmax(-1)

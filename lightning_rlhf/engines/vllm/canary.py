@@ -1,4 +1,4 @@
-"""Canary: log-probs of a fixed text, server against trainer, after every transfer of weights."""
+"""Canary of a transfer of weights: log-probs of a fixed text, server against trainer."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ def canary_tokens(policy: PolicyModel) -> list[int]:
 
 @torch.no_grad()
 def trainer_logprobs(policy: PolicyModel, tokens: list[int]) -> Tensor:
-    """Return log π of tokens 1 .. L − 1 as the trainer computes them, (L − 1,), float64, nats.
+    """Return log π of tokens 1 .. L − 1 as the trainer computes them.
 
     Args:
         policy: of a sharded one, all processes must call this.
         tokens: L of them.
+
+    Returns:
+        (L − 1,), float64, on the CPU, nats.
     """
     row = torch.tensor([tokens], device=next(policy.parameters()).device)
     target = torch.ones_like(row, dtype=torch.bool)
@@ -62,7 +65,7 @@ class Canary:
         self._seen: list[tuple[int, Tensor]] = []
 
     def check(self, server: Tensor, trainer: Tensor, *, weights: int, url: str) -> float:
-        """Return the mean difference, nats per token, after checking it.
+        """Check the log-probs and return their mean difference in nats per token.
 
         Args:
             server: log-probs of the fixed text, (L − 1,), float64.

@@ -85,7 +85,7 @@ class VLLMServer(Engine):
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
-        """Whether the next rollout is drawn during the update."""
+        """True if the next rollout is drawn during the update."""
         return self.overlap
 
     def attach(self, ranks: Ranks) -> None:
@@ -118,7 +118,7 @@ class VLLMServer(Engine):
         self._bound = self._of_first(max(canary.bound or 0.0 for canary in self._canaries))
 
     def generate(self, request: Request) -> Sampled:
-        """Draw the responses, k to each prompt, by concurrent requests whose order is restored."""
+        """Draw k responses to each prompt by concurrent requests whose order is restored."""
         prompts = request.prompts
         rows = [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens.cpu(), prompts.mask.cpu(), strict=True)]
         longest = max(map(len, rows)) + request.params.max_new_tokens
@@ -220,7 +220,7 @@ class VLLMServer(Engine):
 
     @property
     def _sends(self) -> bool:
-        """Whether this process sends the weights."""
+        """True if this process sends the weights."""
         return self._ranks is None or self._ranks.rank == 0
 
     def _shared_label(self, version: int) -> str:

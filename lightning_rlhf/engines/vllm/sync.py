@@ -144,7 +144,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reload(client: Client, folder: Path, label: str) -> None:
-    """Have a server read a folder, forget what it computed with other weights, and call them by their label."""
+    """Have a server read a folder and forget what it computed with other weights."""
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
     client.post("/collective_rpc", body, repeats=False)
     client.post("/reset_prefix_cache", {}, repeats=True)
