@@ -41,6 +41,7 @@ class FakeVLLM:
         self.fault: Fault = lambda path, body: None
         self.lie: Lie = lambda path, body, answer: answer
         self.reads = True
+        self.workers = 1
         self.busy = self.busiest = 0
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -65,6 +66,13 @@ class FakeVLLM:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             return {"success": True}
+        if path == "/get_world_size":
+            return {"world_size": self.workers}
+        if path in ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights"):
+            return {"message": "done"}
+        if path == "/finish_weight_update":
+            self.version = body["weight_version"]
+            return {"message": "done"}
         if path == "/reset_prefix_cache":
             return {"success": True}
         if path == "/collective_rpc":

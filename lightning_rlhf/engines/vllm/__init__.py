@@ -1,6 +1,7 @@
 """vLLM as an engine: a server in a process of its own that gets the weights of each rollout."""
 
+from lightning_rlhf.engines.vllm.nccl import NCCL
 from lightning_rlhf.engines.vllm.server import VLLMServer
 from lightning_rlhf.engines.vllm.sync import SharedFolder, WeightSync
 
-__all__ = ["SharedFolder", "VLLMServer", "WeightSync"]
+__all__ = ["NCCL", "SharedFolder", "VLLMServer", "WeightSync"]
