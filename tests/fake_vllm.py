@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -174,3 +178,65 @@ def serving(network: nn.Module, **options: Any) -> Iterator[FakeVLLM]:
         yield fake
     finally:
         fake.stop()
+
+
+@dataclass
+class InitInfo:
+    """As `NCCLTrainerInitInfo` of vLLM 0.32."""
+
+    master_address: str
+    master_port: int
+    world_size: int
+    packed: bool = True
+    rank: int = 0
+
+
+class TrainerEngine:
+    """As `NCCLTrainerWeightTransferEngine` of vLLM 0.32, but for the broadcast."""
+
+    made: list[TrainerEngine] = []
+    servers: list[FakeVLLM] = []
+    loses: set[str] = set()
+
+    def __init__(self, info: InitInfo, client: Any, source: Any) -> None:
+        self.info, self.client, self.source, self.open = info, client, source, True
+        self.made.append(self)
+
+    @classmethod
+    def trainer_init(cls, info: InitInfo, *, client: Any, source: Any) -> TrainerEngine:
+        engine = cls(info, client, source)
+        if info.rank == 0:
+            client.init_weight_transfer_engine(asdict(info) | {"rank_offset": 1})
+        return engine
+
+    @torch.no_grad()
+    def send_weights(self) -> None:
+        meta = self.source.metadata()
+        tensors = list(self.source)
+        assert [(m.name, m.dtype, m.shape) for m in meta] == [(n, t.dtype, tuple(t.shape)) for n, t in tensors]
+        if self.info.rank != 0:
+            return
+        self.client.start_weight_update()
+        names = [m.name for m in meta]
+        self.client.update_weights({"names": names, "dtype_names": [str(m.dtype)[6:] for m in meta]})
+        for server in self.servers:
+            state = {name: tensor for name, tensor in tensors if name not in self.loses}
+            server.network.load_state_dict(state, strict=False)
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self.open = False
+
+
+@contextmanager
+def vllm_installed() -> Iterator[type[TrainerEngine]]:
+    """A package `vllm` with the module that the trainer of `NCCL` imports."""
+    TrainerEngine.made, TrainerEngine.servers, TrainerEngine.loses = [], [], set()
+    names = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
+    names.append(f"{names[-1]}.nccl_engine")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules[names[-1]].NCCLTrainerInitInfo = InitInfo
+    modules[names[-1]].NCCLTrainerWeightTransferEngine = TrainerEngine
+    modules[names[-2]].nccl_engine = modules[names[-1]]
+    with mock.patch.dict(sys.modules, modules):
+        yield TrainerEngine

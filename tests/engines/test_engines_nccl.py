@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
-from fake_vllm import FakeVLLM, serving
+from fake_vllm import serving, vllm_installed
 
 from lightning_rlhf.engines import NCCL, EngineError, Request, SamplingParams, VLLMServer, sample
 from lightning_rlhf.models import PolicyModel
@@ -17,67 +12,10 @@ from lightning_rlhf.models import PolicyModel
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
 
-@dataclass
-class InitInfo:
-    """As `NCCLTrainerInitInfo` of vLLM 0.32."""
-
-    master_address: str
-    master_port: int
-    world_size: int
-    packed: bool = True
-    rank: int = 0
-
-
-class TrainerEngine:
-    """As `NCCLTrainerWeightTransferEngine` of vLLM 0.32, but for the broadcast."""
-
-    made: list[TrainerEngine] = []
-    servers: list[FakeVLLM] = []
-    loses: set[str] = set()
-
-    def __init__(self, info: InitInfo, client: Any, source: Any) -> None:
-        self.info, self.client, self.source, self.open = info, client, source, True
-        self.made.append(self)
-
-    @classmethod
-    def trainer_init(cls, info: InitInfo, *, client: Any, source: Any) -> TrainerEngine:
-        engine = cls(info, client, source)
-        if info.rank == 0:
-            client.init_weight_transfer_engine(asdict(info) | {"rank_offset": 1})
-        return engine
-
-    @torch.no_grad()
-    def send_weights(self) -> None:
-        meta = self.source.metadata()
-        tensors = list(self.source)
-        assert [(m.name, m.dtype, m.shape) for m in meta] == [(n, t.dtype, tuple(t.shape)) for n, t in tensors]
-        if self.info.rank != 0:
-            return
-        self.client.start_weight_update()
-        names = [m.name for m in meta]
-        self.client.update_weights({"names": names, "dtype_names": [str(m.dtype)[6:] for m in meta]})
-        for server in self.servers:
-            state = {name: tensor for name, tensor in tensors if name not in self.loses}
-            server.network.load_state_dict(state, strict=False)
-        self.client.finish_weight_update()
-
-    def shutdown(self) -> None:
-        self.open = False
-
-
 @pytest.fixture
-def vllm(monkeypatch):
-    """A package `vllm` with the module that the trainer imports."""
-    monkeypatch.setattr(TrainerEngine, "made", [])
-    monkeypatch.setattr(TrainerEngine, "servers", [])
-    monkeypatch.setattr(TrainerEngine, "loses", set())
-    names = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
-    for name in [*names, f"{names[-1]}.nccl_engine"]:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    module = sys.modules[f"{names[-1]}.nccl_engine"]
-    module.NCCLTrainerInitInfo, module.NCCLTrainerWeightTransferEngine = InitInfo, TrainerEngine
-    sys.modules[names[-1]].nccl_engine = module
-    return TrainerEngine
+def vllm():
+    with vllm_installed() as engine:
+        yield engine
 
 
 @pytest.fixture

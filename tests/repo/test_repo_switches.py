@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import switch_core
 import switch_data
+import switch_engines
 import switch_models
 import switch_rewards
 import switch_run
@@ -31,7 +32,7 @@ def table(tmp_path_factory, make_lm, make_scorer, make_tokenizer, left_padded, r
         left_padded=left_padded,
         right_padded=right_padded,
     )
-    areas = [area.table(bench) for area in (switch_models, switch_rewards, switch_data, switch_run)]
+    areas = [area.table(bench) for area in (switch_models, switch_rewards, switch_data, switch_run, switch_engines)]
     return {kind: case for area in (switch_core.TABLE, *areas) for kind, case in area.items()}
 
 
