@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.generation import SamplingParams
 from lightning_rlhf.engines.progress import Watch
 from lightning_rlhf.engines.response_buffer import Sampled
@@ -45,6 +44,27 @@ class Request:
     def is_greedy(self) -> bool:
         """True if each token is the most likely one."""
         return self.uniforms is None
+
+
+class Processes(Protocol):
+    """Processes of a run as an engine needs them; `Ranks` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its networks."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all of them."""
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raise on each if one has a problem."""
+
+    def gather_text(self, text: str) -> str:
+        """Gather the texts of all."""
 
 
 class Engine(ABC):
@@ -82,7 +102,7 @@ class Engine(ABC):
             EngineError: they cannot be drawn.
         """
 
-    def attach(self, ranks: Ranks) -> None:
+    def attach(self, ranks: Processes) -> None:
         """Take note of the processes of the run, before anything else is asked."""
         return
 

@@ -80,7 +80,8 @@ UPDATE = (
     Entry("value/clipfrac_avg", "share of actions whose clipped value was further off; with a value network", "1"),
 )
 COST = (
-    Entry("time/generate", "sampling; times are wall time of rank 0", "s"),
+    Entry("time/generate", "sampling, or waiting for what was drawn ahead; times are wall time of rank 0", "s"),
+    Entry("time/sync", "weights to an engine outside, with the check that they arrived", "s"),
     Entry("time/reference", "log π_ref", "s"),
     Entry("time/old_logprobs", "log π_old", "s"),
     Entry("time/values", "V; with a value network", "s"),
@@ -88,6 +89,10 @@ COST = (
     Entry("time/update", "all minibatches, forwards, backwards and optimizer steps", "s"),
     Entry("time/optimizer", "of these the optimizer steps", "s"),
     Entry("time/kl_old", "KLPEN: the measurement of `policy/kl_old`", "s"),
+    Entry("sync/seconds", "the transfer of weights itself", "s"),
+    Entry("sync/gib", "weights that were sent, to all servers alike", "GiB"),
+    Entry("sync/canary", "mean ∣log π_server − log π∣ of a fixed text after the transfer", "nats"),
+    Entry("sync/gap", "mean ∣log π_sampler − log π∣ of a rollout's tokens; with `overlap` π is one update on", "nats"),
     Entry("time/step", "the whole rollout with its update", "s"),
     Entry("throughput/tokens_per_second", "response tokens of all processes over `time/step`", "tokens/s"),
     Entry("memory/peak_gib", "most memory the process has held: of its GPU where it has one, else resident", "GiB"),

@@ -128,7 +128,7 @@ class Ahead:
 
 
 def keys_of(prompts: PromptBatch) -> Tensor:
-    """Return a number of each prompt that its tokens decide, (B,), int64, on the CPU."""
+    """Return a number of each prompt that its tokens decide: (B,), int64 on the CPU."""
     tokens = (prompts.tokens * prompts.mask + prompts.mask).cpu()
     key = torch.zeros(len(tokens), dtype=torch.int64)
     for column in tokens.T:

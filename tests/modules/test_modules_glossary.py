@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 from gathered import gathered
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf.callbacks import GradientNorms
 from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen
-from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.engines import SamplingParams, VLLMServer
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
@@ -74,6 +75,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "ppo": ppo(reward=parts, evaluations=evaluations, ptx_coef=1.0),
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
         "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage()),
+        "served": ppo(engine=VLLMServer(urls=[FakeVLLM(make_lm(end=ENDS)).url])),
         "grpo": ppo(advantage=GroupAdvantage(), generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2)),
     }
 
@@ -88,7 +90,10 @@ def data(as_loader, left_padded, right_padded):
     ranked = ComparisonBatch(
         tokens * mask, mask, torch.tensor([[0, 1]] * 3), torch.full((3, 2), torch.nan), [["a", "b"]] * 3
     )
-    found = {name: ([{"prompts": prompts, "pretrain": texts}], held_out) for name in ("ppo", "gae", "klpen", "grpo")}
+    found = {
+        name: ([{"prompts": prompts, "pretrain": texts}], held_out)
+        for name in ("ppo", "gae", "klpen", "served", "grpo")
+    }
     found |= {"sft": ([texts], as_loader([texts])), "reward": ([ranked], [as_loader([ranked]), as_loader([texts])])}
     return {name: (as_loader(train), val) for name, (train, val) in found.items()}
 

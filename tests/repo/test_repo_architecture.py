@@ -21,7 +21,7 @@ BELOW = {  # what each room may import of the library beside itself
     "text": {"folders"},
     "models": {"core", "folders", "text", "types"},
     "data": {"core", "text", "types"},
-    "engines": {"core", "distributed", "models", "types"},
+    "engines": {"core", "models", "types"},
     "rewards": {"core", "folders", "models", "text", "types"},
     "distributed": {"core", "models"},
     "rollout": {"core", "distributed", "engines", "models", "rewards", "types"},

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_count, check_positive
-from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.engines.engine import Engine, EngineError, Request
+from lightning_rlhf.engines.engine import Engine, EngineError, Processes, Request
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.engines.vllm.answers import ROUTE, Response, body_of, responses_of, sampled_of
 from lightning_rlhf.engines.vllm.canary import LIMIT, Canary, canary_tokens, trainer_logprobs
@@ -73,7 +72,7 @@ class VLLMServer(Engine):
             raise ValueError("`urls` is empty: name a server, such as http://127.0.0.1:8000")
         for url in self.urls:
             check_url(url, private=self.private_network)
-        self._ranks: Ranks | None = None
+        self._ranks: Processes | None = None
         self._clients: list[Client] = []
         self._canaries: list[Canary] = []
         self._canary_text: list[int] = []
@@ -88,7 +87,7 @@ class VLLMServer(Engine):
         """True if the next rollout is drawn during the update."""
         return self.overlap
 
-    def attach(self, ranks: Ranks) -> None:
+    def attach(self, ranks: Processes) -> None:
         """Take note of the processes, of which the first sends the weights."""
         self._ranks = ranks
 
@@ -151,6 +150,7 @@ class VLLMServer(Engine):
         whole = float(apart.sum() / lengths.sum())
         allowed = bound * (1 + 6 / lengths.double().sqrt())
         wrong = ((of_rows > allowed) & (lengths >= FEW)).nonzero().flatten().tolist()
+        self._measured["sync/gap"] = whole
         if whole <= bound and not wrong:
             self._agree(None)
             return
