@@ -76,6 +76,18 @@ def measure(name: str, policy: str) -> dict:
 
 def main() -> None:
     seconds: dict[str, float] = {}
+    until_reward_model(seconds)
+    with stage("before", seconds):
+        before = measure("before", "sft")
+    with stage("PPO-ptx", seconds):
+        fit("ppo_ptx.yaml", "ppo.yaml")
+    with stage("after", seconds):
+        after = measure("after", "ppo")
+    report(RUN, before, after, seconds)
+
+
+def until_reward_model(seconds: dict[str, float]) -> None:
+    """Data, SFT and reward model: what the RL stage starts from."""
     gguf = smollm2()
     with stage("data", seconds):
         prepare(RUN / "data", seed=SEED, held_out=HELD_OUT)
@@ -85,13 +97,6 @@ def main() -> None:
         sample_comparisons()
     with stage("reward model", seconds):
         fit("reward.yaml", "reward.yaml")
-    with stage("before", seconds):
-        before = measure("before", "sft")
-    with stage("PPO-ptx", seconds):
-        fit("ppo_ptx.yaml", "ppo.yaml")
-    with stage("after", seconds):
-        after = measure("after", "ppo")
-    report(RUN, before, after, seconds)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         return import_module(TOOLS[given[0]]).main(given[1:])
     from lightning_rlhf.cli.command import RLHFCLI
 
-    return RLHFCLI(args=args)
+    return RLHFCLI(args=None if args is None else given)
 
 
 def console() -> None:
