@@ -28,13 +28,15 @@ LAST = 12
 """Lines of the log in the message that the server died."""
 GRACE = 20.0
 """Seconds between the request to end and the kill."""
+LINGER = 2.0
+"""Seconds that its children may live on after it."""
 SLOWEST_START = 3600.0
 """Seconds after which a server that does not answer is given up."""
 ANYWHERE = ("0.0.0.0", "::")
 WATCH = """
 read -r _
 kill -s TERM -- "-$1"
-sleep 10
+for _ in 1 2 3 4 5 6 7 8 9 10; do kill -s 0 -- "-$1" && sleep 1; done
 kill -s KILL -- "-$1"
 rm -rf -- "$2"
 """
@@ -223,13 +225,13 @@ def _stop(process: subprocess.Popen[str], watcher: subprocess.Popen[bytes], work
     """End a group of processes and its watcher and remove the folder."""
     if os.getpid() != owner:
         return
-    with suppress(KeyboardInterrupt):  # a second Ctrl-C
-        if process.poll() is None:
-            process.terminate()
-        deadline = time.monotonic() + GRACE
-        while _signal(process.pid, 0) and time.monotonic() < deadline:
-            process.poll()
-            time.sleep(0.05)
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
+            process.wait(GRACE)
+    deadline = time.monotonic() + LINGER
+    while _signal(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.05)
     _signal(process.pid, signal.SIGKILL)
     process.wait()
     _signal(watcher.pid, signal.SIGKILL)
