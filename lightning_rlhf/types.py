@@ -74,9 +74,13 @@ class ComparisonBatch(NamedTuple):
 
 
 class PPOBatch(TypedDict):
-    """Batch of the prompt loader: prompts, and pretraining texts if there is a stream (PPO-ptx)."""
+    """Batch of the prompt loader: prompts, and pretraining texts if there is a stream (PPO-ptx).
+
+    `next_prompts` are those of the batch after, for an engine that draws ahead.
+    """
 
     prompts: PromptBatch
+    next_prompts: NotRequired[PromptBatch]
     pretrain: NotRequired[TextBatch]
 
 

@@ -14,8 +14,9 @@ from lightning_rlhf.data.columns import ColumnNames
 from lightning_rlhf.data.datamodule import Collate, TextDataModule, check_least
 from lightning_rlhf.data.drop_report import DropReport
 from lightning_rlhf.data.examples import TextExample, pretraining_blocks, prompt_examples
-from lightning_rlhf.data.loader import JointStream, ResumableLoader
+from lightning_rlhf.data.loader import JointStream, ResumableLoader, Stream
 from lightning_rlhf.data.records import Located
+from lightning_rlhf.data.sampling_order import NextOrder
 from lightning_rlhf.data.sources import Source
 from lightning_rlhf.text import Encoder
 
@@ -86,9 +87,12 @@ class PromptDataModule(TextDataModule):
         Raises:
             ValueError: that is less than one text per rollout.
         """
-        streams = {"prompts": self.training_stream("train", collate_prompts, batch_size=self.batch_size)}
+        prompts = self.training_stream("train", collate_prompts, batch_size=self.batch_size)
+        streams = {"prompts": prompts}
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if getattr(module, "draws_ahead", False):
+            streams["next_prompts"] = Stream(prompts.examples, NextOrder(prompts.order), prompts.collate)
         if self.pretrain is not None:
-            module = None if self.trainer is None else self.trainer.lightning_module
             episodes = self.batch_size * getattr(module, "samples_per_prompt", 1)
             size = round(self.pretrain_ratio * episodes)
             if size < 1:

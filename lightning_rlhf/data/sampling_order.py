@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -41,6 +42,22 @@ class Order(ABC):
         Returns:
             keys, at least one; `~i` is row i repeated only to fill the batch, and counts nowhere.
         """
+
+
+class NextOrder(Order):
+    """Order of the batches one step later.
+
+    Args:
+        order: of the batches.
+    """
+
+    def __init__(self, order: Order) -> None:
+        super().__init__(order.size, batch_size=order.batch_size, rank=order.rank, world=order.world)
+        self.order = copy.copy(order)  # which keeps a permutation in mind
+
+    def __call__(self, step: int) -> list[int]:
+        """Return the row numbers of this rank's batch at `step` + 1."""
+        return self.order(step + 1)
 
 
 class ShuffledOrder(Order):

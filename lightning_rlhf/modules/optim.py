@@ -27,6 +27,22 @@ FUSED = ("cpu", "cuda")
 ENDLESS = 10**9
 """Number of steps assumed for a run without end."""
 
+
+def ends_after(module: LightningModule, steps: int) -> bool:
+    """Return True if the rollout of this training step is the last of the run.
+
+    Args:
+        module: in its training step.
+        steps: optimizer steps of this rollout.
+    """
+    trainer = module._trainer
+    if trainer is None:
+        return True
+    epochs = trainer.max_epochs or 0
+    of_epochs = epochs > 0 and trainer.fit_loop.total_batch_idx + 1 >= trainer.num_training_batches * epochs
+    return of_epochs or 0 < trainer.max_steps <= trainer.global_step + steps
+
+
 logger = logging.getLogger(__name__)
 
 

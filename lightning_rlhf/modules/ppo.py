@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +28,7 @@ from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import optim, resume
 from lightning_rlhf.modules.compatibility import check_compatible
+from lightning_rlhf.modules.evaluated import EvaluatedModule
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.revival import CheckedRevival
@@ -43,7 +43,7 @@ DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr",
 """Arguments in which a resumed run must agree with its checkpoint."""
 
 
-class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
+class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
     """Reinforcement learning on prompts: one `training_step` is one rollout and its updates.
 
     Args:
@@ -129,6 +129,7 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.signal = TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
+        self._ahead: dict[str, Any] = {}
         self._settings = resume.settings(
             self.optimizer,
             **self._sources,
@@ -186,7 +187,8 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         self.collector.to(self.device)
 
     def on_train_start(self) -> None:
-        """Apply learning rates that differ from the resumed checkpoint's."""
+        """Apply what a resumed checkpoint leaves to the run: changed learning rates and the rollout drawn ahead."""
+        self.collector.sampler.ahead.restore(self._ahead)
         optim.begin_training(self, self._changed)
 
     def training_step(self, batch: PPOBatch, batch_idx: int) -> None:
@@ -196,7 +198,9 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         prompts = batch["prompts"]
         text = pretraining_of(batch, self.algorithm.ptx_coef)
 
-        rollout = self.collect(prompts)  # y ~ π_old, with log π_old, log π_ref and V           (B, R)
+        rollout = self.collect(
+            prompts, batch.get("next_prompts")
+        )  # y ~ π_old, with log π_old, log π_ref and V           (B, R)
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                      (B,)
         experience = self.credit(rollout, scores)  # Â = r − β·log(π_old/π_ref) − b             (B, T)
         self.outcome = outcome_of(rollout, scores, prompts, experience)
@@ -233,9 +237,18 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         """Number k of responses to each prompt in training."""
         return self.generation.samples_per_prompt or 1
 
-    def collect(self, prompts: PromptBatch) -> Rollout:
+    @property
+    def draws_ahead(self) -> bool:
+        """Return True if the engine draws the next rollout during the update, for which it needs the next prompts."""
+        return self.engine.overlaps
+
+    def collect(self, prompts: PromptBatch, following: PromptBatch | None = None) -> Rollout:
         """Sample k responses to each prompt for training."""
-        return self.responder.collect(prompts, samples=self.samples_per_prompt, iteration=self.iteration)
+        steps = self.updates.steps(len(prompts.tokens) * self.samples_per_prompt)
+        following = None if optim.ends_after(self, steps) else following
+        return self.responder.collect(
+            prompts, samples=self.samples_per_prompt, iteration=self.iteration, following=following
+        )
 
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts."""
@@ -298,52 +311,25 @@ class PPOModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         """Clip the gradients, which fp16 training has unscaled by now."""
         self._grad_norm = optim.clip_gradients(self, optimizer, self.updates.max_grad_norm)
 
-    def on_validation_epoch_start(self) -> None:
-        """Reset the means of the evaluation, which is of today's weights."""
-        self.evaluation.begin(self.responder)
-
-    def validation_step(self, batch: PromptBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Generate and score responses to held-out prompts, or measure the held-out pretraining loss."""
-        self.outcome = None
-        self.outcome = self.evaluation.step(self.responder, batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation means as `eval/…`."""
-        self._log_evaluation("eval")
-
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-    on_predict_epoch_start = on_validation_epoch_start
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test means as `test/…`."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        trains = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        means = self.evaluation.conclude(self.responder, remember=trains)
-        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return a JSON-ready record per prompt: its response with score, KL and length."""
-        return self.evaluation.predict(self.responder, batch, batch_idx)
-
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Build one optimizer with a parameter group per trained network and a schedule in rollouts."""
         groups = optim.groups_of(self.policy, self.value, value_lr=self.value_lr)
         return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters and the adaptive numbers of the algorithm, as Python numbers."""
+        """Save the counters, the adaptive numbers of the algorithm and the rollout drawn ahead."""
         counters = {"iteration": self.iteration, "episodes": self.episodes, "version": resume.version()}
         counters["settings"] = resume.of_all_processes(self._settings, self._trainer)
-        checkpoint["rlhf"] = counters | {"algorithm": self.algorithm.state()}
+        ahead = self.collector.sampler.ahead.state() if self.responder else {}
+        checkpoint["rlhf"] = counters | {"algorithm": self.algorithm.state(), "ahead": ahead}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters and the adaptive numbers of the algorithm."""
+        """Restore the counters, the adaptive numbers of the algorithm and the rollout drawn ahead."""
         self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.algorithm = self.algorithm.restored(state["algorithm"])
+        self._ahead = state.get("ahead", {})
 
     def teardown(self, stage: str) -> None:
         """Release what the engine holds."""

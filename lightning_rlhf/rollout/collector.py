@@ -24,6 +24,9 @@ from lightning_rlhf.types import PromptBatch, Rollout
 
 logger = logging.getLogger(__name__)
 
+FEW = 8
+"""Responses whose log-probs are compared where the trainer's are not computed anyway."""
+
 
 class Collector:
     """Collector of responses that also measures their log-probs and values, without gradient but for `UpdateLogprobs`.
@@ -95,16 +98,18 @@ class Collector:
         memo[id(self)] = clone
         return clone
 
-    def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
+    def collect(
+        self, prompts: PromptBatch, *, samples: int, iteration: int, following: PromptBatch | None = None
+    ) -> Rollout:
         """Sample a rollout to train on, B·k responses with those of one prompt in consecutive rows.
 
         Args:
             prompts: B prompts of this process.
             samples: k, responses to each prompt.
             iteration: which rollout of the run; it names the random numbers.
+            following: prompts of the next step, for an engine that draws ahead.
         """
-        self.sampler.outdate(iteration)
-        sampled = self.sampler.draw(prompts, samples, stream="train", iteration=iteration)
+        sampled = self.sampler.collect(prompts, samples, iteration=iteration, following=following)
         rollout = sampled.rollout(prompts)
         pieces = self.updates.pieces(rollout, self.agree)
         epochs = self.updates.epochs
@@ -139,17 +144,28 @@ class Collector:
         with self.clock.phase("old_logprobs"):
             rollout = source(rollout, lambda x: in_pieces(logprobs, x, pieces), logprobs)
         if self.engine.is_external:
-            self.engine.confirm(rollout, rollout.logprobs, same_weights=True)
+            self._confirm(rollout, logprobs)
         if self.value is not None:
             with self.clock.phase("values"):
                 rollout = replace(rollout, values=in_pieces(self.value.response_values, rollout, pieces))
         return rollout
 
+    @torch.no_grad()
+    def _confirm(self, rollout: Rollout, measure: Callable[[Rollout], Tensor]) -> None:
+        """Have the engine compare its log-probs with the trainer's; of what was drawn ahead, those of a few rows."""
+        if not self.engine.overlaps:
+            self.engine.confirm(rollout, rollout.logprobs, same_weights=True)
+            return
+        few = rollout.select(torch.arange(min(FEW, len(rollout)), device=rollout.tokens.device))
+        self.engine.confirm(few, measure(few), same_weights=False)
+
     def _situation(self, *, one_step: bool, epochs: int) -> Situation:
         samples_in, trains_in = self._dtypes()
         same = samples_in == trains_in and not self.engine.is_external
         full = same and trains_in in (torch.float32, torch.float64)
-        return Situation(full_precision=full, one_step=one_step, epochs=epochs)
+        return Situation(
+            full_precision=full, one_step=one_step, epochs=epochs, ahead=epochs > 0 and self.engine.overlaps
+        )
 
     def _dtypes(self) -> tuple[torch.dtype | str, torch.dtype]:
         """Return the dtype of the sampling weights (or the engine that has them) and that of the trained weights."""

@@ -23,11 +23,19 @@ class Situation:
         full_precision: the weights that sample are those that train, in float32 or more, without autocast.
         one_step: the rollout is learned from by one optimizer step with one forward pass.
         epochs: inner epochs; 0 where nothing is learned (evaluation).
+        ahead: the rollout was drawn ahead of its step, by weights that are gone.
     """
 
     full_precision: bool
     one_step: bool
     epochs: int
+    ahead: bool = False
+
+
+AHEAD = (
+    "the engine draws ahead of the update, and today's weights are not those that drew: take SamplerLogprobs(), leave "
+    "`updates.old_logprobs` out, or set the engine's `overlap` to false"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,7 @@ class SamplerLogprobs(OldLogprobs):
 
     def why_not(self, situation: Situation) -> str | None:
         """Return a reason in low precision, which is off by tenths of a nat per token (ratios of 0.4 to 2)."""
-        if situation.full_precision:
+        if situation.full_precision or situation.ahead:
             return None
         return (
             "the weights that sample are of another or of low precision, so that their log-probs are not those of "
@@ -79,7 +87,8 @@ class RecomputedLogprobs(OldLogprobs):
     meaning: ClassVar[str] = "recomputed by a forward pass before the updates"
 
     def why_not(self, situation: Situation) -> str | None:
-        """Return None: the source is always applicable."""
+        """Return a reason if the weights that drew are gone."""
+        return AHEAD if situation.ahead else None
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:
@@ -98,6 +107,8 @@ class UpdateLogprobs(OldLogprobs):
 
     def why_not(self, situation: Situation) -> str | None:
         """Return a reason if there are several updates or microbatches, whose graphs differ from the first's."""
+        if situation.ahead:
+            return AHEAD
         if situation.one_step:
             return None
         return (
@@ -122,6 +133,6 @@ def choose(setting: OldLogprobs | None, situation: Situation) -> OldLogprobs:
         if (reason := setting.why_not(situation)) is not None:
             raise ValueError(f"`updates.old_logprobs`={type(setting).__name__}() cannot be used here: {reason}")
         return setting
-    if situation.full_precision and situation.epochs <= 1:
+    if situation.ahead or (situation.full_precision and situation.epochs <= 1):
         return SamplerLogprobs()
     return UpdateLogprobs() if situation.one_step else RecomputedLogprobs()

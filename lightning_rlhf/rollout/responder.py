@@ -66,11 +66,13 @@ class Responder:
         """Ranks of the processes that respond together."""
         return self.collector.ranks
 
-    def collect(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
+    def collect(
+        self, prompts: PromptBatch, *, samples: int, iteration: int, following: PromptBatch | None = None
+    ) -> Rollout:
         """Sample a rollout to train on (see `Collector.collect`)."""
         self._check(prompts)
         self.collector.updates.steps(len(prompts.tokens) * samples)
-        return self.collector.collect(prompts, samples=samples, iteration=iteration)
+        return self.collector.collect(prompts, samples=samples, iteration=iteration, following=following)
 
     def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
         """Sample a rollout for evaluation (see `Collector.respond`)."""

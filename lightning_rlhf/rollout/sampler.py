@@ -11,6 +11,7 @@ from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sa
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models import PolicyModel
+from lightning_rlhf.rollout.ahead import Ahead
 from lightning_rlhf.rollout.clock import Clock
 from lightning_rlhf.types import PromptBatch
 
@@ -37,6 +38,7 @@ class Sampler:
         self.generation = generation
         self.clock = clock
         self.version = 0
+        self.ahead = Ahead(ranks)
         engine.attach(ranks)
         self._outdated = True
 
@@ -48,6 +50,35 @@ class Sampler:
         """
         self.version = self.version if version is None else version
         self._outdated = True
+
+    @torch.no_grad()
+    def collect(
+        self, prompts: PromptBatch, samples: int, *, iteration: int, following: PromptBatch | None = None
+    ) -> Sampled:
+        """Return the responses of a training step, and begin with those of the next if the engine draws ahead.
+
+        Those of rollout n + 1 are drawn by the weights of rollout n, before its update.
+
+        Args:
+            prompts: B prompts of this process.
+            samples: k, responses to each prompt.
+            iteration: which rollout.
+            following: prompts of the next step; None if there is none.
+
+        Raises:
+            EngineError: the engine failed, or what it returned is not whole.
+        """
+        self.outdate(iteration)
+        with self.clock.phase("generate"):
+            sampled = self._together(lambda: self.ahead.take(prompts, iteration=iteration))
+        if sampled is None:
+            sampled = self.draw(prompts, samples, stream="train", iteration=iteration)
+        if following is not None and self.engine.overlaps:
+            request = self._request(following, samples, stream="train", iteration=iteration + 1)
+            self._load()
+            version = self.version
+            self.ahead.start(lambda: self._drawn(request, version), following, iteration=iteration + 1)
+        return sampled
 
     @torch.no_grad()
     def draw(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Sampled:
@@ -65,14 +96,16 @@ class Sampler:
         request = self._request(prompts, samples, stream=stream, iteration=iteration)
         self._load()
         with self.clock.phase("generate"):
-            return self._together(lambda: self._drawn(request))
-
-    def _drawn(self, request: Request) -> Sampled:
-        sampled = self.engine.generate(request)
-        check_sampled(sampled, request, self.version)
+            sampled = self._together(lambda: self._drawn(request, self.version))
+        assert sampled is not None
         return sampled
 
-    def _together(self, draw: Callable[[], Sampled]) -> Sampled:
+    def _drawn(self, request: Request, version: int) -> Sampled:
+        sampled = self.engine.generate(request)
+        check_sampled(sampled, request, version)
+        return sampled
+
+    def _together(self, draw: Callable[[], Sampled | None]) -> Sampled | None:
         """Draw, and raise on every process if an engine outside fails on one."""
         if not self.engine.is_external:
             return draw()
@@ -82,13 +115,13 @@ class Sampler:
         except EngineError as error:
             problem = error
         self.ranks.agree(problem)
-        assert sampled is not None
         return sampled
 
     def _load(self) -> None:
-        """Hand today's weights to the engine unless it has them."""
+        """Hand today's weights to the engine unless it has them, once it has drawn by those before."""
         if not self._outdated:
             return
+        self.ahead.land()
         if self.engine.is_external:
             with self.clock.phase("sync"):
                 self.engine.load(self.policy, self.version)

@@ -30,7 +30,8 @@ def canary_tokens(policy: PolicyModel) -> list[int]:
     if policy.tokenizer is not None:
         return list(policy.tokenizer(TEXT, add_special_tokens=False)["input_ids"])[:LONGEST]
     rows = rows_of(policy.network) or WITHOUT_TOKENIZER
-    return torch.linspace(0, rows - 1, WITHOUT_TOKENIZER).long().tolist()
+    spread = torch.linspace(0, rows - 1, WITHOUT_TOKENIZER).long().tolist()
+    return [token for token in spread if token not in policy.end_tokens]  # whose embedding may be 0
 
 
 @torch.no_grad()
