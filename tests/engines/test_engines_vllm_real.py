@@ -112,15 +112,6 @@ def port() -> int:
     return free_port("127.0.0.1", None)
 
 
-@pytest.fixture(autouse=True)
-def all_threads() -> Iterator[None]:
-    """SmolLM2 on one thread takes a minute more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def engine(served) -> Iterator[VLLMServer]:
     logging.getLogger("httpx").setLevel(logging.WARNING)

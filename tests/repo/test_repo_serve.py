@@ -281,7 +281,9 @@ def test_server_that_dies_shows_the_end_of_its_log(fake, make_folder):
 
 def test_missing_vllm_is_refused_with_its_installation(fake, make_folder):
     fake.set(installed=False)
-    with pytest.raises(ValueError, match="vLLM is not installed in .*: `python3 -m venv ENV && ENV/bin/pip install"):
+    with pytest.raises(
+        ValueError, match="vLLM is not installed in .*: `python3 -m venv .venv-vllm && .venv-vllm/bin/pip install"
+    ):
         main(command(fake, make_folder("llama"), port=free()))
     with pytest.raises(ValueError, match="nowhere/python does not run"):
         main(["serve", make_folder("llama"), "--python=nowhere/python"])

@@ -11,6 +11,7 @@ import switch_data
 import switch_models
 import switch_rewards
 import switch_run
+import switch_serve
 import torch
 from public import PUBLIC
 from switch_bench import Bench
@@ -31,7 +32,7 @@ def table(tmp_path_factory, make_lm, make_scorer, make_tokenizer, left_padded, r
         left_padded=left_padded,
         right_padded=right_padded,
     )
-    areas = [area.table(bench) for area in (switch_models, switch_rewards, switch_data, switch_run)]
+    areas = [area.table(bench) for area in (switch_models, switch_rewards, switch_data, switch_run, switch_serve)]
     return {kind: case for area in (switch_core.TABLE, *areas) for kind, case in area.items()}
 
 

