@@ -117,7 +117,7 @@ class LocalServer:
 
 
 class Environment(NamedTuple):
-    """What an environment has.
+    """Contents of an environment.
 
     Attributes:
         installed: whether vLLM is.

@@ -1,4 +1,4 @@
-"""Process of a vLLM server: start, health, signals, and an end that leaves nothing behind."""
+"""Process of a vLLM server, from its start to an end that leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def write_output_layer(network: Any, folder: Path) -> None:
 
 
 def write_untied_copy(folder: Path, target: Path) -> None:
-    """Write links to a folder's files, the output layer as weights of its own, and a config that says so.
+    """Write a copy of a folder that links to its files and has the output layer as weights of its own.
 
     Args:
         folder: of a model whose output layer is tied.
