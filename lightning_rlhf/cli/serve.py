@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Start a server, say when it answers, and end with it.
+    """Start a server and end with it.
 
     Raises:
         SystemExit: its status, or 2 where the arguments are not valid.
