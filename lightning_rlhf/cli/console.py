@@ -14,6 +14,7 @@ TOOLS = {
     "configs": "lightning_rlhf.cli.configs",
     "report": "lightning_rlhf.report.command",
     "rescore": "lightning_rlhf.cli.rescore",
+    "serve": "lightning_rlhf.cli.serve",
 }
 """Modules of the commands beside Lightning's, whose `main` takes the arguments after the command."""
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "configs": "list the shipped configs, or print one",
     "report": "make one page of a run, or of several beside each other",
     "rescore": "score the responses of a run by another reward",
+    "serve": "start a vLLM server that a run samples on",
     "completion": "print a script for the shell's tab key",
 }
 """Commands with their help."""

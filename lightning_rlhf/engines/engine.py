@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -56,6 +57,10 @@ class Processes(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of its networks."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over all of them."""

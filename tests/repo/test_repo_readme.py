@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from pages import Block, Command, blocks, pages
 
-from lightning_rlhf.cli import main
+from lightning_rlhf.cli import main, serve
 from lightning_rlhf.cli.configs import path_of
+from lightning_rlhf.engines.vllm.local_server import INSTALL, INSTALL_CPU
 
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in pages(ROOT) if blocks(path.read_text(encoding="utf-8"), path.name)]
@@ -63,12 +64,24 @@ def script_has_the_flags(command: Command) -> None:
         assert re.search(rf'add_argument\(\s*"{flag}"', known), f"{script.name} has no {flag}"
 
 
+def arguments_of_serve_exist(command: Command) -> None:
+    words = command.words[2:]
+    serve._parser().parse_args(words[: words.index("--")] if "--" in words else words)
+
+
+def installation_is_the_advised_one(command: Command) -> None:
+    advised = f"{INSTALL} && {INSTALL_CPU}".replace(".venv-vllm/bin/", "").split(" && ")
+    assert str(command) in advised, "the error of a missing vLLM says otherwise"
+
+
 def ci_does_the_same(command: Command) -> None:
     assert re.search(rf"(?m)(^|\s){re.escape(str(command))}(\s|$)", CI), ".ci/run does not do this"
 
 
 NOT_RUN: list[tuple[str, str, Callable[[Command], None]]] = [
     (r"python3 -m venv \S+", "an environment takes minutes; CI makes one", environment_is_not_committed),
+    (r"pip (install vllm|uninstall).*", "an environment of vLLM takes minutes", installation_is_the_advised_one),
+    (r"lightning-rlhf serve .*", "needs vLLM; tests/engines starts one", arguments_of_serve_exist),
     (r"pip install .*", "a package registry is not for tests; CI installs", extras_exist),
     (r"python -m pytest .*|ruff .*|mypy|mkdocs build .*", "is a gate, this very suite one of them", ci_does_the_same),
     (r"python examples/\S+\.py.*", "takes minutes; its own tests run it small", script_has_the_flags),
@@ -78,15 +91,15 @@ NOT_RUN: list[tuple[str, str, Callable[[Command], None]]] = [
 
 def run_command(command: Command, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of this library, as typed, or the check in its place."""
+    for pattern, _, check in NOT_RUN:
+        if re.fullmatch(pattern, str(command)):
+            check(command)
+            return
     if command.words[0] == "lightning-rlhf":
         for folder in filter(None, command.environment.get("PYTHONPATH", "").split(":")):
             monkeypatch.syspath_prepend(str(ROOT / folder))
         main([*command.words[1:], *smaller(command, tiny)])
         return
-    for pattern, _, check in NOT_RUN:
-        if re.fullmatch(pattern, str(command)):
-            check(command)
-            return
     raise AssertionError(f"nothing runs or checks `{command}`: make it run, or list it in NOT_RUN with the reason")
 
 

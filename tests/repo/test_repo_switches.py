@@ -12,6 +12,7 @@ import switch_engines
 import switch_models
 import switch_rewards
 import switch_run
+import switch_serve
 import torch
 from public import PUBLIC
 from switch_bench import Bench
@@ -32,7 +33,8 @@ def table(tmp_path_factory, make_lm, make_scorer, make_tokenizer, left_padded, r
         left_padded=left_padded,
         right_padded=right_padded,
     )
-    areas = [area.table(bench) for area in (switch_models, switch_rewards, switch_data, switch_run, switch_engines)]
+    rooms = (switch_models, switch_rewards, switch_data, switch_run, switch_engines, switch_serve)
+    areas = [area.table(bench) for area in rooms]
     return {kind: case for area in (switch_core.TABLE, *areas) for kind, case in area.items()}
 
 

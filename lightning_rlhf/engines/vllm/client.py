@@ -128,14 +128,15 @@ def check_url(url: str, *, private: bool) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError(f"`urls`: {url!r} is no address of a server; write http://127.0.0.1:8000")
-    if parts.scheme == "http" and not private and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not private and not is_loopback(parts.hostname):
         raise ValueError(
             f"`urls`: {url} is plain HTTP to another machine, and a vLLM server for RLHF takes weights from whoever "
             "reaches it: set `private_network` to true if only your machines do"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True if an address is of this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -21,6 +21,9 @@ from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.engines.vllm.answers import ROUTE, Response, body_of, responses_of, sampled_of
 from lightning_rlhf.engines.vllm.canary import LIMIT, Canary, canary_tokens, trainer_logprobs
 from lightning_rlhf.engines.vllm.client import Client, check_url
+from lightning_rlhf.engines.vllm.local_server import LocalServer
+from lightning_rlhf.engines.vllm.process import ServerProcess
+from lightning_rlhf.engines.vllm.run_server import start_for_run
 from lightning_rlhf.engines.vllm.sync import Sent, SharedFolder, WeightSync
 from lightning_rlhf.engines.vllm.untied import UNTIED
 from lightning_rlhf.models.policy import PolicyModel
@@ -44,8 +47,10 @@ class VLLMServer(Engine):
     `lightning-rlhf serve` starts a server with the options that it needs.
     """
 
-    urls: Sequence[str]
+    urls: Sequence[str] = ()
     """Addresses, such as `http://127.0.0.1:8000`; prompts are dealt to them in turn. No other address is contacted."""
+    serve: LocalServer | None = None
+    """Server that the run starts on its own machine and stops at its end, beside those of `urls`."""
     sync: WeightSync = field(default_factory=SharedFolder)
     """Way by which weights get there."""
     overlap: bool = False
@@ -68,11 +73,14 @@ class VLLMServer(Engine):
         check_positive(timeout=self.timeout, patience=self.patience)
         if self.tolerance is not None:
             check_positive(tolerance=self.tolerance)
-        if not self.urls:
-            raise ValueError("`urls` is empty: name a server, such as http://127.0.0.1:8000")
+        if not self.urls and self.serve is None:
+            raise ValueError(
+                "`urls` is empty: name a server, such as http://127.0.0.1:8000, or have one started by `serve`"
+            )
         for url in self.urls:
             check_url(url, private=self.private_network)
         self._ranks: Processes | None = None
+        self._own: ServerProcess | None = None
         self._clients: list[Client] = []
         self._canaries: list[Canary] = []
         self._canary_text: list[int] = []
@@ -173,6 +181,9 @@ class VLLMServer(Engine):
         for client in self._clients:
             client.close()
         self._clients = []
+        if self._own is not None:
+            self._own.stop()
+        self._own = None
 
     def _ask(self, number: int, row: list[int], request: Request) -> list[Response]:
         """Return the responses to a prompt, from the server whose turn it is."""
@@ -184,7 +195,11 @@ class VLLMServer(Engine):
     def _connect(self, policy: PolicyModel) -> None:
         """Connect to every server."""
         options = {"timeout": self.timeout, "patience": self.patience, "private": self.private_network}
-        self._clients = [Client(url, **options) for url in self.urls]  # type: ignore[arg-type]
+        urls = list(self.urls)
+        if self.serve is not None:
+            self._own, started = start_for_run(policy, self.serve, self._ranks)
+            urls.append(started)
+        self._clients = [Client(url, **options) for url in urls]  # type: ignore[arg-type]
         self._canaries = [Canary(self.tolerance) for _ in self._clients]
         self._canary_text = canary_tokens(policy)
         problem: EngineError | None = None

@@ -14,10 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_rlhf.models.exported import structure
+
 UNTIED = "policy-untied"
 """Name under which such a server serves the policy."""
 TIED = "policy"
 FILE = "output_layer.safetensors"
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -50,6 +53,26 @@ def write_output_layer(network: Any, folder: Path) -> None:
         values["weight_map"][target] = FILE
         index.unlink()
         index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_untied_copy(folder: Path, target: Path) -> None:
+    """Write a copy of a folder that links to its files and has the output layer as weights of its own.
+
+    Args:
+        folder: of a model whose output layer is tied.
+        target: an empty folder.
+
+    Raises:
+        ValueError: the folder has no embeddings in safetensors.
+    """
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    write_output_layer(structure(folder), target)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for part in (values, *(values[name] for name in ("text_config",) if name in values)):
+        part["tie_word_embeddings"] = False
+    (target / CONFIG).unlink()
+    (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _head(network: Any) -> nn.Module:
