@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fake_vllm import GENERATE, FakeVLLM, vllm_installed
 from switch_bench import Bench
@@ -16,6 +17,7 @@ from switch_run import _loader
 from lightning_rlhf.engines import (
     NCCL,
     EngineError,
+    LocalServer,
     Request,
     SamplingParams,
     SharedFolder,
@@ -112,6 +114,11 @@ def table(bench: Bench) -> Table:
         drawn = [body["cache_salt"] for body in one.bodies() if "n" in body["sampling_params"]]
         return [label.partition("-")[0] for label in drawn]
 
+    def beside(engine: VLLMServer) -> dict[str, Any]:
+        """As `asked`, where the server that the run starts is the second."""
+        with mock.patch("lightning_rlhf.engines.vllm.server.start_for_run", lambda *_: (None, two.url)):
+            return asked(engine)
+
     def place(sync: WeightSync) -> str:
         """Folder that the servers read from, but for its own random name."""
         asked(VLLMServer(urls=[one.url], sync=sync))
@@ -132,6 +139,7 @@ def table(bench: Bench) -> Table:
             asked,
             usual,
             urls=to([one.url, two.url]),
+            serve=to(LocalServer(), by=beside),
             sync=to(SharedFolder(str(elsewhere)), by=lambda engine: place(engine.sync)),
             overlap=to(True, by=versions),
             concurrency=to(1, by=abreast),
