@@ -116,7 +116,7 @@ def table(bench: Bench) -> Table:
 
     def beside(engine: VLLMServer) -> dict[str, Any]:
         """As `asked`, where the server that the run starts is the second."""
-        with mock.patch("lightning_rlhf.engines.vllm.server.start_for_run", lambda *_: (None, two.url)):
+        with mock.patch("lightning_rlhf.engines.vllm.server.start_for_run", return_value=(None, two.url)):
             return asked(engine)
 
     def place(sync: WeightSync) -> str:
