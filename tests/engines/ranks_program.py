@@ -23,7 +23,7 @@ class Letters(Reward):
     """A number of the response's tokens alone."""
 
     def __call__(self, rollout, rows):
-        weight = torch.linspace(-1, 1, 36, dtype=rollout.logprobs.dtype)
+        weight = torch.linspace(-1, 1, 64, dtype=rollout.logprobs.dtype)
         return (weight[rollout.tokens[:, rollout.prompt_width :]] * rollout.response_mask).sum(1)
 
 

@@ -39,7 +39,8 @@ def table(tmp_path_factory, make_lm, make_scorer, make_tokenizer, left_padded, r
 
 
 @pytest.mark.parametrize("name", arguments(CLASSES.values()))
-def test_argument_moves_the_result(table, name):
+def test_argument_moves_the_result(table, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write beside them
     kind, argument = name.split(".")
     known = table.get(CLASSES[kind])
     if known is None or argument not in known.switches:
