@@ -372,6 +372,16 @@ def test_missing_route_names_the_command_that_has_it(policy, server, connect, st
         connect(server).load(policy, 0)
 
 
+def test_failed_connection_leaves_nothing_half_made(policy, server, connect, asked):
+    engine, request = connect(server), asked(greedy=True)
+    server.fault = lambda path, body: 500 if path == "/v1/models" else None
+    with pytest.raises(EngineError, match="failed at /v1/models"):
+        engine.load(policy, 0)
+    server.fault = lambda path, body: None
+    engine.load(policy, 0)
+    assert torch.equal(engine.generate(request).tokens, sample(policy, request.prompts, None, request.params).tokens)
+
+
 def test_dead_server_is_named(policy, server, connect, asked):
     engine = connect(server)
     engine.load(policy, 0)

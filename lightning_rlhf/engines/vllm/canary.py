@@ -21,6 +21,8 @@ FLOOR = 1e-4
 """Smallest bound, nats per token: what float32 leaves."""
 LIMIT = 0.5
 """Largest mean difference at the first transfer, nats per token: more is another model or another precision."""
+KEPT = 8
+"""Earlier transfers whose log-probs are remembered."""
 SLACK = 3.0
 """Bound in multiples of the difference at the first transfer."""
 
@@ -54,8 +56,8 @@ def trainer_logprobs(policy: PolicyModel, tokens: list[int]) -> Tensor:
 class Canary:
     """Bound on the difference between server and trainer, measured at the first transfer.
 
-    A transfer is lost if the server's log-probs are farther from the trainer's than the bound, or equal to the bit to
-    those of weights that differ from the ones that were sent.
+    A transfer is lost if the server's log-probs are farther from the trainer's than the bound, or if they are to the
+    bit those of earlier weights while the trainer's have changed.
 
     Args:
         tolerance: the bound, nats per token; None measures it.
@@ -63,7 +65,7 @@ class Canary:
 
     def __init__(self, tolerance: float | None) -> None:
         self.bound = tolerance
-        self._seen: list[tuple[int, Tensor]] = []
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
 
     def check(self, server: Tensor, trainer: Tensor, *, weights: int, url: str) -> float:
         """Check the log-probs and return their mean difference in nats per token.
@@ -90,13 +92,13 @@ class Canary:
             raise EngineError(
                 f"the vLLM server at {url} does not have the weights that were sent: log-probs of a fixed text differ "
                 f"by {apart:.3g} nats per token, the bound is {self.bound:.3g}. See the server's log; restart it and "
-                "resume the run"
+                "resume the run, or set `tolerance` if the server's precision explains the difference"
             )
-        for former, logprobs in self._seen:
-            if former != weights and torch.equal(logprobs, server):
+        for former, before, trained in self._seen:
+            if former != weights and torch.equal(before, server) and not torch.equal(trained, trainer):
                 raise EngineError(
                     f"the vLLM server at {url} still has earlier weights: its log-probs of a fixed text are to the bit "
                     "those before the transfer. See the server's log; restart it and resume the run"
                 )
-        self._seen = [*self._seen[-7:], (weights, server)]
+        self._seen = [*self._seen[1 - KEPT :], (weights, server, trainer)]
         return apart

@@ -204,17 +204,14 @@ class VLLMServer(Engine):
         self._canary_text = canary_tokens(policy)
         problem: EngineError | None = None
         try:
-            for client in self._clients:
-                version = client.get("/version").get("version", "unknown")
-                models = client.get("/v1/models").get("data", [{}])
-                client.get("/weight_info")
-                logger.info("sampling on vLLM %s at %s", version, client.url)
-                client.untied = models[0].get("id") == UNTIED
-                limit = int(models[0].get("max_model_len") or 0)
-                self._longest = min(self._longest or limit, limit)
+            self._longest = min(_greeted(client) for client in self._clients)
         except EngineError as error:
             problem = error
-        self._agree(problem)
+        try:
+            self._agree(problem)
+        except RuntimeError:
+            self.close()
+            raise
 
     def _sing(self, trainer: Tensor, sent: Sent) -> float:
         """Check every server's log-probs of the fixed text and return the largest mean difference."""
@@ -256,3 +253,17 @@ class VLLMServer(Engine):
             self._ranks.agree(problem)
         elif problem is not None:
             raise problem
+
+
+def _greeted(client: Client) -> int:
+    """Check that a server has the routes and return the most tokens that it takes.
+
+    Raises:
+        EngineError: it does not answer, or is started otherwise.
+    """
+    version = client.get("/version").get("version", "unknown")
+    model: dict[str, Any] = next(iter(client.get("/v1/models").get("data") or []), {})
+    client.get("/weight_info")
+    client.untied = model.get("id") == UNTIED
+    logger.info("sampling on vLLM %s at %s", version, client.url)
+    return int(model.get("max_model_len") or 0)
