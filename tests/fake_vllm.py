@@ -46,6 +46,7 @@ class FakeVLLM:
         self.lie: Lie = lambda path, body, answer: answer
         self.reads = True
         self.workers = 1
+        self.adapters: dict[str, nn.Module] = {}
         self.busy = self.busiest = 0
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -70,6 +71,12 @@ class FakeVLLM:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             return {"success": True}
+        if path == "/v1/load_lora_adapter":
+            self.adapters[body["lora_name"]] = self.with_adapter(Path(body["lora_path"]))
+            return {}
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+            return {}
         if path == "/get_world_size":
             return {"world_size": self.workers}
         if path in ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights"):
@@ -99,11 +106,17 @@ class FakeVLLM:
         assert not unexpected, unexpected
         assert set(missing) <= {"lm_head.weight"}, missing  # tied
 
+    def with_adapter(self, folder: Path) -> nn.Module:
+        import peft
+
+        return peft.PeftModel.from_pretrained(copy.deepcopy(self.network), folder).merge_and_unload().eval()
+
     def generate(self, body: dict) -> dict:
+        network = self.network if body.get("model") is None else self.adapters[body["model"]]
         ids, wanted = body["token_ids"], body["sampling_params"]
         answer: dict[str, Any] = {"request_id": f"generate-tokens-{body.get('request_id', 'x')}", "choices": []}
         if "prompt_logprobs" in wanted:
-            logprobs = self.network(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            logprobs = network(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             pairs = enumerate(ids[1:])
             answer["prompt_logprobs"] = [None] + [{str(t): {"logprob": float(logprobs[i, t])}} for i, t in pairs]
             return answer
@@ -111,7 +124,7 @@ class FakeVLLM:
         batch = PromptBatch(row, torch.ones_like(row, dtype=torch.bool), torch.tensor([True]), [{}])
         greedy = wanted["temperature"] == 0
         params = SamplingParams(max_new_tokens=wanted["max_tokens"], temperature=wanted["temperature"] or 1.0)
-        policy = PolicyModel(self.network)
+        policy = PolicyModel(network)
         policy.__class__ = type("Ending", (PolicyModel,), {"end_tokens": list(wanted["stop_token_ids"])})
         uniforms = None if greedy else torch.rand(wanted["n"], wanted["max_tokens"], dtype=torch.float64)
         drawn = sample(policy, batch, uniforms, params, samples=wanted["n"])
@@ -156,7 +169,7 @@ def _handler(fake: FakeVLLM) -> type[BaseHTTPRequestHandler]:
                 self.send(fault, b'{"error": {"message": "on purpose"}}')
                 return
             payload = json.dumps(fake.lie(self.path, body, fake.answer(self.path, body))).encode()
-            if fault == "text":
+            if fault == "text" or self.path.endswith("_lora_adapter"):  # vLLM says "Success: ..."
                 payload = b"<html>"
             self.send(200, payload, half=fault == "half")
 

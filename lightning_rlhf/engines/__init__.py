@@ -5,9 +5,10 @@ from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sa
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.local import LocalEngine, sample
 from lightning_rlhf.engines.response_buffer import Sampled
-from lightning_rlhf.engines.vllm import NCCL, LocalServer, SharedFolder, VLLMServer, WeightSync
+from lightning_rlhf.engines.vllm import NCCL, AdapterFolder, LocalServer, SharedFolder, VLLMServer, WeightSync
 
 __all__ = [
+    "AdapterFolder",
     "NCCL",
     "Engine",
     "EngineError",

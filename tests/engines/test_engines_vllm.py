@@ -13,7 +13,16 @@ import torch
 from fake_vllm import GENERATE, FakeVLLM, serving
 
 from lightning_rlhf import PPOModule
-from lightning_rlhf.engines import EngineError, Request, SamplingParams, SharedFolder, VLLMServer, check_sampled, sample
+from lightning_rlhf.engines import (
+    AdapterFolder,
+    EngineError,
+    Request,
+    SamplingParams,
+    SharedFolder,
+    VLLMServer,
+    check_sampled,
+    sample,
+)
 from lightning_rlhf.models import ModelSource, PolicyModel
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16]]
@@ -66,6 +75,13 @@ def asked(policy, left_padded):
 def move(policy: PolicyModel, size: float = 0.1) -> None:
     for weight in policy.parameters():
         weight.mul_(1 + size * torch.randn_like(weight))
+
+
+@torch.no_grad()
+def move_adapter(policy: PolicyModel) -> None:
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
 
 
 def confirmed(engine: VLLMServer, policy: PolicyModel, request: Request) -> None:
@@ -147,6 +163,32 @@ def test_adapter_is_folded_in(make_lm, connect, asked):
         engine.load(policy, 0)
         expected = sample(policy, request.prompts, None, request.params)
         assert torch.equal(engine.generate(request).tokens, expected.tokens)
+
+
+def test_adapter_alone_is_sent_and_the_one_before_taken_out(make_lm, asked, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    network = make_lm("llama").double().eval()
+    with serving(network) as fake:
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        policy = PolicyModel(peft.get_peft_model(network, config).double().eval())
+        engine = VLLMServer(urls=[fake.url], sync=AdapterFolder(str(tmp_path)), patience=0.05)
+        request = asked(greedy=True)
+        for version in range(3):
+            engine.load(policy, version)
+            expected = sample(policy, request.prompts, None, request.params)
+            assert torch.equal(engine.generate(request).tokens, expected.tokens)
+            move_adapter(policy)
+        assert list(fake.adapters) == [fake.version]
+        assert not fake.bodies("/collective_rpc")  # the base model stays
+        written = sum(weight.nbytes for name, weight in policy.named_parameters() if "lora_" in name)
+        assert engine.metrics()["sync/gib"] * 2**30 < 3 * written
+        engine.close()
+
+
+def test_adapter_folder_needs_an_adapter(policy, server):
+    with pytest.raises(ValueError, match=r"the policy has none: take SharedFolder\(\)"):
+        VLLMServer(urls=[server.url], sync=AdapterFolder(), patience=0.05).load(policy, 0)
 
 
 def test_long_prompts_are_refused_with_the_flag(policy, connect, asked):
@@ -368,7 +410,7 @@ def test_transfer_is_made_once_and_fails_with_a_sentence(policy, server, connect
 @pytest.mark.parametrize("status", [403, 404])
 def test_missing_route_names_the_command_that_has_it(policy, server, connect, status):
     server.fault = lambda path, body: status if path == "/weight_info" else None
-    with pytest.raises(EngineError, match="no route /weight_info: start it by `lightning-rlhf serve`"):
+    with pytest.raises(EngineError, match="no route /weight_info .*: start it by `lightning-rlhf serve`"):
         connect(server).load(policy, 0)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from fake_vllm import GENERATE, FakeVLLM, vllm_installed
+from peft import LoraConfig, get_peft_model
 from switch_bench import Bench
 from switch_harness import Table, case, to
 from switch_rewards import letters
@@ -16,6 +18,7 @@ from switch_run import _loader
 
 from lightning_rlhf.engines import (
     NCCL,
+    AdapterFolder,
     EngineError,
     LocalServer,
     Request,
@@ -119,6 +122,17 @@ def table(bench: Bench) -> Table:
         with mock.patch("lightning_rlhf.engines.vllm.server.start_for_run", return_value=(None, two.url)):
             return asked(engine)
 
+    def adapter_place(sync: WeightSync) -> str:
+        """Folder that the servers read an adapter from, but for its own random name."""
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        adapted = PolicyModel(get_peft_model(copy.deepcopy(bench.policy), config).eval(), bench.tokenizer)
+        engine = VLLMServer(urls=[one.url], sync=sync)
+        one.calls.clear()
+        engine.load(adapted, 0)
+        engine.close()
+        return str(Path(one.bodies("/v1/load_lora_adapter")[0]["lora_path"]).parent.parent)
+
     def place(sync: WeightSync) -> str:
         """Folder that the servers read from, but for its own random name."""
         asked(VLLMServer(urls=[one.url], sync=sync))
@@ -133,6 +147,7 @@ def table(bench: Bench) -> Table:
 
     usual = {"urls": [one.url], "patience": 0.01, "timeout": 20.0}
     return {
+        AdapterFolder: case(adapter_place, folder=to(str(elsewhere))),
         NCCL: case(group, address=to("10.0.0.1"), port=to(7000)),
         SharedFolder: case(place, folder=to(str(elsewhere))),
         VLLMServer: case(

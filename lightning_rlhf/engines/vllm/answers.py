@@ -28,7 +28,7 @@ class Response(NamedTuple):
     logprobs: list[float]
 
 
-def body_of(prompt: list[int], request: Request, *, label: str) -> dict[str, Any]:
+def body_of(prompt: list[int], request: Request, *, label: str, model: str | None = None) -> dict[str, Any]:
     """Return the body that asks for k responses to one prompt.
 
     Responses end at the request's end tokens and at no others.
@@ -37,6 +37,7 @@ def body_of(prompt: list[int], request: Request, *, label: str) -> dict[str, Any
         prompt: its token ids.
         request: what it is a part of.
         label: of the weights, which keeps prefixes that other weights computed apart.
+        model: that is asked for; None is the server's own.
     """
     sampling = PLAIN | {
         "n": request.samples,
@@ -48,7 +49,8 @@ def body_of(prompt: list[int], request: Request, *, label: str) -> dict[str, Any
         "stop_token_ids": list(request.end_tokens),
         "detokenize": False,
     }
-    return {"request_id": uuid.uuid4().hex, "token_ids": prompt, "sampling_params": sampling, "cache_salt": label}
+    body = {"request_id": uuid.uuid4().hex, "token_ids": prompt, "sampling_params": sampling, "cache_salt": label}
+    return body if model is None else body | {"model": model}
 
 
 def responses_of(answer: dict[str, Any], body: dict[str, Any], *, label: str, url: str) -> list[Response]:

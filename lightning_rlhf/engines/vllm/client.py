@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 10.0
+NO_JSON = "answered with something else than JSON: is that a vLLM server?"
 NEEDED = "start it by `lightning-rlhf serve`, which sets what is needed"
 
 
@@ -57,32 +58,37 @@ class Client:
         Raises:
             EngineError: the server does not answer, or refuses.
         """
-        return self._called("GET", path, None, repeats=True)
+        return self._called("GET", path, None, repeats=True, answers=True)
 
-    def post(self, path: str, body: dict[str, Any], *, repeats: bool) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], *, repeats: bool, answers: bool = True) -> dict[str, Any]:
         """Send a body to a route and return the answer, empty if it is none.
 
         Args:
             path: of the route.
             body: as JSON.
             repeats: whether the call may be made twice: a lost answer is then asked for again.
+            answers: whether the route answers with JSON; others with a word that is left unread.
 
         Raises:
             EngineError: the server does not answer, or refuses.
         """
-        return self._called("POST", path, body, repeats=repeats)
+        return self._called("POST", path, body, repeats=repeats, answers=answers)
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
-    def _called(self, method: str, path: str, body: dict[str, Any] | None, *, repeats: bool) -> dict[str, Any]:
+    def _called(
+        self, method: str, path: str, body: dict[str, Any] | None, *, repeats: bool, answers: bool
+    ) -> dict[str, Any]:
         deadline = time.monotonic() + self.patience
         pause = PAUSE
         while True:
             problem, again = self._tried(method, path, body)
             if not isinstance(problem, str):
                 return problem
+            if problem is NO_JSON and not answers:
+                return {}
             if not (again or repeats) or time.monotonic() + pause > deadline:
                 raise EngineError(f"the vLLM server at {self.url} {problem}")
             logger.warning("the vLLM server at %s %s; trying again in %.1f s", self.url, problem, pause)
@@ -104,7 +110,7 @@ class Client:
         if answer.status_code >= 500:
             return f"failed at {path} (status {answer.status_code}: {_told(answer)}): see its log", False
         if answer.status_code in (403, 404, 405):
-            raise EngineError(f"the vLLM server at {self.url} has no route {path}: {NEEDED}")
+            raise EngineError(f"the vLLM server at {self.url} has no route {path} ({_told(answer)}): {NEEDED}")
         if answer.status_code >= 300:
             raise EngineError(f"the vLLM server at {self.url} refuses {path}: {_told(answer)}")
         if not answer.content:
@@ -112,7 +118,7 @@ class Client:
         try:
             values = answer.json()
         except ValueError:
-            return f"answered {path} with something else than JSON: is that a vLLM server?", False
+            return NO_JSON, False
         return (values if isinstance(values, dict) else {}), False
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,8 @@ class VLLMServer(Engine):
     """Accept plain HTTP to other machines, because only yours reach them."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.serve, Mapping):  # how a flag over a config arrives
+            self.serve = LocalServer(**self.serve)
         check_fields(self)
         check_count(concurrency=self.concurrency)
         check_positive(timeout=self.timeout, patience=self.patience)
@@ -189,7 +191,7 @@ class VLLMServer(Engine):
         """Return the responses to a prompt, from the server whose turn it is."""
         rank = 0 if self._ranks is None else self._ranks.rank
         client = self._clients[(number + rank) % len(self._clients)]
-        body = body_of(row, request, label=self._label)
+        body = body_of(row, request, label=self._label, model=self.sync.model(self._label))
         return responses_of(client.post(ROUTE, body, repeats=True), body, label=self._label, url=client.url)
 
     def _connect(self, policy: PolicyModel) -> None:
@@ -219,6 +221,7 @@ class VLLMServer(Engine):
             "token_ids": self._canary_text,
             "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False},
             "cache_salt": self._label,
+            "model": self.sync.model(self._label),
         }
         apart = 0.0
         for client, canary in zip(self._clients, self._canaries, strict=True):

@@ -60,6 +60,14 @@ class WeightSync(ABC):
             OSError: they cannot be written.
         """
 
+    def model(self, label: str) -> str | None:
+        """Return the model that requests must name; None is the server's own.
+
+        Args:
+            label: of the weights that were sent last.
+        """
+        return None
+
     def close(self) -> None:
         """Remove what was written."""
         return
@@ -92,15 +100,12 @@ class SharedFolder(WeightSync):
         network = whole(policy.network, policy.blueprint)
         if network is None or not clients:
             return None
-        network = merged(network) if is_adapted(network) else network
         target = self._place() / label
         writing = target.with_name(f".{label}")
         try:
             writing.mkdir()
             with _quiet():
-                write_network(network, writing, dtype)
-            if any(client.untied for client in clients) and is_tied(network):
-                write_output_layer(network, writing)
+                self.write(network, writing, dtype, untied=any(client.untied for client in clients))
             writing.rename(target)
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
@@ -109,11 +114,29 @@ class SharedFolder(WeightSync):
             ) from error
         sent = _read(target)
         with ThreadPoolExecutor(len(clients)) as pool:
-            list(pool.map(lambda client: _reload(client, target, label), clients))
+            list(pool.map(lambda client: self.have_read(client, target, label), clients))
         before, self._current = self._current, target
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
         return sent
+
+    def write(self, network: Any, folder: Path, dtype: DType, *, untied: bool) -> None:
+        """Write what is sent.
+
+        Args:
+            network: whole, as transformers or PEFT built it.
+            folder: an empty one.
+            dtype: of the weights there.
+            untied: whether a server needs the output layer as weights of its own.
+        """
+        network = merged(network) if is_adapted(network) else network
+        write_network(network, folder, dtype)
+        if untied and is_tied(network):
+            write_output_layer(network, folder)
+
+    def have_read(self, client: Client, folder: Path, label: str) -> None:
+        """Have a server put into use what was written."""
+        _reload(client, folder, label)
 
     def close(self) -> None:
         """Remove the folder of this run."""
