@@ -195,12 +195,10 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         """Run one rollout and its updates (Ouyang et al. 2022, eq. 2)."""
         start = perf_counter()
         self.clock.lap()  # what validation took is not the step's
-        prompts = batch["prompts"]
+        prompts, following = batch["prompts"], batch.get("next_prompts")
         text = pretraining_of(batch, self.algorithm.ptx_coef)
 
-        rollout = self.collect(
-            prompts, batch.get("next_prompts")
-        )  # y ~ π_old, with log π_old, log π_ref and V           (B, R)
+        rollout = self.collect(prompts, following)  # y ~ π_old, with log π_old, log π_ref and V (B, R)
         scores = self.score(rollout, prompts)  # r_φ(x, y)                                      (B,)
         experience = self.credit(rollout, scores)  # Â = r − β·log(π_old/π_ref) − b             (B, T)
         self.outcome = outcome_of(rollout, scores, prompts, experience)

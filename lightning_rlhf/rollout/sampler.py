@@ -71,7 +71,7 @@ class Sampler:
         self.outdate(iteration)
         with self.clock.phase("generate"):
             sampled = self._together(lambda: self.ahead.take(prompts, iteration=iteration))
-        if sampled is None:
+        if not self._everywhere(sampled is not None) or sampled is None:
             sampled = self.draw(prompts, samples, stream="train", iteration=iteration)
         if following is not None and self.engine.overlaps:
             request = self._request(following, samples, stream="train", iteration=iteration + 1)
@@ -104,6 +104,10 @@ class Sampler:
         sampled = self.engine.generate(request)
         check_sampled(sampled, request, version)
         return sampled
+
+    def _everywhere(self, there: bool) -> bool:
+        """Return True if every process has drawn ahead, because they load weights together."""
+        return self.ranks.all(there) if self.engine.overlaps else there
 
     def _together(self, draw: Callable[[], Sampled | None]) -> Sampled | None:
         """Draw, and raise on every process if an engine outside fails on one."""
