@@ -7,7 +7,6 @@ What the stage starts from is made first where it is missing: the quickstart's d
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,8 +20,7 @@ def main(python: str) -> None:
 
     if not (quickstart.RUN / "reward/model").is_dir():
         quickstart.until_reward_model({})
-    serve = json.dumps({"python": python, "dtype": "bfloat16", "max_model_len": 256})
-    server = [f"--config={HERE / 'server.yaml'}", f"--model.engine.serve={serve}"]
+    server = [f"--config={HERE / 'server.yaml'}", f"--model.engine.serve.python={python}"]
     quickstart.fit("ppo_ptx.yaml", "ppo.yaml", *server, "--run=runs/vllm/ppo")
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -80,11 +80,12 @@ class Engine(ABC):
     checked by `check_sampled`.
     """
 
-    is_external: ClassVar[bool] = True
+    # no annotations: jsonargparse would look their names up in the modules of classes that derive from this one
+    is_external = True
     """Whether weights other than the trained ones draw, so that their log-probs are not those of the update."""
-    overlaps: bool = False
+    overlaps = False
     """Whether `generate` may run in another thread while the policy trains: the loaded weights are then a copy."""
-    watch: Watch | None = None
+    watch = cast("Watch | None", None)
     """Progress tracker of the drawing while it is set."""
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class LocalEngine(Engine):
     tokens are a function of the request's numbers, so that a run repeats to the bit.
     """
 
-    is_external: ClassVar[bool] = False
+    is_external = False
 
     def __init__(self) -> None:
         self.policy: PolicyModel | None = None

@@ -6,8 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
-from lightning_rlhf.engines import EngineError, LocalEngine, Request, Sampled, SamplingParams, check_sampled
+from lightning_rlhf.engines import (
+    Engine,
+    EngineError,
+    LocalEngine,
+    LocalServer,
+    Request,
+    Sampled,
+    SamplingParams,
+    VLLMServer,
+    check_sampled,
+)
 from lightning_rlhf.models import PolicyModel
 
 LENGTH, END = 4, 0
@@ -67,6 +78,22 @@ def test_whole_responses_pass(request_of):
 def test_broken_responses_are_refused(request_of, sampled, said):
     with pytest.raises(EngineError, match=said):
         check_sampled(sampled, request_of(), version=3)
+
+
+def test_engine_and_its_parts_are_built_from_flags(tmp_path):
+    class Run:
+        def __init__(self, engine: Engine | None = None) -> None:
+            self.engine = engine
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Run, "run")
+    flags = ["engine=VLLMServer", "engine.urls=[http://127.0.0.1:8000]", "engine.serve.python=ENV/bin/python"]
+    flags += ["engine.sync=SharedFolder", f"engine.sync.folder={tmp_path}", "engine.overlap=true"]
+    engine = parser.instantiate(parser.parse_args([f"--run.{flag}" for flag in flags])).run.engine
+    assert isinstance(engine, VLLMServer)
+    assert isinstance(engine.serve, LocalServer)
+    assert engine.serve.python == "ENV/bin/python"
+    assert (engine.sync.folder, engine.overlap) == (str(tmp_path), True)
 
 
 def test_local_engine_names_the_version_and_draws_from_today_s_weights(make_lm, request_of):

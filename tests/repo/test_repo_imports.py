@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch import Callback
 from public import classes_of
+from switch_harness import settable
 
 import lightning_rlhf
 from lightning_rlhf import core, modules
@@ -110,3 +112,10 @@ def test_every_import_finds_its_name(folder: str) -> None:
         for module, name in imports(path):
             found = hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
             assert found, f"{path.relative_to(PACKAGE.parent)} takes {name} from {module}, which has none"
+
+
+@pytest.mark.parametrize("name", sorted(settable()))
+def test_command_line_can_read_every_annotation(name):
+    """A name of a base class that the module of a class lacks would make all its arguments untyped."""
+    parameters = get_signature_parameters(settable()[name])
+    assert [parameter.name for parameter in parameters if isinstance(parameter.annotation, str)] == []

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,8 +68,6 @@ class VLLMServer(Engine):
     """Accept plain HTTP to other machines, because only yours reach them."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.serve, Mapping):  # how a flag over a config arrives
-            self.serve = LocalServer(**self.serve)
         check_fields(self)
         check_count(concurrency=self.concurrency)
         check_positive(timeout=self.timeout, patience=self.patience)
