@@ -89,7 +89,7 @@ COST = (
     Entry("time/update", "all minibatches, forwards, backwards and optimizer steps", "s"),
     Entry("time/optimizer", "of these the optimizer steps", "s"),
     Entry("time/kl_old", "KLPEN: the measurement of `policy/kl_old`", "s"),
-    Entry("sync/seconds", "the transfer of weights itself", "s"),
+    Entry("sync/seconds", "the transfer of weights itself; 0 in a step without one", "s"),
     Entry("sync/gib", "weights that were sent, to all servers alike", "GiB"),
     Entry("sync/canary", "mean ∣log π_server − log π∣ of a fixed text after the transfer", "nats"),
     Entry("sync/gap", "mean ∣log π_sampler − log π∣ of a rollout's tokens; with `overlap` π is one update on", "nats"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_rlhf.distributed.ranks import Ranks
-from lightning_rlhf.engines.engine import Engine, EngineError, Request, check_sampled
+from lightning_rlhf.engines.engine import Engine, Request, check_sampled
 from lightning_rlhf.engines.generation import SamplingParams, row_uniforms
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models import PolicyModel
@@ -116,7 +116,7 @@ class Sampler:
         sampled = problem = None
         try:
             sampled = draw()
-        except EngineError as error:
+        except Exception as error:  # any: the other processes wait
             problem = error
         self.ranks.agree(problem)
         return sampled

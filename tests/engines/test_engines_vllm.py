@@ -23,6 +23,7 @@ from lightning_rlhf.engines import (
     check_sampled,
     sample,
 )
+from lightning_rlhf.engines.vllm.canary import Canary
 from lightning_rlhf.models import ModelSource, PolicyModel
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16]]
@@ -414,6 +415,49 @@ def test_missing_route_names_the_command_that_has_it(policy, server, connect, st
         connect(server).load(policy, 0)
 
 
+class Two:
+    """The first of two processes, with what they agreed on."""
+
+    rank, world, device = 0, 2, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.problems: list[Exception | None] = []
+
+    def sum(self, x):
+        return x
+
+    def gather_text(self, text: str) -> str:
+        return text
+
+    def agree(self, problem: Exception | None) -> None:
+        self.problems.append(problem)
+        if problem is not None:
+            raise problem
+
+
+@pytest.mark.parametrize("place", ["send", "check"])
+def test_any_failure_of_a_transfer_reaches_the_other_processes(policy, server, connect, monkeypatch, place):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("of no kind that was foreseen")
+
+    engine, ranks = connect(server), Two()
+    engine.attach(ranks)
+    target = engine.sync if place == "send" else Canary
+    monkeypatch.setattr(target, place, broken)
+    with pytest.raises(ValueError, match="of no kind"):
+        engine.load(policy, 0)
+    assert [type(problem) for problem in ranks.problems] == [type(None), ValueError]
+
+
+def test_step_without_a_transfer_logs_none(policy, server, connect):
+    engine = connect(server)
+    engine.load(policy, 0)
+    first, second = engine.metrics(), engine.metrics()
+    assert first["sync/seconds"] > 0
+    assert first["sync/gib"] > 0
+    assert (second["sync/seconds"], second["sync/gib"], second["time/sync"]) == (0.0, 0.0, 0.0)
+
+
 def test_failed_connection_leaves_nothing_half_made(policy, server, connect, asked):
     engine, request = connect(server), asked(greedy=True)
     server.fault = lambda path, body: 500 if path == "/v1/models" else None
@@ -430,6 +474,25 @@ def test_dead_server_is_named(policy, server, connect, asked):
     server.stop()
     with pytest.raises(EngineError, match=re.escape(server.url) + ".*resume the run"):
         engine.generate(asked())
+
+
+def test_failure_asks_no_further_prompt(policy, server, connect, asked):
+    engine = connect(server, concurrency=1)
+    engine.load(policy, 0)
+    server.fault = lambda path, body: 400 if path == GENERATE else None
+    before = len(server.bodies(GENERATE))
+    with pytest.raises(EngineError):
+        engine.generate(asked(prompts=PROMPTS * 4))
+    assert len(server.bodies(GENERATE)) - before < 5 * 4 // 2
+
+
+def test_log_probs_of_another_fixed_text_are_caught(policy, server, connect):
+    def other(path: str, body: dict, answer: dict) -> dict:
+        return answer | {"prompt_logprobs": [{} for _ in answer.get("prompt_logprobs") or []]}
+
+    server.lie = other
+    with pytest.raises(EngineError, match="another text than the fixed one"):
+        connect(server).load(policy, 0)
 
 
 def test_restarted_server_is_found_out(policy, server, connect, asked):

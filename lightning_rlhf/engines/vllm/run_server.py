@@ -45,7 +45,7 @@ def start_for_run(
         work = _written(policy, is_first=ranks is None or ranks.rank == 0)
         if work is not None:
             process = _started(policy, server, work, log=Path(LOG) if ranks is None else ranks.folder / LOG)
-    except (EngineError, OSError, ValueError) as error:
+    except Exception as error:  # any: the other processes wait
         problem = error
     if ranks is not None:
         ranks.agree(problem)

@@ -111,7 +111,7 @@ class VLLMServer(Engine):
         sent: Sent | None = None
         try:
             sent = self.sync.send(policy, self._clients if self._sends else [], label=self._label, dtype=dtype)
-        except (EngineError, OSError) as error:
+        except Exception as error:  # any: the other processes wait
             problem = error
         seconds = time.perf_counter() - start
         trainer = trainer_logprobs(policy, self._canary_text)
@@ -119,7 +119,7 @@ class VLLMServer(Engine):
             try:
                 apart = self._sing(trainer, sent)
                 self._measured = {"sync/seconds": seconds, "sync/gib": sent.size / 2**30, "sync/canary": apart}
-            except EngineError as error:
+            except Exception as error:
                 problem = error
         self._agree(problem)
         self._bound = self._of_first(max(canary.bound or 0.0 for canary in self._canaries))
@@ -140,10 +140,14 @@ class VLLMServer(Engine):
         responses: list[Response] = []
         with ThreadPoolExecutor(min(self.concurrency, len(rows))) as pool:
             calls = [pool.submit(self._ask, i, row, request) for i, row in enumerate(rows)]
-            for call in calls:
-                responses += call.result()
-                if watch is not None:
-                    watch.count(request.samples, sum(len(r.tokens) for r in responses[-request.samples :]))
+            try:
+                for call in calls:
+                    responses += call.result()
+                    if watch is not None:
+                        watch.count(request.samples, sum(len(r.tokens) for r in responses[-request.samples :]))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # each that waits would be tried for `patience` seconds
+                raise
         if watch is not None:
             watch.end()
         return sampled_of(responses, request, version=self._version)
@@ -172,8 +176,10 @@ class VLLMServer(Engine):
         self._agree(problem)
 
     def metrics(self) -> dict[str, float]:
-        """Return seconds, GiB and canary of the last transfer."""
-        return self._measured
+        """Return what to log: differences, and seconds and GiB of the transfer since the last call (0 without one)."""
+        measured = super().metrics() | self._measured
+        self._measured |= {name: 0.0 for name in ("sync/seconds", "sync/gib") if name in self._measured}
+        return measured
 
     def close(self) -> None:
         """Close connections and remove what was written."""
@@ -202,14 +208,14 @@ class VLLMServer(Engine):
         self._clients = [Client(url, **options) for url in urls]  # type: ignore[arg-type]
         self._canaries = [Canary(self.tolerance) for _ in self._clients]
         self._canary_text = canary_tokens(policy)
-        problem: EngineError | None = None
+        problem: Exception | None = None
         try:
             self._longest = min(_greeted(client) for client in self._clients)
-        except EngineError as error:
+        except Exception as error:
             problem = error
         try:
             self._agree(problem)
-        except RuntimeError:
+        except Exception:
             self.close()
             raise
 
@@ -227,7 +233,12 @@ class VLLMServer(Engine):
             if len(told) != len(self._canary_text):
                 raise EngineError(f"the vLLM server at {client.url} returned no log-probs of the fixed text")
             pairs = zip(told[1:], self._canary_text[1:], strict=True)
-            server = torch.tensor([of[str(token)]["logprob"] for of, token in pairs], dtype=torch.float64)
+            try:
+                server = torch.tensor([of[str(token)]["logprob"] for of, token in pairs], dtype=torch.float64)
+            except (KeyError, TypeError) as error:
+                raise EngineError(
+                    f"the vLLM server at {client.url} returned log-probs of another text than the fixed one ({error!r})"
+                ) from error
             apart = max(apart, canary.check(server, trainer, weights=sent.fingerprint, url=client.url))
         return apart
 
