@@ -182,6 +182,10 @@ class Experience:
         """Mask all actions, for a process that must run a pass without data to learn from."""
         return replace(self, action_mask=torch.zeros_like(self.action_mask))
 
+    def only(self, rows: Tensor) -> Experience:
+        """Mask the actions of other responses than `rows`, (B,), bool."""
+        return replace(self, action_mask=self.action_mask & rows[:, None])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:

@@ -43,6 +43,7 @@ from lightning_rlhf.core.preference import (
     preferred_pairs,
     score_margins,
 )
+from lightning_rlhf.core.prompt_choice import Curriculum, DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
 from lightning_rlhf.core.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
 from lightning_rlhf.core.shaping import (
@@ -79,8 +80,10 @@ __all__ = [
     "SeqMeanTokenSumNorm",
     "CosineSchedule",
     "AdvantagesAndReturns",
+    "Curriculum",
     "DAPO",
     "DrGRPO",
+    "DynamicSampling",
     "FixedKL",
     "GAE",
     "GRPO",

@@ -21,6 +21,7 @@ from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
+from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, TokenMean
 from lightning_rlhf.core.shaping import Shaping, TruncatedScore
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
@@ -58,6 +59,8 @@ class Algorithm(Adaptive):
     shaping: Shaping | Sequence[Shaping] | None = None
     """A rule on the score, or several, applied in turn. None: `TruncatedScore()` for a learned reward, whose
     demonstrations score around 0; none for any other."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Draws until enough groups have different scores; None learns from the prompts as they come."""
     ptx_coef: float = 0.0
     """γ ≥ 0, weight of the pretraining loss; above 0 the data must serve pretraining texts (PPO-ptx)."""
 

@@ -13,6 +13,7 @@ from lightning_rlhf.core.controller import KLController
 from lightning_rlhf.core.group_advantage import GroupAdvantage, NoScale
 from lightning_rlhf.core.kl_term import K3, KLInLoss, ReferenceKL
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, TokenLevel
+from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm
 from lightning_rlhf.core.shaping import Shaping, SoftOverlong
 from lightning_rlhf.core.surrogate import ImportanceSampling, Surrogate
@@ -80,9 +81,9 @@ class DrGRPO(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(Algorithm):
-    """GRPO with a higher upper bound, a mean over all tokens and a length penalty but no KL.
+    """GRPO with dynamic sampling and a higher upper bound (Yu et al. 2025, 2503.14476, eqs. 8 and 13).
 
-    Yu et al. 2025, 2503.14476, without the paper's dynamic sampling.
+    The loss is a mean over all tokens, long responses pay a penalty, and there is no KL.
     """
 
     level: ActionLevel = TokenLevel()
@@ -90,6 +91,7 @@ class DAPO(Algorithm):
     advantage: AdvantageEstimator = GroupAdvantage()
     surrogate: Surrogate = Clip(epsilon=0.2, epsilon_high=0.28)
     shaping: Shaping | Sequence[Shaping] | None = SoftOverlong()
+    dynamic_sampling: DynamicSampling | None = DynamicSampling()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,13 +139,20 @@ class TextDataModule(LightningDataModule):
                 is_future=lambda difference: difference.name.startswith(("rows.", TOKENS)),
             )
 
-    def training_stream(self, name: str, collate: Collate, *, batch_size: int) -> Stream:
-        """Endless shuffled batches of this process from the examples of `name`."""
+    def training_stream(self, name: str, collate: Collate, *, batch_size: int, order: str | None = None) -> Stream:
+        """Endless shuffled batches of this process from the examples of `name`.
+
+        Args:
+            name: argument that says where the rows are.
+            collate: examples to a batch.
+            batch_size: rows of a batch.
+            order: names the permutations; None for `name`.
+        """
         rank, world = self._place()
         examples = self._loaded(name)
-        place: dict[str, Any] = {"rank": rank, "world": world, "seed": self.seed, "stream": name}
-        order = ShuffledOrder(len(examples), batch_size=batch_size, **place)
-        return Stream(examples, order, partial(collate, pad=self.encoder.pad))
+        place: dict[str, Any] = {"rank": rank, "world": world, "seed": self.seed, "stream": order or name}
+        shuffled = ShuffledOrder(len(examples), batch_size=batch_size, **place)
+        return Stream(examples, shuffled, partial(collate, pad=self.encoder.pad))
 
     def training_loader(self, stream: Stream | JointStream) -> ResumableLoader:
         """Build a loader of `stream` whose position is saved with a checkpoint."""

@@ -19,6 +19,7 @@ from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.sampling_order import NextOrder
 from lightning_rlhf.data.sources import Source
 from lightning_rlhf.text import Encoder
+from lightning_rlhf.types import PromptBatch
 
 
 @dataclass(eq=False, repr=False)
@@ -62,6 +63,7 @@ class PromptDataModule(TextDataModule):
         check_positive(pretrain_ratio=self.pretrain_ratio)
         check_least(1, max_prompt_tokens=self.max_prompt_tokens)
         check_least(2, text_tokens=self.text_tokens)
+        self._further: Stream | None = None
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (`fit`, `validate`, `test` or `predict`).
@@ -102,6 +104,19 @@ class PromptDataModule(TextDataModule):
                 )
             streams["pretrain"] = self.training_stream("pretrain", collate_texts, batch_size=size)
         return self.training_loader(JointStream(streams))
+
+    def further_prompts(self, number: int) -> PromptBatch:
+        """Return this process's share of one more batch of training prompts, for what a rollout leaves out.
+
+        They come in an order of their own, each prompt once before any comes again.
+
+        Args:
+            number: 0, 1, … over the whole run.
+        """
+        if self._further is None:
+            self._further = self.training_stream("train", collate_prompts, batch_size=self.batch_size, order="further")
+        batch: PromptBatch = self._further[number]
+        return batch
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Build the loaders of `val` prompts and `val_pretrain` texts if they are set."""

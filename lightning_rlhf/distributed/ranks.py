@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -85,6 +88,15 @@ class Ranks:
         padded[: len(rows)] = rows
         whole = all_gather(padded.to(self.device)).cpu()
         return torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)])
+
+    def gather_objects(self, mine: list[T]) -> list[T]:
+        """Gather what the lists of all processes hold, in rank order; anything that can be pickled."""
+        if self.world == 1:
+            return mine
+        written = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor([len(written)])).tolist()
+        parts = self.gather(written).split(sizes)
+        return [item for part in parts for item in pickle.loads(part.numpy().tobytes())]
 
     def gather_text(self, text: str) -> str:
         """Gather the texts of all processes in rank order; each may be empty."""

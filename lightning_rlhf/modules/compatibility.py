@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
+
+from lightning.pytorch import LightningModule
 
 from lightning_rlhf.core import (
     CISPO,
@@ -17,26 +20,36 @@ from lightning_rlhf.core import (
     Whitened,
 )
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.engines import SamplingParams
+from lightning_rlhf.engines import Engine, SamplingParams
+from lightning_rlhf.rollout.selection import Selection
+from lightning_rlhf.types import PromptBatch
 
 WIDEST_GEOMETRIC_BOUND = 0.05
 """Distance from 1 that no length-normalized ratio reaches in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
 def check_compatible(
-    algorithm: Algorithm, generation: SamplingParams, *, value: object = None, value_lr: float | None = None
+    algorithm: Algorithm,
+    generation: SamplingParams,
+    selection: Selection,
+    engine: Engine,
+    *,
+    value: object = None,
+    value_lr: float | None = None,
 ) -> None:
     """Refuse settings of a run that its algorithm cannot use, and warn of those that do nothing.
 
     Args:
         algorithm: of the run, its lengths in tokens.
         generation: how responses are drawn.
+        selection: of prompts and groups.
+        engine: that draws them.
         value: start of the value network.
         value_lr: its learning rate.
 
     Raises:
         ValueError: responses to one prompt are compared, and there is one of each; or something is set for a value
-            network that is not trained.
+            network that is not trained; or the next prompts are drawn before it is known which they are.
     """
     of_value = [name for name, setting in {"value": value, "value_lr": value_lr}.items() if setting is not None]
     if of_value and not algorithm.needs_value:
@@ -51,6 +64,16 @@ def check_compatible(
             f"{_named(algorithm.advantage)} compares the responses to one prompt, but each prompt gets one: set "
             "`generation.samples_per_prompt` to at least 2"
         )
+    if algorithm.dynamic_sampling is not None and (generation.samples_per_prompt or 1) < 2:
+        raise ValueError(
+            "`DynamicSampling` looks for prompts whose responses score differently, but each prompt gets one: set "
+            "`generation.samples_per_prompt` to at least 2, or `algorithm.dynamic_sampling` to null"
+        )
+    if selection.selects and engine.overlaps:
+        raise ValueError(
+            "the engine's `overlap` draws the next prompts before this rollout's scores say which they are: set it to "
+            "false, or leave out `algorithm.dynamic_sampling` and `curriculum`"
+        )
     for rule in algorithm.rules:
         _warn_of_length(rule, generation.max_new_tokens)
     if isinstance(algorithm.level, GeometricLevel):
@@ -60,6 +83,31 @@ def check_compatible(
                 "epsilon_high=4e-4",
                 stacklevel=3,
             )
+
+
+def check_further(module: LightningModule, *, needed: bool) -> None:
+    """Raise ValueError if prompts may be replaced, and the data have no further ones.
+
+    Args:
+        module: in training.
+        needed: whether prompts may be replaced.
+    """
+    if needed and not hasattr(_data_of(module), "further_prompts"):
+        raise ValueError(
+            "`DynamicSampling` and `Curriculum` draw other prompts in the place of some, but the trainer has no data "
+            "module with `further_prompts`: fit with a PromptDataModule, give your data module a method "
+            "`further_prompts(number) -> PromptBatch`, or take DynamicSampling(batches=1)"
+        )
+
+
+def further_prompts(module: LightningModule, number: int) -> PromptBatch:
+    """Return this process's share of one more batch of training prompts from the trainer's data module."""
+    batch: PromptBatch = _data_of(module).further_prompts(number)
+    return batch
+
+
+def _data_of(module: LightningModule) -> Any:
+    return getattr(module.trainer, "datamodule", None)
 
 
 def _warn_of_length(rule: Shaping, max_new_tokens: int) -> None:

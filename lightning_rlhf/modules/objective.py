@@ -31,6 +31,12 @@ class Objective:
     value: ScalarModel | None
     temperature: float
 
+    def counts(self, algorithm: Algorithm, minibatch: Experience, text: TextBatch | None) -> Tensor:
+        """Return this process's denominators of a step: the reduction's and the text tokens, (2,)."""
+        actions = algorithm.reduction.count(minibatch.action_mask)
+        words = torch.zeros_like(actions) if text is None else text.target.sum()
+        return torch.stack([actions, words])
+
     def actions(self, algorithm: Algorithm, piece: Experience) -> Loss:
         """Return surrogate, KL in the loss and value loss over the actions of some rows."""
         old = piece.rollout

@@ -9,13 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import Algorithm, ConstantSchedule, Schedule
+from lightning_rlhf.core import Algorithm, ConstantSchedule, Curriculum, Schedule
 from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.core.settings import Difference
 from lightning_rlhf.distributed import strategies
@@ -27,7 +26,7 @@ from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import optim, resume
-from lightning_rlhf.modules.compatibility import check_compatible
+from lightning_rlhf.modules.compatibility import check_compatible, check_further, further_prompts
 from lightning_rlhf.modules.evaluated import EvaluatedModule
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
@@ -37,9 +36,11 @@ from lightning_rlhf.rewards import Reward, Scores, as_reward
 from lightning_rlhf.rollout import Collector, UpdateSchedule
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.responder import Responder
+from lightning_rlhf.rollout.scored import ScoredRollout
+from lightning_rlhf.rollout.selection import Selection, Step
 from lightning_rlhf.types import Experience, Outcome, PPOBatch, PromptBatch, Rollout, TextBatch
 
-DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr", "schedule")
+DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr", "schedule", "curriculum")
 """Arguments in which a resumed run must agree with its checkpoint."""
 
 
@@ -67,6 +68,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             rollouts take a minute or more longer.
         evaluations: what validation and test measure beside reward and KL: `WinRate`, `BestOfN`, `GoldReward`, ...
         engine: draws the responses; None is the decode loop of this process.
+        curriculum: lets prompts rest that are always or never solved; None draws every prompt.
 
     Attributes:
         iteration: rollouts that were learned from.
@@ -95,6 +97,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         compile: bool = False,
         evaluations: Sequence[Evaluator] = (),
         engine: Engine | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
         check_arguments(PPOModule, locals())
         super().__init__()
@@ -109,7 +112,8 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             max_new_tokens=self.generation.max_new_tokens,
             sampled_elsewhere=self.engine.is_external,
         )
-        check_compatible(self.algorithm, self.generation, value=value, value_lr=value_lr)
+        self.selection = Selection(self.algorithm.dynamic_sampling, curriculum, partial(further_prompts, self))
+        check_compatible(self.algorithm, self.generation, self.selection, self.engine, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
         )
@@ -118,15 +122,14 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         self.updates = updates
         self.reference_dtype, self.compile_networks = reference_dtype, compile
         self.optimizer = optim.picklable(optim.chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
-        self.value_lr, self.schedule = value_lr, schedule
+        self.value_lr, self.schedule, self.curriculum = value_lr, schedule, curriculum
         self.iteration = self.episodes = 0
         self.policy: PolicyModel = None  # type: ignore[assignment]  # until `configure_model`
         self.value: ScalarModel | None = None
         self.responder: Responder = None  # type: ignore[assignment]  # until `configure_model`
         self.ranks = Ranks(self)
         self.evaluation = Evaluation(evaluations)
-        self.clock = Clock()
-        self.signal = TrainingSignal()
+        self.clock, self.signal = Clock(), TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
         self._ahead: dict[str, Any] = {}
@@ -184,6 +187,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
 
     def on_fit_start(self) -> None:
         """Move the frozen networks to the device: Lightning moves only registered submodules."""
+        check_further(self, needed=self.selection.needs_further)
         self.collector.to(self.device)
 
     def on_train_start(self) -> None:
@@ -195,13 +199,12 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         """Run one rollout and its updates (Ouyang et al. 2022, eq. 2)."""
         start = perf_counter()
         self.clock.lap()  # what validation took is not the step's
-        prompts, following = batch["prompts"], batch.get("next_prompts")
         text = pretraining_of(batch, self.algorithm.ptx_coef)
 
-        rollout = self.collect(prompts, following)  # y ~ π_old, with log π_old, log π_ref and V (B, R)
-        scores = self.score(rollout, prompts)  # r_φ(x, y)                                      (B,)
-        experience = self.credit(rollout, scores)  # Â = r − β·log(π_old/π_ref) − b             (B, T)
-        self.outcome = outcome_of(rollout, scores, prompts, experience)
+        drawn = self.collect(batch["prompts"], batch.get("next_prompts"))  # y ~ π_old with log-probs (B, R) and r(x, y)
+        rollout, scores = drawn.rollout, drawn.scores
+        experience = self.credit(rollout, scores).only(drawn.learned)  # Â = r − β·log(π_old/π_ref) − b  (B, T)
+        self.outcome = outcome_of(rollout, scores, drawn.prompts, experience)
         metrics = [credited(rollout, scores, experience)]
 
         with self.clock.phase("update"):
@@ -214,7 +217,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
                 for piece in self.updates.microbatches(experience, self.collector.agree):
                     metrics.append(self.objective.kl_old(self.algorithm, piece))  # KL(π_old‖π_θ) after the update
 
-        means = reduce(add, metrics).means(self.ranks.sum)
+        means = reduce(add, metrics).means(self.ranks.sum) | drawn.metrics
         episodes = len(rollout) * self.ranks.world
         self.log_iteration(means, episodes=episodes, seconds=perf_counter() - start)
         self.algorithm = self.algorithm.adapted(  # β, b and the surrogate's coefficient
@@ -240,13 +243,16 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         """Return True if the engine draws the next rollout during the update, for which it needs the next prompts."""
         return self.engine.overlaps
 
-    def collect(self, prompts: PromptBatch, following: PromptBatch | None = None) -> Rollout:
-        """Sample k responses to each prompt for training."""
+    def collect(self, prompts: PromptBatch, following: PromptBatch | None = None) -> ScoredRollout:
+        """Sample and score k responses to each prompt, or to others in its place if the algorithm selects."""
         steps = self.updates.steps(len(prompts.tokens) * self.samples_per_prompt)
-        following = None if optim.ends_after(self, steps) else following
-        return self.responder.collect(
-            prompts, samples=self.samples_per_prompt, iteration=self.iteration, following=following
+        step = Step(
+            prompts=prompts,
+            samples=self.samples_per_prompt,
+            iteration=self.iteration,
+            following=None if optim.ends_after(self, steps) else following,
         )
+        return self.selection.collect(self.responder, step, self.score)
 
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts."""
@@ -259,7 +265,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
     def update(self, minibatch: Experience, text: TextBatch | None) -> MeanMetrics:
         """Take one optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
         optimizer: Any = self.optimizers()
-        actions, words = self.counts(minibatch, text)
+        actions, words = self.ranks.sum(self.objective.counts(self.algorithm, minibatch, text)).clamp(min=1)
         pieces = self.updates.passes(minibatch, text, self.collector.agree)
         metrics = MeanMetrics()
         optimizer.zero_grad()
@@ -277,15 +283,6 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             optimizer.step()
         return metrics + MeanMetrics.of({"policy/grad_norm": strategies.gradient_norm(self, self._grad_norm)})
 
-    def counts(self, minibatch: Experience, text: TextBatch | None) -> Tensor:
-        """Return the denominators of a step, (2,): the reduction's and the text tokens, at least 1.
-
-        Both are of all processes.
-        """
-        actions = self.algorithm.reduction.count(minibatch.action_mask)
-        words = torch.zeros_like(actions) if text is None else text.target.sum()
-        return self.ranks.sum(torch.stack([actions, words])).clamp(min=1)
-
     def log_iteration(self, means: dict[str, float], *, episodes: int, seconds: float) -> None:
         """Count the rollout and log what was measured.
 
@@ -298,7 +295,8 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         self.episodes += episodes
         self.collector.sampler.outdate(self.iteration)
         stats = learned(means, self.algorithm) | self.engine.metrics()
-        stats |= cost(self.clock, seconds=seconds, tokens=means["objective/response_length"] * episodes)
+        tokens = means.get("filter/tokens", means["objective/response_length"] * episodes)
+        stats |= cost(self.clock, seconds=seconds, tokens=tokens)
         stats |= {"episode": float(self.episodes), "lr": optim.learning_rate(self)}
         self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])  # type: ignore[arg-type]
         self.log_dict(stats, batch_size=episodes)
@@ -319,6 +317,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         counters = {"iteration": self.iteration, "episodes": self.episodes, "version": resume.version()}
         counters["settings"] = resume.of_all_processes(self._settings, self._trainer)
         ahead = self.collector.sampler.ahead.state() if self.responder else {}
+        counters |= {"selection": self.selection.state()}
         checkpoint["rlhf"] = counters | {"algorithm": self.algorithm.state(), "ahead": ahead}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -327,6 +326,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.algorithm = self.algorithm.restored(state["algorithm"])
+        self.selection.restore(state.get("selection", {}))
         self._ahead = state.get("ahead", {})
 
     def teardown(self, stage: str) -> None:

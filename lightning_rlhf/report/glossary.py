@@ -48,6 +48,14 @@ OBJECTIVE = (
     Entry("objective/eos_rate", "share of responses that ended", "1"),
     Entry("objective/flat_groups", "share of responses whose group all scored the same; 0 without groups", "1"),
 )
+FILTER = (
+    Entry("filter/pass_rate", "share of drawn groups that are learned from; dynamic sampling and `Curriculum`", "1"),
+    Entry("filter/batches", "batches of prompts drawn for this rollout", "1"),
+    Entry("filter/tokens", "response tokens drawn for this rollout, of all processes", "tokens"),
+    Entry("filter/tokens_per_response", "`filter/tokens` over the responses that are learned from", "tokens"),
+    Entry("filter/raw_scores", "mean r(x, y) of everything drawn, before the shaping rules", "reward"),
+    Entry("filter/resting", "prompts that rest in the next rollout; with a `Curriculum`", "1"),
+)
 UPDATE = (
     Entry("loss/policy_avg", "mean surrogate loss of an action", "reward"),
     Entry("loss/kl_avg", "mean β·KL of an action where `kl_term` puts it into the loss, else 0", "reward"),
@@ -161,7 +169,7 @@ PREFERENCES = (
         "1",
     ),
 )
-GLOSSARY = (*TRAINING, *OBJECTIVE, *UPDATE, *COST, *HELD_OUT, *EVALUATIONS, *PREFERENCES)
+GLOSSARY = (*TRAINING, *OBJECTIVE, *FILTER, *UPDATE, *COST, *HELD_OUT, *EVALUATIONS, *PREFERENCES)
 """All entries, in the order in which a run logs them."""
 
 

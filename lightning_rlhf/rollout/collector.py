@@ -109,8 +109,34 @@ class Collector:
             iteration: which rollout of the run; it names the random numbers.
             following: prompts of the next step, for an engine that draws ahead.
         """
+        return self.measure(self.draw(prompts, samples=samples, iteration=iteration, following=following))
+
+    def draw(
+        self,
+        prompts: PromptBatch,
+        *,
+        samples: int,
+        iteration: int,
+        batch: int = 0,
+        following: PromptBatch | None = None,
+    ) -> Rollout:
+        """Sample B·k responses to train on, whose log-probs and values are not yet measured.
+
+        Args:
+            prompts: B prompts of this process.
+            samples: k, responses to each prompt.
+            iteration: which rollout of the run; it names the random numbers.
+            batch: which batch of that rollout.
+            following: prompts of the next step, for an engine that draws ahead.
+        """
+        if batch > 0:
+            stream = f"train/{batch}"
+            return self.sampler.draw(prompts, samples, stream=stream, iteration=iteration).rollout(prompts)
         sampled = self.sampler.collect(prompts, samples, iteration=iteration, following=following)
-        rollout = sampled.rollout(prompts)
+        return sampled.rollout(prompts)
+
+    def measure(self, rollout: Rollout) -> Rollout:
+        """Add log π_old by the source of `updates`, log π_ref and V to a rollout to train on."""
         pieces = self.updates.pieces(rollout, self.agree)
         epochs = self.updates.epochs
         one_step = len(pieces) == 1 and epochs == 1

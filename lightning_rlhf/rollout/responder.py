@@ -74,6 +74,16 @@ class Responder:
         self.collector.updates.steps(len(prompts.tokens) * samples)
         return self.collector.collect(prompts, samples=samples, iteration=iteration, following=following)
 
+    def draw(self, prompts: PromptBatch, *, samples: int, iteration: int, batch: int) -> Rollout:
+        """Sample a batch of responses to choose from (see `Collector.draw`)."""
+        self._check(prompts)
+        self.collector.updates.steps(len(prompts.tokens) * samples)
+        return self.collector.draw(prompts, samples=samples, iteration=iteration, batch=batch)
+
+    def measure(self, rollout: Rollout) -> Rollout:
+        """Measure what is learned from (see `Collector.measure`)."""
+        return self.collector.measure(rollout)
+
     def respond(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
         """Sample a rollout for evaluation (see `Collector.respond`)."""
         self._check(prompts)

@@ -231,7 +231,9 @@ METHODS = [cls for cls in vars(methods).values() if inspect.isclass(cls) and Alg
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 def test_methods_change_defaults_and_nothing_else(method):
     own = {name for name in vars(method) if not name.startswith("__")}
-    assert own <= {"level", "beta", "kl_term", "advantage", "surrogate", "reduction", "shaping", "ptx_coef"}
+    assert own <= {"level", "beta", "kl_term", "advantage", "surrogate", "reduction", "shaping", "ptx_coef"} | {
+        "dynamic_sampling"
+    }
     assert method(beta=0.5).kl.coef == 0.5
     assert method() != Algorithm()
     assert any(character.isdigit() for character in method.__doc__)  # names its paper

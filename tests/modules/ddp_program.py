@@ -39,12 +39,15 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import (
+    DAPO,
     GAE,
     AdaptiveKL,
     Algorithm,
     BanditAdvantage,
     BatchStd,
     ConstantSchedule,
+    Curriculum,
+    DynamicSampling,
     FixedKL,
     GroupAdvantage,
     KLInLoss,
@@ -90,6 +93,14 @@ class Table(Reward):
         tokens = rollout.tokens[:, rollout.prompt_width :]
         numbers = torch.linspace(-1, 1, 36, dtype=torch.float64).roll(self.roll).to(tokens.device)
         return torch.where(rollout.response_mask, numbers[tokens], 0.0).sum(1)
+
+
+class LastIsEven(Reward):
+    """1 where the last token is even, so that many groups score alike."""
+
+    def __call__(self, rollout, rows):
+        last = rollout.tokens[:, rollout.prompt_width :].gather(1, rollout.lengths[:, None] - 1).squeeze(1)
+        return (last % 2 == 0).double()
 
 
 class FailsOnOne(Table):
@@ -274,6 +285,27 @@ def grouped(folder: Path, devices: int) -> dict:
             "n": module.episodes,
             "kl": module.algorithm.kl.coef,
         }
+    return found
+
+
+def selected(folder: Path, devices: int) -> dict:
+    """Dynamic sampling that refills, and at a cap that is too low; a curriculum."""
+    found = {}
+    for name, dynamic in {"refilled": DynamicSampling(batches=6), "short": DynamicSampling(batches=1)}.items():
+        log = RolloutLog(str(folder / f"selected-{name}-{strategy}"))
+        module = PPOModule(
+            policy=source(folder, "lm"),
+            reward=LastIsEven(),
+            algorithm=DAPO(shaping=(), dynamic_sampling=dynamic),
+            generation=SamplingParams(max_new_tokens=6, samples_per_prompt=2),
+            updates=UpdateSchedule(minibatch=4 // devices, microbatch=3 // devices),
+            optimizer=ADAM,
+            schedule=ConstantSchedule(),
+            curriculum=Curriculum(rest=3),
+        )
+        data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=4 // devices)
+        found[name] = run(module, data, devices, callbacks=[log])
+        found[name]["selection"] = module.selection.state()
     return found
 
 

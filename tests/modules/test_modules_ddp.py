@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
-NAMES = "ppo,gae,lora,resumed,sft,reward,scarce,scarce_sft,scarce_ppo,grouped"
+NAMES = "ppo,gae,lora,resumed,sft,reward,scarce,scarce_sft,scarce_ppo,grouped,selected"
 JOBS = [
     f"one:1:{NAMES}:90",
     f"ddp:2:{NAMES}:90",
@@ -93,6 +93,24 @@ def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     assert one["kl"] == pytest.approx(two["kl"], abs=1e-9)
     assert one["advantage"] == pytest.approx(two["advantage"], abs=1e-9)
     assert bool(one["advantage"]) == (method == "running_mean")
+
+
+@pytest.mark.parametrize("name", ["refilled", "short"])
+def test_two_processes_learn_from_the_prompts_of_one(outcomes, folder, strategy, name):
+    """Which groups differ, how many batches are drawn for them, what rests."""
+    one, two = (found[name] for found in outcomes("selected", strategy))
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert_same_numbers(a, b)
+    batches = {step["filter/batches"] for step in one["steps"]}
+    assert max(batches) > 1 if name == "refilled" else batches == {1.0}
+    assert one["selection"]["taken"] == two["selection"]["taken"] > 0
+    assert {k: v.tolist() for k, v in one["selection"]["rates"].items()} == {
+        k: v.tolist() for k, v in two["selection"]["rates"].items()
+    }
+    logs = [(folder / f"selected-{name}-{kind}" / "rollouts.jsonl").read_text() for kind in ("one", strategy)]
+    texts = [[json.loads(line)["response"] for line in log.splitlines()] for log in logs]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(("name", "lines"), [("rollouts", 24), ("samples", 2 * 11)])

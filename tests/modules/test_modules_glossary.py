@@ -9,11 +9,19 @@ import pytest
 import torch
 from fake_vllm import FakeVLLM
 from gathered import gathered
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf.callbacks import GradientNorms
-from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen
+from lightning_rlhf.core import (
+    GAE,
+    BanditAdvantage,
+    ConstantSchedule,
+    Curriculum,
+    DynamicSampling,
+    GroupAdvantage,
+    KLPen,
+)
 from lightning_rlhf.engines import SamplingParams, VLLMServer
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
@@ -40,6 +48,17 @@ class Keys(Logger):
         self.seen |= metrics.keys()
 
     def log_hyperparams(self, *_, **__): ...
+
+
+class Data(LightningDataModule):
+    """Ready loaders, of whose prompts there are always more."""
+
+    def __init__(self, train, val) -> None:
+        super().__init__()
+        self.train_dataloader, self.val_dataloader = lambda: train, lambda: val
+
+    def further_prompts(self, number):
+        return next(iter(self.train_dataloader()))["prompts"]
 
 
 def judge(prompts, first, second):
@@ -76,6 +95,12 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
         "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage()),
         "served": ppo(engine=VLLMServer(urls=[FakeVLLM(make_lm(end=ENDS)).url])),
+        "dapo": ppo(
+            advantage=GroupAdvantage(),
+            dynamic_sampling=DynamicSampling(),
+            curriculum=Curriculum(),
+            generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2),
+        ),
         "grpo": ppo(advantage=GroupAdvantage(), generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2)),
     }
 
@@ -92,7 +117,7 @@ def data(as_loader, left_padded, right_padded):
     )
     found = {
         name: ([{"prompts": prompts, "pretrain": texts}], held_out)
-        for name in ("ppo", "gae", "klpen", "served", "grpo")
+        for name in ("ppo", "gae", "klpen", "served", "grpo", "dapo")
     }
     found |= {"sft": ([texts], as_loader([texts])), "reward": ([ranked], [as_loader([ranked]), as_loader([texts])])}
     return {name: (as_loader(train), val) for name, (train, val) in found.items()}
@@ -117,7 +142,7 @@ def logged(modules, data, tmp_path_factory) -> set[str]:
             default_root_dir=tmp_path_factory.mktemp("runs"),
         )
         train, val = data[name]
-        trainer.fit(module, train, val)
+        trainer.fit(module, datamodule=Data(train, val))
         trainer.test(module, val, verbose=False)
     return keys.seen
 

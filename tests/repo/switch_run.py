@@ -47,6 +47,8 @@ from lightning_rlhf.core import (
     BatchMean,
     ClippedValueLoss,
     ConstantSchedule,
+    Curriculum,
+    DynamicSampling,
     FixedKL,
     ImportanceSampling,
     KLInLoss,
@@ -61,10 +63,12 @@ from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
+from lightning_rlhf.rollout.pass_rates import PassRates
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
 COSTS = ("time", "throughput", "memory")  # no two runs agree on them
 FREE = UpdateSchedule(max_grad_norm=None)  # a clipped gradient would hide a factor on the loss
+GROUPS = {"generation": SamplingParams(max_new_tokens=5, samples_per_prompt=2)}
 MANY = UpdateSchedule(epochs=3, max_grad_norm=None)  # ratios leave 1
 
 
@@ -78,6 +82,16 @@ class Greedy(LocalEngine):
 def shorter(prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
     """A judge."""
     return [0.2 + 0.7 * (len(a) < len(b)) for a, b in zip(first, second, strict=True)]
+
+
+def same(prompts: list[Any], responses: list[str]) -> list[float]:
+    """A reward that tells no response from another."""
+    return [0.5] * len(responses)
+
+
+def some(prompts: list[Any], responses: list[str]) -> list[float]:
+    """A reward under which some groups of two are flat."""
+    return [float(response[-1:] in "abcdefghijklm") for response in responses]
 
 
 def table(bench: Bench) -> Table:
@@ -152,6 +166,32 @@ def _rl(bench: Bench) -> Table:
             lambda algorithm: observe(PPOModule(**copy.deepcopy(usual | more) | {"algorithm": algorithm}))
         )
 
+    def chosen(dynamic: DynamicSampling) -> list[Any]:
+        """What a rollout without different scores is filled with."""
+        module = PPOModule(
+            **usual | {"generation": SamplingParams(max_new_tokens=5, samples_per_prompt=2), "reward": same},
+            algorithm=Algorithm(dynamic_sampling=dynamic),
+        )
+        module.selection.further = lambda number: bench.prompts
+        module.configure_model()
+        drawn = module.collect(bench.prompts)
+        return [drawn.metrics["filter/batches"], drawn.learned]
+
+    def resting(module: PPOModule) -> dict[str, float]:
+        """How a rollout was drawn."""
+        module.selection.further = lambda number: bench.prompts
+        module.configure_model()
+        return module.collect(bench.prompts).metrics
+
+    def rests(curriculum: Curriculum) -> list[bool]:
+        """In which rollouts a prompt may be drawn again, whatever its pass rates."""
+        rates = PassRates(curriculum)
+        for prompt, shares in enumerate([(1, 1), (0, 0), (0, 1), (0.5, 1), (1, 0.75), (0.25, 0.25)]):
+            for rollout, share in enumerate(shares):
+                scores = torch.tensor([1.0] * round(4 * share) + [0.6] * round(2 * (1 - share)) + [0.0] * 2)
+                rates.note(prompt, scores[:4], rollout)
+        return [rates.awake(prompt, rollout) for prompt in range(6) for rollout in range(40)]
+
     def evaluated(module: PPOModule) -> dict[str, float]:
         """Everything that a validation logs."""
         found = bench.trainer().validate(module, [_loader(bench.prompts), _loader(bench.texts)], verbose=False)
@@ -163,6 +203,8 @@ def _rl(bench: Bench) -> Table:
     generation, updates = inside("generation"), inside("updates")
     return {
         AlignmentTax: case(beside),
+        Curriculum: case(rests, solved=to(0.5), decay=to(0.0), low=to(0.3), high=to(0.8), rest=to(3)),
+        DynamicSampling: case(chosen, batches=to(2), keep_flat=to(True)),
         BestOfN: case(beside, {"n": (1, 2)}, n=to((3,))),
         GoldReward: case(beside, {"reward": words}, reward=to(letters), name=to("silver")),
         WinRate: case(beside, judge=to(shorter), samples=to(2), name=to("wins")),
@@ -186,6 +228,7 @@ def _rl(bench: Bench) -> Table:
             value_loss=to(ClippedValueLoss(coef=1.0), by=through(value_weights, policy=source), **of_tokens),
             reduction=to(SeqMeanTokenMean(), level=TokenLevel()),
             shaping=to(TruncatedScore()),
+            dynamic_sampling=to(DynamicSampling(batches=1), by=through(weights, **GROUPS, reward=some)),
             ptx_coef=to(0.5),
         ),
         PPOModule: case(
@@ -207,6 +250,7 @@ def _rl(bench: Bench) -> Table:
             schedule=to(ConstantSchedule(warmup=10)),
             evaluations=to([WinRate()], by=evaluated),
             engine=to(Greedy()),
+            curriculum=to(Curriculum(), by=resting),
         ),
         UpdateSchedule: case(
             updates(weights),
