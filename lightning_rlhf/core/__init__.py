@@ -17,6 +17,7 @@ from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, Leav
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
 from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWeighted, WorstReward
+from lightning_rlhf.core.entropy_bonus import AdaptiveEntropy, EntropyBonus
 from lightning_rlhf.core.evaluation import (
     best_of_n_kl,
     expected_best,
@@ -61,6 +62,7 @@ from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 __all__ = [
     "ActionLevel",
     "Adaptive",
+    "AdaptiveEntropy",
     "AdaptiveKL",
     "AdvantageEstimator",
     "Algorithm",
@@ -84,6 +86,7 @@ __all__ = [
     "DAPO",
     "DrGRPO",
     "DynamicSampling",
+    "EntropyBonus",
     "FixedKL",
     "GAE",
     "GRPO",

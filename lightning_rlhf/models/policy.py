@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core.linear_logprobs import linear_logprobs
 from lightning_rlhf.core.logprobs import token_logprobs
+from lightning_rlhf.core.vocabulary import Predictions
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
 from lightning_rlhf.models.backbone import Backbone, filled, positions
@@ -58,6 +59,7 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         wanted: Tensor | None = None,
         groups: Tensor | None = None,
+        raw: bool = False,
     ) -> Tensor:
         """Return log π(token | before) of the last `width` tokens, (B, W), in nats; 0 where not wanted.
 
@@ -73,13 +75,19 @@ class PolicyModel(nn.Module):
             temperature: τ the logits are divided by.
             wanted: (B, W), bool; None: the real tokens.
             groups: (B,), int64; rows of one number have the same first L − W columns, which are then read once.
+            raw: return what the wanted tokens are predicted from instead, one row each: hidden states, or logits where
+                these are no linear map of them.
         """
         wanted = mask[:, -width:] if wanted is None else wanted
         head = self._head(tokens)
         if head is None:
             logits = self.logits(tokens, mask, keep=width + 1)[:, :-1]
+            if raw:
+                return logits[wanted]
             return torch.where(wanted, token_logprobs(logits, tokens[:, -width:], temperature), 0.0)
         states = self.backbone.states(tokens, mask, width=width, groups=groups)
+        if raw:
+            return states[wanted]
         chosen = tokens[:, -width:][wanted]
         logprobs = linear_logprobs(states[wanted], head.weight, chosen, bias=head.bias, temperature=temperature)
         return logprobs.new_zeros(wanted.shape).masked_scatter(wanted, logprobs)
@@ -104,6 +112,19 @@ class PolicyModel(nn.Module):
         return self(
             rollout.tokens, rollout.attention_mask, width=width, temperature=temperature, groups=rollout.prompt_index
         )
+
+    def response_predictions(self, rollout: Rollout) -> Predictions:
+        """Return what each response token of a rollout is predicted from, N rows in the order of `response_mask`."""
+        head = self._head(rollout.tokens)
+        inputs = self(
+            rollout.tokens,
+            rollout.attention_mask,
+            width=rollout.response_mask.shape[1],
+            wanted=rollout.response_mask,
+            groups=rollout.prompt_index,
+            raw=True,
+        )
+        return Predictions(inputs) if head is None else Predictions(inputs, head.weight, head.bias)
 
     def text_logprobs(self, text: TextBatch) -> Tensor:
         """Return log π of tokens 1 .. L − 1 of each text, (B, L − 1), in nats; 0 where no target."""
