@@ -54,6 +54,7 @@ from lightning_rlhf.core.shaping import (
     SoftOverlong,
     TruncatedScore,
 )
+from lightning_rlhf.core.soft_clip import SAPO, VESPO
 from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, SamplerWeights, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
@@ -120,6 +121,7 @@ __all__ = [
     "TruncatedScore",
     "RewardToGo",
     "RunningMean",
+    "SAPO",
     "SamplerWeights",
     "Schedule",
     "SequenceLevel",
@@ -135,6 +137,7 @@ __all__ = [
     "UncertaintyWeighted",
     "ImportanceSampling",
     "NoScale",
+    "VESPO",
     "ValueLoss",
     "Whitened",
     "WorstReward",

@@ -23,6 +23,7 @@ from lightning_rlhf.core.masked import AllSum, local
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
 from lightning_rlhf.core.reduction import Reduction, TokenMean
 from lightning_rlhf.core.shaping import Shaping, TruncatedScore
+from lightning_rlhf.core.soft_clip import VESPO
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 from lightning_rlhf.types import Experience, Rollout
@@ -210,11 +211,16 @@ class Algorithm(Adaptive):
 
 
 def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
-    """Raise ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
+    """Raise ValueError if the surrogate needs another ratio than that of the level's actions."""
     while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
     if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPen):
         raise ValueError(
             "KLPen needs the ratio π_θ/π_old, but GeometricLevel normalizes it by the length, so that its k3 is no "
             "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
+        )
+    if isinstance(surrogate, VESPO) and (not isinstance(level, SequenceLevel) or isinstance(level, GeometricLevel)):
+        raise ValueError(
+            f"VESPO weighs a response by the ratio of the whole of it, which {type(level).__name__} does not give: "
+            "take `level`=SequenceLevel(), or SAPO for tokens"
         )

@@ -17,6 +17,7 @@ from lightning_rlhf.core import (
     GSPO,
     K3,
     RLOO,
+    VESPO,
     AdaptiveKL,
     Algorithm,
     Clip,
@@ -216,6 +217,8 @@ def test_lengths_that_were_not_chosen_are_the_longest_response():
         ({"value_loss": ClippedValueLoss()}, "value_loss"),
         ({"level": GeometricLevel(), "surrogate": KLPen()}, "GeometricLevel"),
         ({"level": GeometricLevel(), "surrogate": MaskedIS(surrogate=KLPen())}, "GeometricLevel"),
+        ({"level": GeometricLevel(), "surrogate": VESPO()}, "which GeometricLevel does not give"),
+        ({"level": TokenLevel(), "surrogate": TruncatedIS(surrogate=VESPO())}, "which TokenLevel does not give"),
     ],
 )
 def test_what_cannot_be_is_refused_when_built(options, named):

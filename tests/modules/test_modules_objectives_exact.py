@@ -26,6 +26,8 @@ from lightning_rlhf.core import (
     CISPO,
     K2,
     K3,
+    SAPO,
+    VESPO,
     BanditAdvantage,
     Clip,
     ConstantSchedule,
@@ -69,6 +71,7 @@ SURROGATES = {
     "cispo-bounded": CISPO(largest=1.28, smallest=0.8),
     "klpen": KLPen(coef=1.0, target=None),
     "klpen-adaptive": KLPen(coef=2.0, target=0.01),
+    "sapo": SAPO(),
     "truncated": TruncatedIS(surrogate=Clip()),
     "masked": MaskedIS(surrogate=CISPO()),
 }
@@ -180,6 +183,15 @@ def test_surrogate_on_llama_is_the_gradient_of_the_objective(setting, surrogate)
     exact = setting("llama", surrogate=SURROGATES[surrogate], level=TokenLevel(), reduction=SeqMeanTokenSum())
     # Llama's norm computes in float32 whatever its weights are
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-5
+
+
+def test_vespo_at_the_old_policy_is_the_gradient_of_the_objective(setting):
+    exact = setting("gpt2", surrogate=VESPO(), level=SequenceLevel())
+    experience = exact.credited()
+    assert apart(exact.accumulated(experience), exact.expected) < 1e-9
+    # negative control: where the policy has moved, φ is not 1
+    moved = replace(experience, rollout=replace(experience.rollout, logprobs=experience.rollout.logprobs - 0.2))
+    assert apart(exact.accumulated(moved), exact.expected) > 1e-2
 
 
 def test_reward_to_go_is_the_gradient_of_the_objective(setting):
