@@ -33,6 +33,7 @@ from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
+from lightning_rlhf.core.masks import DPPOMask, LossMask, MaskTruncated, OffPolicyMask, TopEntropy
 from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, NoCorrection, TruncatedIS
 from lightning_rlhf.core.preference import (
@@ -81,6 +82,7 @@ __all__ = [
     "CosineSchedule",
     "AdvantagesAndReturns",
     "DAPO",
+    "DPPOMask",
     "DrGRPO",
     "FixedKL",
     "GAE",
@@ -104,12 +106,15 @@ __all__ = [
     "LengthNormalized",
     "LengthPenalty",
     "LinearSchedule",
+    "LossMask",
+    "MaskTruncated",
     "MaskedIS",
     "MeanReward",
     "SeqMeanTokenMean",
     "MismatchIS",
     "NoBaseline",
     "NoCorrection",
+    "OffPolicyMask",
     "PerAction",
     "PlackettLuce",
     "PreferenceLoss",
@@ -132,6 +137,7 @@ __all__ = [
     "Surrogate",
     "TLDR",
     "TokenLevel",
+    "TopEntropy",
     "TokenMean",
     "TruncatedIS",
     "UncertaintyWeighted",

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf.callbacks import GradientNorms
-from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen
+from lightning_rlhf.core import GAE, BanditAdvantage, ConstantSchedule, GroupAdvantage, KLPen, MaskTruncated
 from lightning_rlhf.engines import SamplingParams, VLLMServer
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
@@ -74,7 +74,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "reward": RewardModule(make_scorer(), **USUAL),
         "ppo": ppo(reward=parts, evaluations=evaluations, ptx_coef=1.0),
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
-        "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage()),
+        "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage(), masks=MaskTruncated()),
         "served": ppo(engine=VLLMServer(urls=[FakeVLLM(make_lm(end=ENDS)).url])),
         "grpo": ppo(advantage=GroupAdvantage(), generation=SamplingParams(max_new_tokens=4, samples_per_prompt=2)),
     }
