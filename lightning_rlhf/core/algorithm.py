@@ -196,7 +196,9 @@ class Algorithm(Adaptive):
             kept = self._kept(logprobs.detach(), experience)
             policy_loss = torch.where(kept, policy_loss, torch.zeros_like(policy_loss))
             dropped["policy/masked"] = (~kept).to(policy_loss.dtype)
-        kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response_mask, self.level)
+        kl_loss = self.kl.coef * self.kl_term.in_loss(
+            logprobs, old.ref_logprobs, old.sampler_logprobs, old.response_mask, self.level
+        )
         ratio = importance_ratio(log_ratio.detach())
         stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
         stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()}

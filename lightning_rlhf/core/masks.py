@@ -28,7 +28,7 @@ class LossMask:
         """
 
     def counted(self, rollout: Rollout) -> Tensor:
-        """Tokens that count at all, (B, R), bool: the others are in no loss and no denominator.
+        """Decide which tokens are in a loss and a denominator at all: (B, R), bool.
 
         Args:
             rollout: B responses.
@@ -36,7 +36,7 @@ class LossMask:
         return rollout.response_mask
 
     def kept(self, rollout: Rollout, counted: Tensor, all_sum: AllSum) -> Tensor:
-        """Actions whose policy loss counts, (B, T), bool, decided once for all updates.
+        """Decide once for all updates whose policy loss counts: actions (B, T), bool.
 
         The others have a policy loss of 0; they stay in the denominators, the KL in the loss and the value loss.
 
@@ -48,7 +48,7 @@ class LossMask:
         return counted
 
     def kept_by(self, logprobs: Tensor, experience: Experience) -> Tensor:
-        """Actions whose policy loss counts under π_θ, (B, T), bool, decided in every pass of an update.
+        """Decide in every pass of an update whose policy loss counts: actions (B, T), bool.
 
         Args:
             logprobs: log π_θ per token, (B, R), nats, no gradient.
@@ -72,7 +72,7 @@ class MaskTruncated(LossMask):
 
 @dataclass(frozen=True, kw_only=True)
 class TopEntropy(LossMask):
-    """Keep the tokens of highest entropy, where the policy chooses, in the policy loss (Wang et al. 2025, 2506.01939).
+    """Keep the tokens of highest entropy in the policy loss (Wang et al. 2025, 2506.01939).
 
     The entropy is that of the distribution a token was drawn from. It is compared within the whole rollout of all
     processes, so that minibatches change nothing. Actions must be tokens.

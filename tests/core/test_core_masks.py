@@ -281,7 +281,7 @@ def test_dropped_tokens_have_no_gradient_of_the_policy_loss_but_that_of_the_kl()
         dropped = stats["policy/masked"].bool() & RESPONSE
         assert 0 < int(dropped.sum()) < 18
         assert_close(gradient[~dropped], before[~dropped], **TIGHT)
-        kl = masked.kl_term.in_loss(logprobs, rollout.ref_logprobs, RESPONSE, TokenLevel())
+        kl = masked.kl_term.in_loss(logprobs, rollout.ref_logprobs, rollout.sampler_logprobs, RESPONSE, TokenLevel())
         of_kl = 0.1 * torch.autograd.grad(kl.sum(), logprobs)[0] / 18
         assert_close(gradient[dropped], of_kl[dropped], **TIGHT)
         assert (before - gradient)[dropped].abs().min() > 1e-6  # negative control

@@ -137,7 +137,7 @@ def charged_later(kl: KLController) -> list[Tensor]:
 
 
 def kl_losses(term: ReferenceKL) -> list[Tensor]:
-    return [term.in_loss(X, Y, MASK, level) for level in (TokenLevel(), SequenceLevel())]
+    return [term.in_loss(X, Y, Z, MASK, level) for level in (TokenLevel(), SequenceLevel())]
 
 
 def factors(schedule: Schedule) -> list[float]:
@@ -193,7 +193,7 @@ TABLE: Table = {
     GAE: case(advantages, gamma=to(0.9), lam=to(0.5)),
     GroupAdvantage: case(advantages, scale=to(NoScale())),
     GroupStd: case(unit, guard=to(0.1)),
-    KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel())),
+    KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel()), unbiased=to(True, estimator=K3())),
     KLPen: case(loss, coef=to(0.5), target=to(0.5, by=later_loss)),
     LengthNormalized: case(shaped, length=to(3.0)),
     LengthPenalty: case(shaped, {"coef": 0.1}, coef=to(0.2)),
