@@ -30,11 +30,24 @@ from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.masks import DPPOMask, LossMask, MaskTruncated, OffPolicyMask, TopEntropy
-from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
+from lightning_rlhf.core.methods import (
+    DAPO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    RLOO,
+    TLDR,
+    CISPOMethod,
+    DrGRPO,
+    InstructGPT,
+    ReinforcePP,
+    SAPOMethod,
+    VESPOMethod,
+)
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, NoCorrection, TruncatedIS
 from lightning_rlhf.core.preference import (
     Centered,
@@ -89,6 +102,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "GeometricLevel",
+    "GeometricTokenLevel",
     "GroupAdvantage",
     "GroupScale",
     "GroupStd",
@@ -101,6 +115,7 @@ __all__ = [
     "KLInLoss",
     "KLInReward",
     "KLPen",
+    "LUSPO",
     "LearnedValue",
     "LeaveOneOut",
     "LengthNormalized",
@@ -127,6 +142,7 @@ __all__ = [
     "RewardToGo",
     "RunningMean",
     "SAPO",
+    "SAPOMethod",
     "SamplerWeights",
     "Schedule",
     "SequenceLevel",
@@ -144,6 +160,7 @@ __all__ = [
     "ImportanceSampling",
     "NoScale",
     "VESPO",
+    "VESPOMethod",
     "ValueLoss",
     "Whitened",
     "WorstReward",

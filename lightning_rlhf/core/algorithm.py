@@ -18,7 +18,7 @@ from lightning_rlhf.core.controller import FixedKL, KLController
 from lightning_rlhf.core.kl import k2
 from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
 from lightning_rlhf.core.masks import LossMask
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
@@ -254,10 +254,10 @@ def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
     """Raise ValueError if the surrogate needs another ratio than that of the level's actions."""
     while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
-    if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPen):
+    if isinstance(level, GeometricLevel | GeometricTokenLevel) and isinstance(surrogate, KLPen):
         raise ValueError(
-            "KLPen needs the ratio π_θ/π_old, but GeometricLevel normalizes it by the length, so that its k3 is no "
-            "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
+            f"KLPen needs the ratio π_θ/π_old, but {type(level).__name__} normalizes it by the length, so that its k3 "
+            "is no KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
         )
     if isinstance(surrogate, VESPO) and (not isinstance(level, SequenceLevel) or isinstance(level, GeometricLevel)):
         raise ValueError(

@@ -160,8 +160,9 @@ class KLInLoss(ReferenceKL):
     unbiased: bool = False
     """Multiply the estimate by the live ratio π_θ/π_sampler (DeepSeek-V3.2, 2512.02556).
 
-    Value and gradient are then those of KL(π_θ‖π_ref) whatever drew the response, with k3 or k1. Of whole responses this
-    is exact; of tokens it is the KL of the next token at the states that the sampler reaches. TRL's ratio is to π_old.
+    Value and gradient are then those of KL(π_θ‖π_ref) whatever drew the response, with k3 or k1. Of whole responses
+    this is exact; of tokens it is the KL of the next token at the states that the sampler reaches. TRL's ratio is to
+    π_old.
     """
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from lightning_rlhf.core import (
     ConstantSchedule,
     FixedKL,
     GeometricLevel,
+    GeometricTokenLevel,
     GroupAdvantage,
     ImportanceSampling,
     KLInLoss,
@@ -218,6 +219,19 @@ def test_geometric_level_is_not_the_gradient_of_the_objective(setting):
     found = exact.accumulated(exact.credited())
     best = float(found @ exact.expected / (found @ found))
     assert apart(best * found, exact.expected) > 1e-2 * float(exact.expected.abs().max())
+
+
+def test_length_times_the_geometric_ratio_is_the_gradient_of_the_objective(setting):
+    """LUSPO gives back what GSPO divides by; its mean over tokens is GSPO."""
+    options = {"surrogate": Clip(epsilon=3e-4, epsilon_high=4e-4)}
+    luspo = setting("gpt2", level=GeometricTokenLevel(), reduction=SeqMeanTokenSum(), **options)
+    assert apart(luspo.accumulated(luspo.credited()), luspo.expected) < 1e-9
+    mean = setting("gpt2", level=GeometricTokenLevel(), reduction=SeqMeanTokenMean(), **options)
+    gspo = setting("gpt2", level=GeometricLevel(), **options)
+    of_gspo = gspo.credited()
+    shared = replace(mean.credited(), advantages=of_gspo.advantages.expand(-1, LENGTH))
+    assert apart(mean.accumulated(shared), gspo.accumulated(of_gspo)) < 1e-9
+    assert apart(luspo.accumulated(shared), gspo.accumulated(of_gspo)) > 1e-3  # negative control
 
 
 # (b) The KL in the loss

@@ -22,6 +22,7 @@ from lightning_rlhf.core import (
     DAPO,
     GRPO,
     GSPO,
+    LUSPO,
     RLOO,
     TLDR,
     AdaptiveKL,
@@ -31,7 +32,9 @@ from lightning_rlhf.core import (
     InstructGPT,
     KLPen,
     ReinforcePP,
+    SAPOMethod,
     SeqMeanTokenSum,
+    VESPOMethod,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -212,7 +215,21 @@ def algorithm_of(*arguments: str) -> Algorithm:
     return algorithm
 
 
-METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+METHODS = (
+    Algorithm,
+    InstructGPT,
+    TLDR,
+    RLOO,
+    ReinforcePP,
+    GRPO,
+    DrGRPO,
+    DAPO,
+    GSPO,
+    CISPOMethod,
+    LUSPO,
+    SAPOMethod,
+    VESPOMethod,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
