@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lightning_rlhf.core import (
+    GAE,
     K3,
     Algorithm,
     DPPOMask,
@@ -286,6 +287,18 @@ def test_dropped_tokens_have_no_gradient_of_the_policy_loss_but_that_of_the_kl()
         assert_close(gradient[dropped], of_kl[dropped], **TIGHT)
         assert (before - gradient)[dropped].abs().min() > 1e-6  # negative control
         assert torch.equal(experience.action_mask, RESPONSE)
+
+
+def test_value_loss_and_kl_of_dropped_tokens_stay():
+    rollout = a_rollout()
+    logprobs, values = moved(rollout), rollout.values + 0.3
+    losses = []
+    for masks in (None, TopEntropy(share=0.3)):
+        algorithm = tokens(advantage=GAE(), masks=masks)
+        found = algorithm.action_loss(logprobs, values, algorithm.credit(rollout, SCORES))
+        losses.append(found.loss - found.stats["loss/policy_avg"])
+        assert found.stats["loss/value_avg"][RESPONSE].abs().min() > 1e-4
+    assert_close(*losses, **TIGHT)
 
 
 # Together with the rest
