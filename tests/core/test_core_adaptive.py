@@ -12,6 +12,7 @@ from lightning_rlhf.core import (
     GAE,
     GRPO,
     GSPO,
+    LUSPO,
     RLOO,
     SAPO,
     TLDR,
@@ -37,7 +38,9 @@ from lightning_rlhf.core import (
     ReinforcePP,
     RewardToGo,
     RunningMean,
+    SAPOMethod,
     TruncatedIS,
+    VESPOMethod,
     Whitened,
 )
 
@@ -89,6 +92,7 @@ MOVING = {
 }
 
 METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+METHODS += (LUSPO, SAPOMethod, VESPOMethod)
 STILL = {
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
     "clip": (Clip(), lambda x: x.adapted(1.0)),
