@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,13 @@ from lightning_rlhf.types import Experience, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossMask:
+class LossMask(ABC):  # noqa: B024  # the command line takes subclasses of it
     """Base class of a rule for which actions the policy loss counts; each of its three hooks keeps all by default.
 
     Advantages are those of all actions, whatever is masked. Several rules keep what all of them keep.
     """
 
-    def check_level(self, level: ActionLevel) -> None:
+    def check_level(self, level: ActionLevel) -> None:  # noqa: B027
         """Raise ValueError if the rule has no meaning for actions of this level; by default it has.
 
         Args:

@@ -31,9 +31,12 @@ from lightning_rlhf.core import (
     DrGRPO,
     InstructGPT,
     KLPen,
+    MaskTruncated,
+    OffPolicyMask,
     ReinforcePP,
     SAPOMethod,
     SeqMeanTokenSum,
+    TopEntropy,
     VESPOMethod,
 )
 
@@ -246,6 +249,15 @@ def test_part_alone_changes_the_bandit() -> None:
     assert algorithm_of("--algorithm.surrogate=KLPen") == Algorithm(surrogate=KLPen())
     adaptive = algorithm_of("--algorithm.beta=AdaptiveKL", "--algorithm.beta.target=3")
     assert adaptive == Algorithm(beta=AdaptiveKL(target=3.0))
+
+
+def test_masks_are_named_like_other_parts() -> None:
+    assert algorithm_of("--algorithm=GRPO", "--algorithm.masks=MaskTruncated") == GRPO(masks=MaskTruncated())
+    named = ["--algorithm=GRPO", "--algorithm.masks=OffPolicyMask", "--algorithm.masks.threshold=0.5"]
+    assert algorithm_of(*named) == GRPO(masks=OffPolicyMask(threshold=0.5))
+    several = '[{"class_path": "TopEntropy", "init_args": {"share": 0.3}}, {"class_path": "MaskTruncated"}]'
+    found = algorithm_of("--algorithm=GRPO", f"--algorithm.masks={several}")
+    assert found == GRPO(masks=(TopEntropy(share=0.3), MaskTruncated()))
 
 
 @pytest.mark.parametrize("preset", sorted(PAPERS.keys() - {"sft", "reward"}))
