@@ -24,11 +24,14 @@ from lightning_rlhf.core import (
     GRPO as GRPO,
     GSPO as GSPO,
     InstructGPT as InstructGPT,
+    LUSPO as LUSPO,
     RLOO as RLOO,
     ReinforcePP as ReinforcePP,
+    SAPOMethod as SAPOMethod,
     Shaping as Shaping,
     Surrogate as Surrogate,
     TLDR as TLDR,
+    VESPOMethod as VESPOMethod,
 )
 from lightning_rlhf.data import (
     ComparisonDataModule as ComparisonDataModule,

@@ -154,11 +154,12 @@ class Experience:
 
     Attributes:
         rollout: B sequences.
-        action_mask: actions that count, (B, T), bool.
+        action_mask: actions that count in a loss, (B, T), bool.
         rewards: of each action, r − β·log(π_old/π_ref), (B, T), reward units, 0 where masked.
         penalties: the part −β·log(π_old/π_ref) of them, (B, T), reward units: large scores round it away.
         advantages: Â, (B, T), reward units.
         returns: targets of the value network, (B, T), reward units.
+        kept: actions whose policy loss counts, (B, T), bool, those of `action_mask` or fewer; None where nothing masks.
     """
 
     rollout: Rollout
@@ -167,6 +168,7 @@ class Experience:
     penalties: Tensor
     advantages: Tensor
     returns: Tensor
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -176,7 +178,8 @@ class Experience:
         rollout = self.rollout.select(index)
         width = rollout.response_mask.shape[1]  # T is R, or 1
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rollout"}
-        return Experience(rollout=rollout, **{name: x[index][:, :width] for name, x in whole.items()})
+        parts: dict[str, Any] = {name: None if x is None else x[index][:, :width] for name, x in whole.items()}
+        return Experience(rollout=rollout, **parts)
 
     def unlearned(self) -> Experience:
         """Mask all actions, for a process that must run a pass without data to learn from."""
@@ -198,7 +201,8 @@ class Outcome:
         scores: after them, (B,), reward units.
         parts: what the reward is made of, by name, (B,) each.
         is_real: responses that count, (B,), bool; fillers of an evaluation do not.
-        advantages: mean over each response's actions, (B,), reward units; None if nothing is learned.
+        advantages: mean over each response's actions, (B,), reward units, 0 where no loss counts them; None if nothing
+            is learned.
     """
 
     rollout: Rollout

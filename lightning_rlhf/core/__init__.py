@@ -31,10 +31,24 @@ from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
-from lightning_rlhf.core.methods import DAPO, GRPO, GSPO, RLOO, TLDR, CISPOMethod, DrGRPO, InstructGPT, ReinforcePP
+from lightning_rlhf.core.masks import DPPOMask, LossMask, MaskTruncated, OffPolicyMask, TopEntropy
+from lightning_rlhf.core.methods import (
+    DAPO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    RLOO,
+    TLDR,
+    CISPOMethod,
+    DrGRPO,
+    InstructGPT,
+    ReinforcePP,
+    SAPOMethod,
+    VESPOMethod,
+)
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, NoCorrection, TruncatedIS
 from lightning_rlhf.core.preference import (
     Centered,
@@ -56,6 +70,7 @@ from lightning_rlhf.core.shaping import (
     SoftOverlong,
     TruncatedScore,
 )
+from lightning_rlhf.core.soft_clip import SAPO, VESPO
 from lightning_rlhf.core.surrogate import ImportanceSampling, PerAction, SamplerWeights, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 
@@ -84,6 +99,7 @@ __all__ = [
     "AdvantagesAndReturns",
     "Curriculum",
     "DAPO",
+    "DPPOMask",
     "DrGRPO",
     "DynamicSampling",
     "EntropyBonus",
@@ -92,6 +108,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "GeometricLevel",
+    "GeometricTokenLevel",
     "GroupAdvantage",
     "GroupScale",
     "GroupStd",
@@ -104,17 +121,21 @@ __all__ = [
     "KLInLoss",
     "KLInReward",
     "KLPen",
+    "LUSPO",
     "LearnedValue",
     "LeaveOneOut",
     "LengthNormalized",
     "LengthPenalty",
     "LinearSchedule",
+    "LossMask",
+    "MaskTruncated",
     "MaskedIS",
     "MeanReward",
     "SeqMeanTokenMean",
     "MismatchIS",
     "NoBaseline",
     "NoCorrection",
+    "OffPolicyMask",
     "PerAction",
     "PlackettLuce",
     "PreferenceLoss",
@@ -126,6 +147,8 @@ __all__ = [
     "TruncatedScore",
     "RewardToGo",
     "RunningMean",
+    "SAPO",
+    "SAPOMethod",
     "SamplerWeights",
     "Schedule",
     "SequenceLevel",
@@ -136,11 +159,14 @@ __all__ = [
     "Surrogate",
     "TLDR",
     "TokenLevel",
+    "TopEntropy",
     "TokenMean",
     "TruncatedIS",
     "UncertaintyWeighted",
     "ImportanceSampling",
     "NoScale",
+    "VESPO",
+    "VESPOMethod",
     "ValueLoss",
     "Whitened",
     "WorstReward",

@@ -18,12 +18,14 @@ from lightning_rlhf.core.controller import FixedKL, KLController
 from lightning_rlhf.core.kl import k2
 from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, SequenceLevel
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel
 from lightning_rlhf.core.masked import AllSum, local
+from lightning_rlhf.core.masks import LossMask
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
 from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, TokenMean
 from lightning_rlhf.core.shaping import Shaping, TruncatedScore
+from lightning_rlhf.core.soft_clip import VESPO
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 from lightning_rlhf.types import Experience, Rollout
@@ -59,6 +61,8 @@ class Algorithm(Adaptive):
     shaping: Shaping | Sequence[Shaping] | None = None
     """A rule on the score, or several, applied in turn. None: `TruncatedScore()` for a learned reward, whose
     demonstrations score around 0; none for any other."""
+    masks: LossMask | Sequence[LossMask] | None = None
+    """A rule for which actions the policy loss counts, or several; None counts all."""
     dynamic_sampling: DynamicSampling | None = None
     """Draws until enough groups have different scores; None learns from the prompts as they come."""
     ptx_coef: float = 0.0
@@ -69,10 +73,13 @@ class Algorithm(Adaptive):
         check_not_negative(ptx_coef=self.ptx_coef)
         if not isinstance(self.beta, KLController):
             check_not_negative(beta=self.beta)
-        if isinstance(self.shaping, list):
-            object.__setattr__(self, "shaping", tuple(self.shaping))
+        for name in ("shaping", "masks"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_ratio(self.level, self.surrogate)
         check_levels(self.surrogate, self.level)
+        for mask in self.loss_masks:
+            mask.check_level(self.level)
         if self.value_loss is not None and not self.needs_value:
             raise ValueError(
                 f"`value_loss` belongs to a value network, but {type(self.advantage).__name__} trains none: leave it "
@@ -90,6 +97,13 @@ class Algorithm(Adaptive):
         if self.shaping is None:
             return ()
         return (self.shaping,) if isinstance(self.shaping, Shaping) else tuple(self.shaping)
+
+    @property
+    def loss_masks(self) -> tuple[LossMask, ...]:
+        """The rules for which actions the policy loss counts as a tuple."""
+        if self.masks is None:
+            return ()
+        return (self.masks,) if isinstance(self.masks, LossMask) else tuple(self.masks)
 
     def with_beta(self, coef: float) -> Self:
         """Return the algorithm at another β, which keeps adapting as before."""
@@ -140,7 +154,7 @@ class Algorithm(Adaptive):
         return scores
 
     def credit(self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local) -> Experience:
-        """Subtract β·KL to the reference from the rewards and estimate the advantages.
+        """Subtract β·KL to the reference from the rewards and estimate the advantages of all actions.
 
         Args:
             rollout: B responses of π_old.
@@ -154,19 +168,21 @@ class Algorithm(Adaptive):
         penalties = penalized_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
         values = self.level.state_value(rollout.values, rollout.response_mask)
         credit = self.advantage(rewards, values, mask, groups=rollout.prompt_index, all_sum=all_sum)
+        counted, kept = self._masked(rollout, all_sum)
         return Experience(
             rollout=rollout,
-            action_mask=mask,
+            action_mask=counted,
             rewards=rewards,
             penalties=penalties,
             advantages=credit.advantages,
             returns=credit.returns,
+            kept=kept,
         )
 
     def action_loss(self, logprobs: Tensor, values: Tensor | None, experience: Experience) -> PerAction:
         """Compute the loss of each action before the reduction, (B, T): surrogate + β·KL + value loss.
 
-        The KL is part of it under `KLInLoss` only.
+        The KL is part of it under `KLInLoss` only. Where `masks` drop an action, the surrogate is 0.
 
         Args:
             logprobs: log π_θ of each response token, (B, R), nats; the gradient flows through it.
@@ -178,11 +194,18 @@ class Algorithm(Adaptive):
         action = self.surrogate(log_ratio, experience.advantages)
         weights = self.surrogate.weights(old.logprobs, old.sampler_logprobs, old.response_mask, self.level)
         policy_loss = weights.applied * action.loss
-        kl_loss = self.kl.coef * self.kl_term.in_loss(logprobs, old.ref_logprobs, old.response_mask, self.level)
+        dropped: dict[str, Tensor] = {}
+        if self.loss_masks:
+            kept = self._kept(logprobs.detach(), experience)
+            policy_loss = torch.where(kept, policy_loss, torch.zeros_like(policy_loss))
+            dropped["policy/masked"] = (~kept).to(policy_loss.dtype)
+        kl_loss = self.kl.coef * self.kl_term.in_loss(
+            logprobs, old.ref_logprobs, old.sampler_logprobs, old.response_mask, self.level
+        )
         ratio = importance_ratio(log_ratio.detach())
         stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
         stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()}
-        stats |= weights.stats(policy_loss) | action.stats
+        stats |= weights.stats(policy_loss) | action.stats | dropped
         if values is None:
             return PerAction(policy_loss + kl_loss, stats)
         value = self._value_loss(values, experience)
@@ -205,6 +228,24 @@ class Algorithm(Adaptive):
             surrogate=self.surrogate if kl_old is None else self.surrogate.adapted(kl_old),
         )
 
+    def _masked(self, rollout: Rollout, all_sum: AllSum) -> tuple[Tensor, Tensor | None]:
+        """Actions that count and those whose policy loss does, (B, T), bool each; None for the latter without masks."""
+        tokens = rollout.response_mask
+        for mask in self.loss_masks:
+            tokens = tokens & mask.counted(rollout)
+        counted = self.level.mask(tokens)
+        kept = counted
+        for mask in self.loss_masks:
+            kept = kept & mask.kept(rollout, counted, all_sum)
+        return counted, kept if self.loss_masks else None
+
+    def _kept(self, logprobs: Tensor, experience: Experience) -> Tensor:
+        """Actions whose policy loss counts under π_θ, (B, T), bool."""
+        kept = experience.action_mask if experience.kept is None else experience.kept
+        for mask in self.loss_masks:
+            kept = kept & mask.kept_by(logprobs, experience)
+        return kept
+
     def _value_loss(self, values: Tensor, experience: Experience) -> PerAction:
         old = experience.rollout
         now = self.level.state_value(values, old.response_mask)
@@ -213,11 +254,16 @@ class Algorithm(Adaptive):
 
 
 def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:
-    """Raise ValueError if the surrogate is a KL of a ratio that is none of probabilities."""
+    """Raise ValueError if the surrogate needs another ratio than that of the level's actions."""
     while isinstance(surrogate, MismatchIS):
         surrogate = surrogate.surrogate
-    if isinstance(level, GeometricLevel) and isinstance(surrogate, KLPen):
+    if isinstance(level, GeometricLevel | GeometricTokenLevel) and isinstance(surrogate, KLPen):
         raise ValueError(
-            "KLPen needs the ratio π_θ/π_old, but GeometricLevel normalizes it by the length, so that its k3 is no "
-            "KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
+            f"KLPen needs the ratio π_θ/π_old, but {type(level).__name__} normalizes it by the length, so that its k3 "
+            "is no KL: take SequenceLevel or TokenLevel, or Clip(epsilon=3e-4, epsilon_high=4e-4)"
+        )
+    if isinstance(surrogate, VESPO) and (not isinstance(level, SequenceLevel) or isinstance(level, GeometricLevel)):
+        raise ValueError(
+            f"VESPO weighs a response by the ratio of the whole of it, which {type(level).__name__} does not give: "
+            "take `level`=SequenceLevel(), or SAPO for tokens"
         )

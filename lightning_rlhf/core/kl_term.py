@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.level import ActionLevel
+from lightning_rlhf.core.surrogate import importance_ratio
 
 
 def penalized_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: float) -> Tensor:
@@ -106,12 +107,15 @@ class ReferenceKL(ABC):
         """
 
     @abstractmethod
-    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+    def in_loss(
+        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> Tensor:
         """Return the KL added to the loss of each action, (B, T), nats.
 
         Args:
             logprobs: log π_θ per token, (B, R), nats; the gradient flows through it.
             ref_logprobs: log π_ref per token, (B, R), nats.
+            sampler_logprobs: log of the probabilities that the tokens were drawn with, (B, R), nats.
             response: (B, R), bool.
             level: what an action is.
         """
@@ -128,7 +132,9 @@ class KLInReward(ReferenceKL):
         """Return k1 of each action."""
         return k1(kl_ref)
 
-    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+    def in_loss(
+        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> Tensor:
         """Return zeros, because the KL is in the reward."""
         return torch.zeros_like(level.total(ref_logprobs, response))
 
@@ -143,18 +149,30 @@ class KLInLoss(ReferenceKL):
     sharpens.
 
     Raises:
-        ValueError: the estimator is k1, whose gradient as a loss is noise around 0.
+        ValueError: the estimator is k1, whose gradient as a loss is noise around 0, or `unbiased` goes with k2.
     """
 
     estimator: KLEstimator = field(default_factory=K2)
-    """Estimator k2 or k3."""
+    """Estimator k2 or k3; k1 only if `unbiased`."""
     level: ActionLevel | None = None
     """Level of the estimate: the token, or the whole response, where k2's gradient is exact; None: the action.
     The estimate of a response is shared out evenly over its tokens, those of tokens sum to a response's."""
+    unbiased: bool = False
+    """Multiply the estimate by the live ratio π_θ/π_sampler (DeepSeek-V3.2, 2512.02556).
+
+    Value and gradient are then those of KL(π_θ‖π_ref) whatever drew the response, with k3 or k1. Of whole responses
+    this is exact; of tokens it is the KL of the next token at the states that the sampler reaches. TRL's ratio is to
+    π_old.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if isinstance(self.estimator, K1):
+        if self.unbiased and isinstance(self.estimator, K2):
+            raise ValueError(
+                "`unbiased` needs an estimator with the value of the KL, which K2 has not: its gradient under the live "
+                "ratio is another one. Take K3 or K1, or leave `unbiased` out"
+            )
+        if isinstance(self.estimator, K1) and not self.unbiased:
             raise ValueError(
                 "`estimator`=K1 does nothing in the loss: its gradient is 0 in expectation. Take K2 (the gradient of "
                 "KL(π‖π_ref)) or K3 (GRPO's), or put the KL in the reward with KLInReward"
@@ -164,8 +182,12 @@ class KLInLoss(ReferenceKL):
         """Return zeros, because the KL is in the loss."""
         return torch.zeros_like(kl_ref)
 
-    def in_loss(self, logprobs: Tensor, ref_logprobs: Tensor, response: Tensor, level: ActionLevel) -> Tensor:
+    def in_loss(
+        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+    ) -> Tensor:
         """Estimate the KL of every action, a token's or a response's."""
         at = self.level or level
         estimate = self.estimator(at.total(logprobs - ref_logprobs, response))
+        if self.unbiased:
+            estimate = estimate * importance_ratio(at.total(logprobs - sampler_logprobs, response))
         return level.total(at.spread(estimate, response), response)

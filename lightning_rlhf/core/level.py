@@ -112,3 +112,18 @@ class GeometricLevel(SequenceLevel):
     def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
         """Average the log-ratio over the response's tokens, (B, 1), nats per token."""
         return self.total(logprobs - old_logprobs, response) / response.sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricTokenLevel(TokenLevel):
+    """Tokens that all have the length-normalized ratio of their response (LUSPO, 2602.05261).
+
+    One loss for all tokens of a response is that loss times its length in a sum over tokens: with `SeqMeanTokenSum` it
+    is LUSPO, with `SeqMeanTokenMean` GSPO. At π_old the gradient of the sum is that of `TokenLevel`, so that it is ∇J
+    where `GeometricLevel` divides each response's by its length.
+    """
+
+    def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, response: Tensor) -> Tensor:
+        """Average the log-ratio over the response's tokens, (B, R), nats per token; 0 outside the response."""
+        mean = GeometricLevel().log_ratio(logprobs, old_logprobs, response)
+        return torch.where(response, mean, torch.zeros_like(mean))

@@ -12,10 +12,11 @@ from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import KLController
 from lightning_rlhf.core.group_advantage import GroupAdvantage, NoScale
 from lightning_rlhf.core.kl_term import K3, KLInLoss, ReferenceKL
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, TokenLevel
+from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm
 from lightning_rlhf.core.shaping import Shaping, SoftOverlong
+from lightning_rlhf.core.soft_clip import SAPO, VESPO
 from lightning_rlhf.core.surrogate import ImportanceSampling, Surrogate
 
 
@@ -114,4 +115,43 @@ class CISPOMethod(Algorithm):
     beta: float | KLController = 0.0
     advantage: AdvantageEstimator = GroupAdvantage()
     surrogate: Surrogate = CISPO()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LUSPO(Algorithm):
+    """GSPO with each response's loss times its length, so that long ones are not held back (2026, 2602.05261)."""
+
+    level: ActionLevel = GeometricTokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = Clip(epsilon=2e-3, epsilon_high=2.5e-3)
+    reduction: Reduction = SeqMeanTokenSum()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPOMethod(Algorithm):
+    """GRPO with a smooth gate on each token's ratio instead of a clip (Gao et al. 2025, 2511.20347)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = SAPO()
+    reduction: Reduction = SeqMeanTokenMean()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPOMethod(Algorithm):
+    """Smooth weight of each whole response for data that is off-policy (VESPO, 2026, 2602.10693).
+
+    The loss is a sum over tokens by one constant; TRL divides by the number of tokens of the batch.
+    """
+
+    level: ActionLevel = SequenceLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage()
+    surrogate: Surrogate = VESPO()
+    reduction: Reduction = SeqMeanTokenSumNorm()
     shaping: Shaping | Sequence[Shaping] | None = ()

@@ -26,7 +26,8 @@ class MismatchIS(Surrogate, ABC):
 
     E_sampler[w·loss] = E_old[loss] for whole responses, up to the truncation; per token, as is usual, the tokens before
     it stay uncorrected. Do not also take π_sampler for π_old: that counts w twice. The KL that `KLInLoss` adds is not
-    weighted, as in TRL: where the sampler differs much, its gradient is another. `KLInReward` is weighted.
+    weighted, as in TRL: where the sampler differs much, its gradient is another unless it is `unbiased`. `KLInReward`
+    is weighted.
 
     Corrections may stand inside one another: the outer one corrects the weights of the inner one. They count w once,
     and so at one level: that which any of them names.

@@ -49,6 +49,8 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
     terms["raw_scores"] = scores.total if scores.raw is None else scores.raw
     terms["rlhf_reward"] = experience.rewards.sum(1)
     terms["non_score_reward"] = experience.penalties.sum(1)
+    if experience.kept is not None:
+        terms["uncounted"] = (~experience.action_mask.any(1)).to(scores.total)
     of_tokens = {
         "policy/entropy_avg": rollout.entropy,
         "policy/kl_sampler": k3(rollout.sampler_logprobs - rollout.logprobs),
@@ -84,7 +86,7 @@ def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experienc
     advantages = None
     if experience is not None:
         mask = experience.action_mask
-        advantages = torch.where(mask, experience.advantages, 0.0).sum(1) / mask.sum(1)
+        advantages = torch.where(mask, experience.advantages, 0.0).sum(1) / mask.sum(1).clamp(min=1)
     return Outcome(
         rollout=replace(rollout, logprobs_with_grad=None),
         rows=prompts.rows_of(rollout),

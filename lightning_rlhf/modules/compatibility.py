@@ -13,6 +13,7 @@ from lightning_rlhf.core import (
     Algorithm,
     Clip,
     GeometricLevel,
+    GeometricTokenLevel,
     MismatchIS,
     Shaping,
     SoftOverlong,
@@ -76,11 +77,11 @@ def check_compatible(
         )
     for rule in algorithm.rules:
         _warn_of_length(rule, generation.max_new_tokens)
-    if isinstance(algorithm.level, GeometricLevel):
+    if isinstance(algorithm.level, GeometricLevel | GeometricTokenLevel):
         for never in _idle_bounds(algorithm.surrogate):
             warnings.warn(
-                f"{never} never acts on GeometricLevel's length-normalized ratio: GSPO's bounds are epsilon=3e-4, "
-                "epsilon_high=4e-4",
+                f"{never} never acts on {type(algorithm.level).__name__}'s length-normalized ratio: GSPO's bounds are "
+                "epsilon=3e-4, epsilon_high=4e-4",
                 stacklevel=3,
             )
 

@@ -46,6 +46,7 @@ OBJECTIVE = (
     Entry("objective/entropy", "mean −log π_old(y∣x) of a response", "nats"),
     Entry("objective/response_length", "mean tokens of a response, its end token included", "tokens"),
     Entry("objective/eos_rate", "share of responses that ended", "1"),
+    Entry("objective/uncounted", "`masks`: share of responses that a mask took out of all losses", "1"),
     Entry("objective/flat_groups", "share of responses whose group all scored the same; 0 without groups", "1"),
 )
 FILTER = (
@@ -82,6 +83,7 @@ UPDATE = (
     ),
     Entry("policy/sampler_weight", "mean weight of an action's loss, after the correction for the sampler", "1"),
     Entry("policy/sampler_truncated", "share of actions whose w the correction changed; 0 without one", "1"),
+    Entry("policy/masked", "`masks`: share of the actions in the losses whose policy loss a mask made 0", "1"),
     Entry("surrogate/coef", "KLPEN: b of this rollout", "reward/nat"),
     Entry("policy/ratio", "mean ρ = π/π_old of an action: 1 on the first minibatch", "1"),
     Entry("policy/ratio_var", "variance of ρ", "1"),

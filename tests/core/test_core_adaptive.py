@@ -12,8 +12,11 @@ from lightning_rlhf.core import (
     GAE,
     GRPO,
     GSPO,
+    LUSPO,
     RLOO,
+    SAPO,
     TLDR,
+    VESPO,
     Adaptive,
     AdaptiveKL,
     Algorithm,
@@ -35,7 +38,9 @@ from lightning_rlhf.core import (
     ReinforcePP,
     RewardToGo,
     RunningMean,
+    SAPOMethod,
     TruncatedIS,
+    VESPOMethod,
     Whitened,
 )
 
@@ -87,10 +92,13 @@ MOVING = {
 }
 
 METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+METHODS += (LUSPO, SAPOMethod, VESPOMethod)
 STILL = {
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
     "clip": (Clip(), lambda x: x.adapted(1.0)),
     "cispo": (CISPO(), lambda x: x.adapted(1.0)),
+    "sapo": (SAPO(), lambda x: x.adapted(1.0)),
+    "vespo": (VESPO(), lambda x: x.adapted(1.0)),
     "unclipped": (ImportanceSampling(), lambda x: x.adapted(1.0)),
     "fixed_penalty": (KLPen(coef=2.0, target=None), lambda x: x.adapted(1.0)),
     "truncated": (TruncatedIS(), lambda x: x.adapted(1.0)),

@@ -16,7 +16,9 @@ from lightning_rlhf.core import (
     GRPO,
     GSPO,
     K3,
+    LUSPO,
     RLOO,
+    VESPO,
     AdaptiveKL,
     Algorithm,
     Clip,
@@ -25,6 +27,7 @@ from lightning_rlhf.core import (
     DrGRPO,
     FixedKL,
     GeometricLevel,
+    GeometricTokenLevel,
     ImportanceSampling,
     KLInLoss,
     KLPen,
@@ -216,6 +219,9 @@ def test_lengths_that_were_not_chosen_are_the_longest_response():
         ({"value_loss": ClippedValueLoss()}, "value_loss"),
         ({"level": GeometricLevel(), "surrogate": KLPen()}, "GeometricLevel"),
         ({"level": GeometricLevel(), "surrogate": MaskedIS(surrogate=KLPen())}, "GeometricLevel"),
+        ({"level": GeometricTokenLevel(), "surrogate": KLPen()}, "GeometricTokenLevel"),
+        ({"level": GeometricLevel(), "surrogate": VESPO()}, "which GeometricLevel does not give"),
+        ({"level": TokenLevel(), "surrogate": TruncatedIS(surrogate=VESPO())}, "which TokenLevel does not give"),
     ],
 )
 def test_what_cannot_be_is_refused_when_built(options, named):
@@ -244,6 +250,7 @@ def test_methods_have_the_numbers_of_their_papers():
     assert (GSPO().surrogate.epsilon, GSPO().surrogate.epsilon_high) == (3e-4, 4e-4)
     assert (DAPO().surrogate.epsilon, DAPO().surrogate.epsilon_high, DAPO().kl.coef) == (0.2, 0.28, 0.0)
     assert RLOO().advantage.needs_group
+    assert (LUSPO().surrogate, LUSPO().kl.coef) == (Clip(epsilon=2e-3, epsilon_high=2.5e-3), 0.0)
 
 
 def test_algorithm_needs_torch_alone():

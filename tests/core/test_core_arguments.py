@@ -9,6 +9,8 @@ from lightning_rlhf.core import (
     CISPO,
     GAE,
     K3,
+    SAPO,
+    VESPO,
     ActionLevel,
     AdvantageEstimator,
     BanditAdvantage,
@@ -21,6 +23,7 @@ from lightning_rlhf.core import (
     ClipScore,
     Combination,
     GeometricLevel,
+    GeometricTokenLevel,
     GroupAdvantage,
     GroupScale,
     GroupStd,
@@ -107,7 +110,7 @@ def unit(scale):
 
 
 def in_loss(term, level):
-    return lambda logprobs, ref, m: term.in_loss(logprobs, ref, m, level), X, Y, MASK
+    return lambda logprobs, ref, sampler, m: term.in_loss(logprobs, ref, sampler, m, level), X, Y, Z, MASK
 
 
 def weights(surrogate):
@@ -132,6 +135,7 @@ CALLS = {
     "kl_in_loss_reward": (KLInLoss().in_reward, X),
     "kl_in_loss": in_loss(KLInLoss(), TokenLevel()),
     "kl_in_loss_of_responses": in_loss(KLInLoss(estimator=K3(), level=SequenceLevel()), TokenLevel()),
+    "kl_in_loss_unbiased": in_loss(KLInLoss(estimator=K3(), unbiased=True), TokenLevel()),
     "kl_in_loss_of_tokens": in_loss(KLInLoss(level=TokenLevel()), SequenceLevel()),
     "penalized_rewards": (lambda s, kl, m: penalized_rewards(s, kl, m, coef=0.1), X[:, 0], Y, MASK),
     "replace_score": shaping(TruncatedScore()),
@@ -145,6 +149,7 @@ CALLS = {
     "uncertainty_weighted": (UncertaintyWeighted(), X),
     "token_level": (TokenLevel().log_ratio, X, Y, MASK),
     "sequence_level": (SequenceLevel().log_ratio, X, Y, MASK),
+    "geometric_token_level": (GeometricTokenLevel().log_ratio, X, Y, MASK),
     "geometric_level": (GeometricLevel().log_ratio, X, Y, MASK),
     "state_value": (TokenLevel().state_value, X, MASK),
     "sequence_state_value": (SequenceLevel().state_value, X, MASK),
@@ -173,6 +178,8 @@ CALLS = {
     "cispo": (CISPO(largest=1.2, smallest=0.8), X, Y),
     "unclipped": (lambda log_ratio, advantages: ImportanceSampling()(log_ratio, advantages).loss, X, Y),
     "kl_penalty": (KLPen(), X, Y),
+    "sapo": (SAPO(), X, Y),
+    "vespo": (VESPO(), X, Y),
     "plain_weights": weights(Clip()),
     "truncated_loss": (TruncatedIS(), X, Y),
     "truncated_weights": weights(TruncatedIS(cap=1.1)),

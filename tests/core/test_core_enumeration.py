@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from lightning_rlhf.core import (
     CISPO,
     GAE,
+    K1,
     K2,
     K3,
     BanditAdvantage,
@@ -172,7 +173,7 @@ def step_loss(
     rewards = penalized_rewards(scores, rewards, mask, coef=beta)
     credit = estimator(rewards, torch.zeros_like(rewards), mask, groups=torch.zeros_like(rows.lengths), all_sum=local)
     losses = surrogate(level.log_ratio(logprobs, old_logprobs, response), credit.advantages).loss
-    losses = losses + beta * kl.in_loss(logprobs, ref_logprobs, response, level)
+    losses = losses + beta * kl.in_loss(logprobs, ref_logprobs, old_logprobs, response, level)
     if sampler is not None:
         losses = losses * surrogate.weights(old_logprobs, token_logps(sampler, rows), response, level).applied
     count = reduction.count(mask)
@@ -663,6 +664,60 @@ def test_kl_in_the_loss_errs_where_it_is_expected_to():
     # over responses of one token the two levels are one
     single = step_gradient(p.old, p, SINGLE, **tokens, kl=KLInLoss())
     assert_close(single, -gradient(lambda t: objective(t, p, SINGLE), p.old), **TIGHT)
+
+
+def expected_kl(theta, p, term, action, *, drawn, taken_for=None):
+    """Σ_y drawn(y)·(KL in the loss of y), its sampler taken for another policy or for what it is."""
+    sampler = token_logps(drawn if taken_for is None else taken_for, RAGGED)
+    each = term.in_loss(token_logps(theta, RAGGED), token_logps(p.ref, RAGGED), sampler, RAGGED.response, action)
+    return (logps(drawn).exp() * each.sum(1)).sum()
+
+
+def kl_of_next_tokens(theta, p, drawn):
+    """Σ over states of drawn(state)·KL(π_θ(·|state)‖π_ref(·|state))."""
+    logp, ref = theta.log_softmax(-1), p.ref.log_softmax(-1)
+    at = (logp.exp() * (logp - ref)).sum(-1)[RAGGED.prefix]  # each state as often as it is reached
+    return (logps(drawn).exp() * at.where(RAGGED.response, torch.tensor(0.0).double()).sum(1)).sum()
+
+
+@pytest.mark.parametrize("estimator", [K1(), K3()], ids=repr)
+@pytest.mark.parametrize("action", [TokenLevel(), SequenceLevel()], ids=repr)
+@given(seed=SEEDS)
+@settings(deadline=None, max_examples=10)
+def test_unbiased_kl_has_value_and_gradient_of_the_kl_whatever_sampled(action, estimator, seed):
+    p = problem(seed)
+    for drawn in (p.old, p.sampler, p.new):
+        for at, exact in (
+            (SequenceLevel(), lambda t: kl(t, p.ref)),
+            (TokenLevel(), lambda t, drawn=drawn: kl_of_next_tokens(t, p, drawn)),
+        ):
+            term = KLInLoss(estimator=estimator, level=at, unbiased=True)
+
+            def found(t, term=term, drawn=drawn):
+                return expected_kl(t, p, term, action, drawn=drawn)
+
+            assert_close(found(p.new), exact(p.new), **TIGHT)
+            assert_close(gradient(found, p.new), gradient(exact, p.new), **TIGHT)
+
+
+def test_kl_without_the_live_ratio_of_the_sampler_is_another():
+    """Negative control: no ratio, k2, and the ratio to π_old (TRL) where another policy sampled."""
+    p = problem(0)
+    exact, slope = kl(p.new, p.ref), gradient(lambda t: kl(t, p.ref), p.new)
+    unbiased = KLInLoss(estimator=K3(), level=SequenceLevel(), unbiased=True)
+    for term, taken_for in (
+        (KLInLoss(estimator=K3(), level=SequenceLevel()), None),
+        (KLInLoss(estimator=K2(), level=SequenceLevel()), None),
+        (unbiased, p.old),
+    ):
+
+        def found(t, term=term, taken_for=taken_for):
+            return expected_kl(t, p, term, SequenceLevel(), drawn=p.sampler, taken_for=taken_for)
+
+        assert abs(float(found(p.new) - exact)) > 0.01
+        assert apart(gradient(found, p.new), slope) > 0.01
+    # π_old is right where it sampled
+    assert_close(expected_kl(p.new, p, unbiased, SequenceLevel(), drawn=p.old, taken_for=p.old), exact, **TIGHT)
 
 
 def test_kl_in_both_places_counts_twice():

@@ -21,6 +21,8 @@ from lightning_rlhf.core import (
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
+UNASKED = torch.tensor(NAN)
+"""log π_sampler, which an estimate without the live ratio has no need of."""
 LEVELS = [TokenLevel(), SequenceLevel(), GeometricLevel()]
 NAIVE = {K1: lambda x: x, K2: lambda x: x * x / 2, K3: lambda x: math.exp(-x) - 1 + x}
 SLOPE = {K1: lambda x: 1.0, K2: lambda x: x, K3: lambda x: 1 - math.exp(-x)}
@@ -70,7 +72,7 @@ def test_kl_in_the_loss_equals_a_naive_loop(action, at, kind, lengths, seed):
             values.append([NAIVE[kind](whole) / max(n, 1)] * n)
             slopes.append([SLOPE[kind](whole)] * n)
     logprobs.requires_grad_()
-    got = KLInLoss(estimator=kind(), level=at).in_loss(logprobs, ref, response, action)
+    got = KLInLoss(estimator=kind(), level=at).in_loss(logprobs, ref, UNASKED, response, action)
     expected = padded(values)
     assert_close(got, expected if per_token(action) else expected.sum(1, keepdim=True), **TIGHT)
     # the gradient of Σ over actions, NaN nowhere
@@ -86,7 +88,7 @@ def test_kl_in_the_reward_is_the_log_ratio_and_no_loss(action, lengths, seed):
     rows = [[float(logprobs[i, t] - ref[i, t]) for t in range(n)] for i, n in enumerate(lengths)]
     expected = padded(rows) if per_token(action) else padded(rows).sum(1, keepdim=True)
     assert_close(KLInReward().in_reward(kl_ref), expected, **TIGHT)
-    nothing = KLInReward().in_loss(logprobs, ref, response, action)
+    nothing = KLInReward().in_loss(logprobs, ref, UNASKED, response, action)
     assert torch.equal(nothing, torch.zeros(len(lengths), 4 if per_token(action) else 1, dtype=torch.float64))
 
 
@@ -113,16 +115,41 @@ def test_kl_in_the_loss_equals_hand_values(float64):
         (GeometricLevel(), TokenLevel()): [[7.0], [2.0]],
     }
     for (action, at), expected in table.items():
-        assert_close(KLInLoss(level=at).in_loss(logprobs, ref, response, action), float64(expected), **TIGHT)
+        assert_close(KLInLoss(level=at).in_loss(logprobs, ref, UNASKED, response, action), float64(expected), **TIGHT)
     # k3 of the second response: e⁻² − 1 + 2; the other way round it would be e² − 1 − 2
-    k3 = KLInLoss(estimator=K3()).in_loss(logprobs, ref, response, SequenceLevel())
+    k3 = KLInLoss(estimator=K3()).in_loss(logprobs, ref, UNASKED, response, SequenceLevel())
     assert_close(k3[1, 0], float64(math.exp(-2) + 1), **TIGHT)
+
+
+def test_unbiased_kl_equals_hand_values(float64):
+    # log π_θ/π_ref = 1, 2 and log π_θ/π_sampler = log 3, log ½ of the tokens; 3 and log 1.5 of the response
+    response = torch.tensor([[True, True, False]])
+    logprobs, ref = float64([[-1.0, -1.0, NAN]]), float64([[-2.0, -3.0, 0.0]])
+    sampler = float64([[-1.0 - math.log(3), -1.0 + math.log(2), NAN]])
+    of_tokens, of_response = [3 * (math.exp(-1) - 1 + 1), (math.exp(-2) - 1 + 2) / 2, 0.0], 1.5 * (math.exp(-3) - 1 + 3)
+    for action, at, expected in (
+        (TokenLevel(), None, [of_tokens]),
+        (SequenceLevel(), None, [[of_response]]),
+        (SequenceLevel(), TokenLevel(), [[sum(of_tokens)]]),
+        (TokenLevel(), SequenceLevel(), [[of_response / 2, of_response / 2, 0.0]]),
+        (GeometricLevel(), None, [[of_response]]),
+    ):
+        term = KLInLoss(estimator=K3(), level=at, unbiased=True)
+        assert_close(term.in_loss(logprobs, ref, sampler, response, action), float64(expected), **TIGHT)
+    k1 = KLInLoss(estimator=K1(), unbiased=True).in_loss(logprobs, ref, sampler, response, SequenceLevel())
+    assert_close(k1, float64([[4.5]]), **TIGHT)
+
+
+def test_k2_is_refused_under_the_live_ratio():
+    with pytest.raises(ValueError, match="`unbiased` needs an estimator with the value of the KL, which K2 has not"):
+        KLInLoss(unbiased=True)
+    KLInLoss(estimator=K1(), unbiased=True)
 
 
 def test_each_argument_of_kl_in_loss_moves_the_loss():
     logprobs, ref, response = step([3, 2], 1)
     losses = [
-        KLInLoss(estimator=estimator, level=at).in_loss(logprobs, ref, response, TokenLevel())
+        KLInLoss(estimator=estimator, level=at).in_loss(logprobs, ref, UNASKED, response, TokenLevel())
         for estimator in (K2(), K3())
         for at in (TokenLevel(), SequenceLevel())
     ]
@@ -149,10 +176,10 @@ def test_k1_in_the_loss_is_refused_with_a_way_out():
 def test_padding_changes_nothing(action, at, kind):
     logprobs, ref, response = step([3, 1, 4, 0], 5)
     kl = KLInLoss(estimator=kind(), level=at)
-    reference = kl.in_loss(logprobs, ref, response, action)
+    reference = kl.in_loss(logprobs, ref, UNASKED, response, action)
     wide = torch.full((4, 2), NAN, dtype=torch.float64)
     more = torch.cat([response, torch.zeros(4, 2, dtype=torch.bool)], 1)
-    got = kl.in_loss(torch.cat([logprobs, wide], 1), torch.cat([ref, wide], 1), more, action)
+    got = kl.in_loss(torch.cat([logprobs, wide], 1), torch.cat([ref, wide], 1), UNASKED, more, action)
     assert_close(got[:, : reference.shape[1]], reference, **TIGHT)
     assert got[:, reference.shape[1] :].eq(0).all()
     assert reference.isfinite().all()
@@ -163,7 +190,7 @@ def test_k3_in_the_loss_stays_finite_in_float32():
     logprobs = torch.full((1, 1000), -1.0, requires_grad=True)
     everything = torch.ones(1, 1000, dtype=torch.bool)
     kl = KLInLoss(estimator=K3(), level=SequenceLevel())
-    loss = kl.in_loss(logprobs, torch.full((1, 1000), -0.9), everything, TokenLevel()).sum()
+    loss = kl.in_loss(logprobs, torch.full((1, 1000), -0.9), UNASKED, everything, TokenLevel()).sum()
     assert loss.isfinite()
     assert torch.autograd.grad(loss, logprobs)[0].isfinite().all()
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lightning_rlhf.core import ActionLevel, Clip, GeometricLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core import ActionLevel, Clip, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 
 NAN = float("nan")
 TIGHT = {"rtol": 0, "atol": 1e-9}
@@ -185,3 +185,15 @@ def test_levels_compare_by_kind():
 def test_action_level_is_abstract():
     with pytest.raises(TypeError):
         ActionLevel()
+
+
+def test_every_token_has_the_geometric_mean_of_its_response(float64):
+    new, old = float64([[0.1, 0.2, NAN], [1.5, NAN, NAN]]), float64([[0.0, 0.0, 0.0], [0.5, NAN, 0.0]])
+    response = torch.tensor([[True, True, False], [True, False, False]])
+    level = GeometricTokenLevel()
+    assert_close(level.log_ratio(new, old, response), float64([[0.15, 0.15, 0.0], [1.0, 0.0, 0.0]]), **TIGHT)
+    assert torch.equal(level.mask(response), response)
+    whole = GeometricLevel().log_ratio(new, old, response)
+    assert torch.equal(level.log_ratio(new, old, response)[:, :1], whole)
+    # negative control: the tokens' own ratios
+    assert_close(TokenLevel().log_ratio(new, old, response)[0, :2], float64([0.1, 0.2]), **TIGHT)

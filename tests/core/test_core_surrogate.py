@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from lightning_rlhf.core import (
     CISPO,
+    SAPO,
+    VESPO,
     Clip,
     ImportanceSampling,
     KLPen,
@@ -28,6 +30,9 @@ SURROGATES = [
     CISPO(),
     CISPO(largest=1.5, smallest=0.5),
     KLPen(),
+    SAPO(),
+    SAPO(temperature_positive=0.3, temperature_negative=4.0),
+    VESPO(),
     TruncatedIS(),
     MaskedIS(),
     NoCorrection(),
@@ -110,7 +115,7 @@ def test_statistics_carry_no_gradient_and_the_shape_of_the_loss(float64, surroga
         assert not stat.requires_grad
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES[:6], ids=repr)
+@pytest.mark.parametrize("surrogate", SURROGATES[:9], ids=repr)
 def test_ordinary_surrogates_weigh_every_action_with_one(float64, surrogate):
     old = float64([[-3.0, 0.0, 50.0], [0.1, -0.1, 1.0]])
     weights = surrogate.weights(old, torch.zeros_like(old), torch.ones(2, 3, dtype=torch.bool), TokenLevel())
@@ -139,10 +144,12 @@ def test_surrogates_refuse_the_state_of_another_class():
 
 def test_surrogate_defaults_are_the_published_ones():
     # ε = 0.2 (PPO, Ouyang et al. 2022 C.4), no DAPO and no dual bound; b starts at 1 with a target of 0.01 nats per
-    # action; CISPO's cap is TRL's and it has no floor; TIS caps at 2
+    # action; CISPO's cap is TRL's and it has no floor; TIS caps at 2; SAPO's and VESPO's are the papers'
     assert Clip() == Clip(epsilon=0.2, epsilon_high=None, dual=None)
     assert KLPen() == KLPen(coef=1.0, target=0.01)
     assert CISPO() == CISPO(largest=5.0, smallest=0.0)
+    assert SAPO() == SAPO(temperature_positive=1.0, temperature_negative=1.05)
+    assert VESPO() == VESPO(k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0)
     assert TruncatedIS() == TruncatedIS(cap=2.0, surrogate=Clip())
     assert MaskedIS() == MaskedIS(smallest=0.5, largest=2.0, surrogate=Clip())
 
@@ -152,6 +159,8 @@ def test_surrogates_are_frozen():
         (Clip(), "epsilon"),
         (KLPen(), "coef"),
         (CISPO(), "largest"),
+        (SAPO(), "temperature_positive"),
+        (VESPO(), "k_positive"),
         (TruncatedIS(), "cap"),
     ):
         with pytest.raises(FrozenInstanceError):

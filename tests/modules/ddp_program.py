@@ -54,6 +54,7 @@ from lightning_rlhf.core import (
     KLPen,
     LeaveOneOut,
     LinearSchedule,
+    MaskTruncated,
     NoScale,
     RewardToGo,
     RunningMean,
@@ -61,6 +62,7 @@ from lightning_rlhf.core import (
     SeqMeanTokenSumNorm,
     SequenceLevel,
     TokenLevel,
+    TopEntropy,
     Whitened,
     WorstReward,
 )
@@ -255,6 +257,7 @@ GROUPED = {
     "grpo": MEANS | {"advantage": GroupAdvantage()},
     "batch_std": TOKENS | {"advantage": GroupAdvantage(scale=BatchStd()), "reduction": SeqMeanTokenSumNorm(length=8)},
     "dr_grpo": MEANS | {"advantage": GroupAdvantage(scale=NoScale()), "kl_term": KL_IN_LOSS},
+    "masked": MEANS | {"advantage": GroupAdvantage(), "masks": [TopEntropy(share=0.4), MaskTruncated()]},
     "rloo": {"advantage": BanditAdvantage(baseline=LeaveOneOut())},
     "reinforce_pp": TOKENS | {"advantage": Whitened(estimator=RewardToGo())},
     "running_mean": {"advantage": BanditAdvantage(baseline=RunningMean(decay=0.5))},

@@ -77,7 +77,7 @@ def test_evaluations_were_among_what_two_processes_log(outcomes, strategy):
     assert ppo["eval"]["eval/win_rate"] != ppo["eval"]["eval/judge"]
 
 
-METHODS = ["grpo", "batch_std", "dr_grpo", "rloo", "reinforce_pp", "running_mean"]
+METHODS = ["grpo", "batch_std", "dr_grpo", "masked", "rloo", "reinforce_pp", "running_mean"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,6 +126,14 @@ def test_two_processes_keep_the_log_of_one(outcomes, folder, strategy, name, lin
             assert b[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value), key
     order = "episode" if name == "rollouts" else "index"
     assert [json.loads(b)[order] for _, b in pairs][-1] == (23 if name == "rollouts" else 10)
+
+
+def test_masks_act_in_what_two_processes_train(outcomes):
+    """On tokens of the whole rollout, and on responses that did not end."""
+    for step in outcomes("grouped", "ddp")[1]["masked"]["steps"]:
+        assert 0.5 < step["policy/masked"] < 0.7
+        assert step["objective/uncounted"] == pytest.approx(1 - step["objective/eos_rate"], abs=1e-9)
+    assert any(step["objective/uncounted"] > 0 for step in outcomes("grouped", "ddp")[1]["masked"]["steps"])
 
 
 def test_methods_train_differently(outcomes):

@@ -21,6 +21,7 @@ from lightning_rlhf.core import (
     DynamicSampling,
     GroupAdvantage,
     KLPen,
+    MaskTruncated,
 )
 from lightning_rlhf.engines import SamplingParams, VLLMServer
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
@@ -93,7 +94,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "reward": RewardModule(make_scorer(), **USUAL),
         "ppo": ppo(reward=parts, evaluations=evaluations, ptx_coef=1.0),
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
-        "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage()),
+        "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage(), masks=MaskTruncated()),
         "served": ppo(engine=VLLMServer(urls=[FakeVLLM(make_lm(end=ENDS)).url])),
         "dapo": ppo(
             advantage=GroupAdvantage(),

@@ -9,6 +9,7 @@ from lightning_rlhf.core import (
     DAPO,
     GRPO,
     GSPO,
+    LUSPO,
     RLOO,
     TLDR,
     Algorithm,
@@ -16,9 +17,11 @@ from lightning_rlhf.core import (
     DrGRPO,
     InstructGPT,
     ReinforcePP,
+    SAPOMethod,
+    VESPOMethod,
 )
 
-COMPARING = (RLOO, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+COMPARING = (RLOO, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod, LUSPO, SAPOMethod, VESPOMethod)
 ALONE = (Algorithm, InstructGPT, TLDR, ReinforcePP)
 
 

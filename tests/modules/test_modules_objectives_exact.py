@@ -26,11 +26,14 @@ from lightning_rlhf.core import (
     CISPO,
     K2,
     K3,
+    SAPO,
+    VESPO,
     BanditAdvantage,
     Clip,
     ConstantSchedule,
     FixedKL,
     GeometricLevel,
+    GeometricTokenLevel,
     GroupAdvantage,
     ImportanceSampling,
     KLInLoss,
@@ -69,6 +72,7 @@ SURROGATES = {
     "cispo-bounded": CISPO(largest=1.28, smallest=0.8),
     "klpen": KLPen(coef=1.0, target=None),
     "klpen-adaptive": KLPen(coef=2.0, target=0.01),
+    "sapo": SAPO(),
     "truncated": TruncatedIS(surrogate=Clip()),
     "masked": MaskedIS(surrogate=CISPO()),
 }
@@ -182,6 +186,15 @@ def test_surrogate_on_llama_is_the_gradient_of_the_objective(setting, surrogate)
     assert apart(exact.accumulated(exact.credited()), exact.expected) < 1e-5
 
 
+def test_vespo_at_the_old_policy_is_the_gradient_of_the_objective(setting):
+    exact = setting("gpt2", surrogate=VESPO(), level=SequenceLevel())
+    experience = exact.credited()
+    assert apart(exact.accumulated(experience), exact.expected) < 1e-9
+    # negative control: where the policy has moved, φ is not 1
+    moved = replace(experience, rollout=replace(experience.rollout, logprobs=experience.rollout.logprobs - 0.2))
+    assert apart(exact.accumulated(moved), exact.expected) > 1e-2
+
+
 def test_reward_to_go_is_the_gradient_of_the_objective(setting):
     """REINFORCE++'s credit, before it is whitened."""
     exact = setting("gpt2", surrogate=CISPO(), level=TokenLevel(), reduction=SeqMeanTokenSum(), advantage=RewardToGo())
@@ -206,6 +219,19 @@ def test_geometric_level_is_not_the_gradient_of_the_objective(setting):
     found = exact.accumulated(exact.credited())
     best = float(found @ exact.expected / (found @ found))
     assert apart(best * found, exact.expected) > 1e-2 * float(exact.expected.abs().max())
+
+
+def test_length_times_the_geometric_ratio_is_the_gradient_of_the_objective(setting):
+    """LUSPO gives back what GSPO divides by; its mean over tokens is GSPO."""
+    options = {"surrogate": Clip(epsilon=3e-4, epsilon_high=4e-4)}
+    luspo = setting("gpt2", level=GeometricTokenLevel(), reduction=SeqMeanTokenSum(), **options)
+    assert apart(luspo.accumulated(luspo.credited()), luspo.expected) < 1e-9
+    mean = setting("gpt2", level=GeometricTokenLevel(), reduction=SeqMeanTokenMean(), **options)
+    gspo = setting("gpt2", level=GeometricLevel(), **options)
+    of_gspo = gspo.credited()
+    shared = replace(mean.credited(), advantages=of_gspo.advantages.expand(-1, LENGTH))
+    assert apart(mean.accumulated(shared), gspo.accumulated(of_gspo)) < 1e-9
+    assert apart(luspo.accumulated(shared), gspo.accumulated(of_gspo)) > 1e-3  # negative control
 
 
 # (b) The KL in the loss

@@ -12,8 +12,11 @@ from lightning_rlhf.core import (
     CISPO,
     GAE,
     K3,
+    SAPO,
+    VESPO,
     AdaptiveKL,
     AdvantageEstimator,
+    Algorithm,
     BanditAdvantage,
     Baseline,
     BatchMean,
@@ -25,6 +28,7 @@ from lightning_rlhf.core import (
     Combination,
     ConstantSchedule,
     CosineSchedule,
+    DPPOMask,
     FixedKL,
     GroupAdvantage,
     GroupScale,
@@ -36,10 +40,12 @@ from lightning_rlhf.core import (
     LengthNormalized,
     LengthPenalty,
     LinearSchedule,
+    LossMask,
     MaskedIS,
     MissingEOSPenalty,
     NoCorrection,
     NoScale,
+    OffPolicyMask,
     PlackettLuce,
     PreferenceLoss,
     RankingLoss,
@@ -54,6 +60,7 @@ from lightning_rlhf.core import (
     SoftOverlong,
     Surrogate,
     TokenLevel,
+    TopEntropy,
     TruncatedIS,
     TruncatedScore,
     UncertaintyWeighted,
@@ -62,6 +69,7 @@ from lightning_rlhf.core import (
     local,
     penalized_rewards,
 )
+from lightning_rlhf.types import Rollout
 
 _GENERATOR = torch.Generator().manual_seed(0)
 X, Y, Z = torch.randn(3, 6, 4, generator=_GENERATOR, dtype=torch.float64)
@@ -129,7 +137,7 @@ def charged_later(kl: KLController) -> list[Tensor]:
 
 
 def kl_losses(term: ReferenceKL) -> list[Tensor]:
-    return [term.in_loss(X, Y, MASK, level) for level in (TokenLevel(), SequenceLevel())]
+    return [term.in_loss(X, Y, Z, MASK, level) for level in (TokenLevel(), SequenceLevel())]
 
 
 def factors(schedule: Schedule) -> list[float]:
@@ -138,6 +146,24 @@ def factors(schedule: Schedule) -> list[float]:
 
 def reduced(reduction: Reduction) -> Tensor:
     return reduction.total(X, MASK) / reduction.count(MASK)
+
+
+def kept(mask: LossMask) -> Tensor:
+    rollout = Rollout(
+        tokens=torch.zeros(6, 5, dtype=torch.int64),
+        attention_mask=torch.ones(6, 5, dtype=torch.bool),
+        response_mask=MASK,
+        ended=ENDED,
+        prompt_index=GROUPS,
+        logprobs=Y,
+        sampler_logprobs=-Y.abs(),
+        ref_logprobs=Y,
+        entropy=Z.abs(),
+        values=Z,
+    )
+    algorithm = Algorithm(level=TokenLevel(), masks=mask)
+    experience = algorithm.credit(rollout, X[:, 0])
+    return algorithm.action_loss(-X.abs(), None, experience).stats["policy/masked"]
 
 
 def preference(loss: PreferenceLoss) -> list[Tensor]:
@@ -162,11 +188,12 @@ TABLE: Table = {
     ConstantSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4)),
     SeqMeanTokenSumNorm: case(reduced, {"length": 8}, length=to(16)),
     CosineSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
+    DPPOMask: case(kept, threshold=to(0.5)),
     FixedKL: case(charged, coef=to(0.1)),
     GAE: case(advantages, gamma=to(0.9), lam=to(0.5)),
     GroupAdvantage: case(advantages, scale=to(NoScale())),
     GroupStd: case(unit, guard=to(0.1)),
-    KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel())),
+    KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel()), unbiased=to(True, estimator=K3())),
     KLPen: case(loss, coef=to(0.5), target=to(0.5, by=later_loss)),
     LengthNormalized: case(shaped, length=to(3.0)),
     LengthPenalty: case(shaped, {"coef": 0.1}, coef=to(0.2)),
@@ -178,14 +205,18 @@ TABLE: Table = {
         smallest=to(0.9),
         largest=to(1.1),
     ),
+    OffPolicyMask: case(kept, {"threshold": 0.5}, threshold=to(0.05)),
     RankingLoss: case(preference, margin=to(0.5)),
     TruncatedScore: case(shaped, value=to(0.0)),
     RewardToGo: case(advantages, gamma=to(0.9)),
     RunningMean: case(baselines, {"weight": 0.3}, decay=to(0.5), mean=to(0.7), weight=to(0.6, mean=0.7)),
+    SAPO: case(loss, temperature_positive=to(2.0), temperature_negative=to(2.0)),
     SoftOverlong: case(shaped, {"limit": 4, "buffer": 2}, limit=to(3), buffer=to(3), penalty=to(2.0)),
     NoCorrection: case(sampler_ratios, surrogate=to(ImportanceSampling(), by=loss), level=to(SequenceLevel())),
     MissingEOSPenalty: case(shaped, penalty=to(2.0)),
+    TopEntropy: case(kept, share=to(0.5)),
     TruncatedIS: case(weights, surrogate=to(ImportanceSampling(), by=loss), level=to(SequenceLevel()), cap=to(1.1)),
     UncertaintyWeighted: case(combined, coef=to(0.5)),
+    VESPO: case(loss, k_positive=to(1.0), lambda_positive=to(1.0), k_negative=to(1.0), lambda_negative=to(1.0)),
     Whitened: case(advantages, estimator=to(RewardToGo())),
 }

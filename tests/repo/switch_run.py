@@ -55,6 +55,7 @@ from lightning_rlhf.core import (
     PlackettLuce,
     SeqMeanTokenMean,
     TokenLevel,
+    TopEntropy,
     TruncatedScore,
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
@@ -228,6 +229,7 @@ def _rl(bench: Bench) -> Table:
             value_loss=to(ClippedValueLoss(coef=1.0), by=through(value_weights, policy=source), **of_tokens),
             reduction=to(SeqMeanTokenMean(), level=TokenLevel()),
             shaping=to(TruncatedScore()),
+            masks=to(TopEntropy(), level=TokenLevel()),
             dynamic_sampling=to(DynamicSampling(batches=1), by=through(weights, **GROUPS, reward=some)),
             ptx_coef=to(0.5),
         ),

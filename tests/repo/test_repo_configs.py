@@ -22,6 +22,7 @@ from lightning_rlhf.core import (
     DAPO,
     GRPO,
     GSPO,
+    LUSPO,
     RLOO,
     TLDR,
     AdaptiveKL,
@@ -30,8 +31,13 @@ from lightning_rlhf.core import (
     DrGRPO,
     InstructGPT,
     KLPen,
+    MaskTruncated,
+    OffPolicyMask,
     ReinforcePP,
+    SAPOMethod,
     SeqMeanTokenSum,
+    TopEntropy,
+    VESPOMethod,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -212,7 +218,21 @@ def algorithm_of(*arguments: str) -> Algorithm:
     return algorithm
 
 
-METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
+METHODS = (
+    Algorithm,
+    InstructGPT,
+    TLDR,
+    RLOO,
+    ReinforcePP,
+    GRPO,
+    DrGRPO,
+    DAPO,
+    GSPO,
+    CISPOMethod,
+    LUSPO,
+    SAPOMethod,
+    VESPOMethod,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -229,6 +249,15 @@ def test_part_alone_changes_the_bandit() -> None:
     assert algorithm_of("--algorithm.surrogate=KLPen") == Algorithm(surrogate=KLPen())
     adaptive = algorithm_of("--algorithm.beta=AdaptiveKL", "--algorithm.beta.target=3")
     assert adaptive == Algorithm(beta=AdaptiveKL(target=3.0))
+
+
+def test_masks_are_named_like_other_parts() -> None:
+    assert algorithm_of("--algorithm=GRPO", "--algorithm.masks=MaskTruncated") == GRPO(masks=MaskTruncated())
+    named = ["--algorithm=GRPO", "--algorithm.masks=OffPolicyMask", "--algorithm.masks.threshold=0.5"]
+    assert algorithm_of(*named) == GRPO(masks=OffPolicyMask(threshold=0.5))
+    several = '[{"class_path": "TopEntropy", "init_args": {"share": 0.3}}, {"class_path": "MaskTruncated"}]'
+    found = algorithm_of("--algorithm=GRPO", f"--algorithm.masks={several}")
+    assert found == GRPO(masks=(TopEntropy(share=0.3), MaskTruncated()))
 
 
 @pytest.mark.parametrize("preset", sorted(PAPERS.keys() - {"sft", "reward"}))
