@@ -24,6 +24,7 @@ from lightning_rlhf.core import (
     GRPO as GRPO,
     GSPO as GSPO,
     InstructGPT as InstructGPT,
+    OnPolicyDistillation as OnPolicyDistillation,
     LUSPO as LUSPO,
     RLOO as RLOO,
     ReinforcePP as ReinforcePP,

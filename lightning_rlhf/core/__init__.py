@@ -29,7 +29,17 @@ from lightning_rlhf.core.evaluation import (
 from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, NoScale
 from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
-from lightning_rlhf.core.kl_term import K1, K2, K3, KLEstimator, KLInLoss, KLInReward, ReferenceKL, penalized_rewards
+from lightning_rlhf.core.kl_term import (
+    K1,
+    K2,
+    K3,
+    ExactKL,
+    KLEstimator,
+    KLInLoss,
+    KLInReward,
+    ReferenceKL,
+    penalized_rewards,
+)
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
@@ -45,6 +55,7 @@ from lightning_rlhf.core.methods import (
     CISPOMethod,
     DrGRPO,
     InstructGPT,
+    OnPolicyDistillation,
     ReinforcePP,
     SAPOMethod,
     VESPOMethod,
@@ -103,6 +114,7 @@ __all__ = [
     "DrGRPO",
     "DynamicSampling",
     "EntropyBonus",
+    "ExactKL",
     "FixedKL",
     "GAE",
     "GRPO",
@@ -136,6 +148,7 @@ __all__ = [
     "NoBaseline",
     "NoCorrection",
     "OffPolicyMask",
+    "OnPolicyDistillation",
     "PerAction",
     "PlackettLuce",
     "PreferenceLoss",

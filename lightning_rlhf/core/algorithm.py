@@ -15,6 +15,7 @@ from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.clip import Clip
 from lightning_rlhf.core.controller import FixedKL, KLController
+from lightning_rlhf.core.entropy_bonus import EntropyBonus
 from lightning_rlhf.core.kl import k2
 from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
@@ -28,6 +29,7 @@ from lightning_rlhf.core.shaping import Shaping, TruncatedScore
 from lightning_rlhf.core.soft_clip import VESPO
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
+from lightning_rlhf.core.vocabulary import VocabularySums
 from lightning_rlhf.types import Experience, Rollout
 
 
@@ -63,6 +65,8 @@ class Algorithm(Adaptive):
     demonstrations score around 0; none for any other."""
     masks: LossMask | Sequence[LossMask] | None = None
     """A rule for which actions the policy loss counts, or several; None counts all."""
+    entropy_bonus: EntropyBonus | None = None
+    """Bonus on the entropy of the next token; None has none."""
     dynamic_sampling: DynamicSampling | None = None
     """Draws until enough groups have different scores; None learns from the prompts as they come."""
     ptx_coef: float = 0.0
@@ -113,6 +117,17 @@ class Algorithm(Adaptive):
     def needs_value(self) -> bool:
         """True if a value network must be trained."""
         return self.advantage.needs_value
+
+    @property
+    def learns_without_reward(self) -> bool:
+        """True if the loss has a gradient where every advantage is 0: from a KL, an entropy bonus or texts."""
+        in_loss = self.kl.coef > 0 and not isinstance(self.kl_term, KLInReward)
+        return in_loss or self.entropy_bonus is not None or self.ptx_coef > 0
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """True if the loss sums over the vocabulary at every token."""
+        return self.entropy_bonus is not None or self.kl_term.over_vocabulary
 
     def identity(self) -> dict[str, Any]:
         """Return the fields by name with β as its controller, so that a number equals `FixedKL` of it."""
@@ -179,15 +194,22 @@ class Algorithm(Adaptive):
             kept=kept,
         )
 
-    def action_loss(self, logprobs: Tensor, values: Tensor | None, experience: Experience) -> PerAction:
-        """Compute the loss of each action before the reduction, (B, T): surrogate + β·KL + value loss.
+    def action_loss(
+        self,
+        logprobs: Tensor,
+        values: Tensor | None,
+        experience: Experience,
+        vocabulary: VocabularySums | None = None,
+    ) -> PerAction:
+        """Compute the loss of each action before the reduction, (B, T): surrogate + β·KL − bonus + value loss.
 
-        The KL is part of it under `KLInLoss` only. Where `masks` drop an action, the surrogate is 0.
+        The KL is part of it under `KLInLoss` and `ExactKL` only. Where `masks` drop an action, the surrogate is 0.
 
         Args:
             logprobs: log π_θ of each response token, (B, R), nats; the gradient flows through it.
             values: V_θ of the state before each token, (B, R), reward units; None without a value network.
             experience: what the rollout gave.
+            vocabulary: entropy and KL to the reference at each token, (B, R); None if the loss needs neither.
         """
         old = experience.rollout
         log_ratio = self.level.log_ratio(logprobs, old.logprobs, old.response_mask)
@@ -200,29 +222,40 @@ class Algorithm(Adaptive):
             policy_loss = torch.where(kept, policy_loss, torch.zeros_like(policy_loss))
             dropped["policy/masked"] = (~kept).to(policy_loss.dtype)
         kl_loss = self.kl.coef * self.kl_term.in_loss(
-            logprobs, old.ref_logprobs, old.sampler_logprobs, old.response_mask, self.level
+            logprobs,
+            old.ref_logprobs,
+            old.sampler_logprobs,
+            old.response_mask,
+            self.level,
+            None if vocabulary is None else vocabulary.kl_ref,
         )
         ratio = importance_ratio(log_ratio.detach())
         stats = {"loss/policy_avg": policy_loss, "loss/kl_avg": kl_loss, "policy/approxkl_avg": k2(log_ratio)}
         stats |= {"policy/ratio": ratio, "policy/ratio_square": ratio.square()}
         stats |= weights.stats(policy_loss) | action.stats | dropped
+        loss = policy_loss + kl_loss
+        if self.entropy_bonus is not None and vocabulary is not None:
+            bonus = self.entropy_bonus.price * self.level.total(vocabulary.entropy, old.response_mask)
+            loss, stats = loss - bonus, stats | {"loss/entropy_avg": -bonus}
         if values is None:
-            return PerAction(policy_loss + kl_loss, stats)
+            return PerAction(loss, stats)
         value = self._value_loss(values, experience)
         stats |= {"loss/value_avg": value.loss} | value.stats
-        return PerAction(policy_loss + kl_loss + value.loss, stats)
+        return PerAction(loss + value.loss, stats)
 
-    def adapted(self, *, kl: float, reward: float, kl_old: float | None, episodes: int) -> Self:
-        """Return the algorithm of the next rollout after an update of β, baseline and surrogate.
+    def adapted(self, *, kl: float, reward: float, kl_old: float | None, entropy: float, episodes: int) -> Self:
+        """Return the algorithm of the next rollout after an update of β, baseline, surrogate and entropy bonus.
 
         Args:
             kl: mean over responses of Σ_t log π_old − log π_ref, nats.
             reward: mean over responses of r − β·log(π_old/π_ref), reward units.
             kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None if the surrogate is not adaptive.
+            entropy: mean of the next-token distributions that the rollout was drawn from, nats.
             episodes: responses of the rollout, of all processes.
         """
         return replace(
             self,
+            entropy_bonus=None if self.entropy_bonus is None else self.entropy_bonus.adapted(entropy),
             beta=self.beta.adapted(kl, episodes) if isinstance(self.beta, KLController) else self.beta,
             advantage=self.advantage.adapted(reward),
             surrogate=self.surrogate if kl_old is None else self.surrogate.adapted(kl_old),

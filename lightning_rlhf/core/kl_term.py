@@ -98,6 +98,11 @@ class K3(KLEstimator):
 class ReferenceKL(ABC):
     """Base class of the KL to the reference before its price β, in the reward and in the loss."""
 
+    @property
+    def over_vocabulary(self) -> bool:
+        """True if the KL is summed over the vocabulary, for which the reference runs in each pass of the update."""
+        return False
+
     @abstractmethod
     def in_reward(self, kl_ref: Tensor) -> Tensor:
         """Return the KL charged in the reward of each action, (B, T), nats.
@@ -108,7 +113,13 @@ class ReferenceKL(ABC):
 
     @abstractmethod
     def in_loss(
-        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+        self,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        sampler_logprobs: Tensor,
+        response: Tensor,
+        level: ActionLevel,
+        vocabulary_kl: Tensor | None = None,
     ) -> Tensor:
         """Return the KL added to the loss of each action, (B, T), nats.
 
@@ -118,6 +129,7 @@ class ReferenceKL(ABC):
             sampler_logprobs: log of the probabilities that the tokens were drawn with, (B, R), nats.
             response: (B, R), bool.
             level: what an action is.
+            vocabulary_kl: KL of each next-token distribution, (B, R), nats, where `over_vocabulary` asks for it.
         """
 
 
@@ -133,7 +145,13 @@ class KLInReward(ReferenceKL):
         return k1(kl_ref)
 
     def in_loss(
-        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+        self,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        sampler_logprobs: Tensor,
+        response: Tensor,
+        level: ActionLevel,
+        vocabulary_kl: Tensor | None = None,
     ) -> Tensor:
         """Return zeros, because the KL is in the reward."""
         return torch.zeros_like(level.total(ref_logprobs, response))
@@ -183,7 +201,13 @@ class KLInLoss(ReferenceKL):
         return torch.zeros_like(kl_ref)
 
     def in_loss(
-        self, logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, response: Tensor, level: ActionLevel
+        self,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        sampler_logprobs: Tensor,
+        response: Tensor,
+        level: ActionLevel,
+        vocabulary_kl: Tensor | None = None,
     ) -> Tensor:
         """Estimate the KL of every action, a token's or a response's."""
         at = self.level or level
@@ -191,3 +215,40 @@ class KLInLoss(ReferenceKL):
         if self.unbiased:
             estimate = estimate * importance_ratio(at.total(logprobs - sampler_logprobs, response))
         return level.total(at.spread(estimate, response), response)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactKL(ReferenceKL):
+    """Loss β·Σ_t KL(π_θ(·|s_t)‖π_ref(·|s_t)), summed over the vocabulary at the states that π_old reached.
+
+    It has no noise of the sampled token, and one more pass of the reference in each pass of the update. Its gradient
+    leaves out which states are reached, as that of a per-token estimate does. With a teacher in the reference's place
+    it is on-policy distillation by the reverse KL (Agarwal et al. 2024, 2306.13649; Gu et al. 2024, 2306.08543).
+    """
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """True: the sum needs every token's probability."""
+        return True
+
+    def in_reward(self, kl_ref: Tensor) -> Tensor:
+        """Return zeros, because the KL is in the loss."""
+        return torch.zeros_like(kl_ref)
+
+    def in_loss(
+        self,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        sampler_logprobs: Tensor,
+        response: Tensor,
+        level: ActionLevel,
+        vocabulary_kl: Tensor | None = None,
+    ) -> Tensor:
+        """Sum the exact KL over each action.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        if vocabulary_kl is None:
+            raise ValueError("`ExactKL` needs `vocabulary_kl`: pass `vocabulary` to `Algorithm.action_loss`")
+        return level.total(vocabulary_kl, response)

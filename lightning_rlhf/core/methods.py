@@ -11,7 +11,7 @@ from lightning_rlhf.core.baseline import LeaveOneOut
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import KLController
 from lightning_rlhf.core.group_advantage import GroupAdvantage, NoScale
-from lightning_rlhf.core.kl_term import K3, KLInLoss, ReferenceKL
+from lightning_rlhf.core.kl_term import K3, ExactKL, KLInLoss, ReferenceKL
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm
@@ -154,4 +154,21 @@ class VESPOMethod(Algorithm):
     advantage: AdvantageEstimator = GroupAdvantage()
     surrogate: Surrogate = VESPO()
     reduction: Reduction = SeqMeanTokenSumNorm()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyDistillation(Algorithm):
+    """Reverse KL to a teacher on the student's own responses (Agarwal et al. 2024, 2306.13649; Lu 2025).
+
+    The teacher stands in the reference's place, the reward is `ZeroReward`. `kl_term` is exact over the vocabulary;
+    with `KLInReward` each token is learned from by its own −β·(log π_old − log π_teacher), which needs no second pass
+    of the teacher.
+    """
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 1.0
+    kl_term: ReferenceKL = ExactKL()
+    advantage: AdvantageEstimator = RewardToGo(gamma=0.0)
+    surrogate: Surrogate = ImportanceSampling()
     shaping: Shaping | Sequence[Shaping] | None = ()

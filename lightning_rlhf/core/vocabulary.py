@@ -64,24 +64,26 @@ def vocabulary_sums(
 
     Args:
         policy: π_θ.
-        reference: π_ref at the same positions and over the same vocabulary; None computes the entropy alone.
+        reference: π_ref at the same positions; None computes the entropy alone. Where one vocabulary is padded further
+            than the other, as in models of one family, the KL is of both given the tokens they share.
         temperature: τ the logits of both are divided by.
         block: logits of one of them that exist at one time; at least one row is computed.
 
     Raises:
-        ValueError: the reference has other positions or another vocabulary.
+        ValueError: the reference has another number of positions.
     """
-    if reference is not None and (len(reference.inputs), reference.size) != (len(policy.inputs), policy.size):
+    if reference is not None and len(reference.inputs) != len(policy.inputs):
         raise ValueError(
-            "the KL over the vocabulary needs a reference with the policy's positions and vocabulary, "
-            f"({len(policy.inputs)}, {policy.size}): got ({len(reference.inputs)}, {reference.size})"
+            f"the reference must be at the policy's {len(policy.inputs)} positions: got {len(reference.inputs)}"
         )
     rows = max(block // policy.size, 1)
-    parts = []
-    for own in policy.inputs.split(rows):
-        start = sum(len(part) for part in parts)
-        other = None if reference is None else reference.inputs[start : start + len(own)]
-        parts.append(checkpoint(_sums, policy, own, reference, other, temperature, use_reentrant=False))
+    others: list[Tensor | None] = [None] * -(-len(policy.inputs) // rows)
+    if reference is not None:
+        others = list(reference.inputs.split(rows))
+    parts = [
+        checkpoint(_sums, policy, own, reference, other, temperature, use_reentrant=False)
+        for own, other in zip(policy.inputs.split(rows), others, strict=True)
+    ]
     entropy, kl_ref = torch.cat(parts).unbind(1)
     return VocabularySums(entropy, kl_ref)
 
@@ -95,13 +97,17 @@ def _sums(
     entropy = -(probabilities * logprobs).sum(1)
     if reference is None or other is None:
         return torch.stack([entropy, torch.zeros_like(entropy)], 1)
+    shared = min(policy.size, reference.size)
+    if shared < policy.size:
+        logprobs = logprobs[:, :shared].log_softmax(1)
+        probabilities = logprobs.exp()
     with torch.no_grad():
-        of_reference = _distribution(reference, other, temperature)
+        of_reference = _distribution(reference, other, temperature, shared)
     kl_ref = (probabilities * (logprobs - of_reference)).sum(1)
     return torch.stack([entropy, kl_ref], 1)
 
 
-def _distribution(predictions: Predictions, inputs: Tensor, temperature: float) -> Tensor:
-    """Compute log π of every token, (n, V), in float32 or more."""
+def _distribution(predictions: Predictions, inputs: Tensor, temperature: float, shared: int | None = None) -> Tensor:
+    """Compute log π of the first `shared` tokens, (n, shared), in float32 or more; None is all of them."""
     logits = inputs if predictions.weight is None else linear(inputs, predictions.weight, predictions.bias)
-    return (full_precision(logits) / temperature).log_softmax(1)
+    return (full_precision(logits[:, :shared]) / temperature).log_softmax(1)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lightning_rlhf.core import Algorithm, k3, next_token_loss
 from lightning_rlhf.core.checks import check_not_negative
+from lightning_rlhf.core.vocabulary import VocabularySums, vocabulary_sums
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import PolicyModel, ScalarModel
+from lightning_rlhf.models.policy import Reference
 from lightning_rlhf.types import Experience, PPOBatch, TextBatch
 
 Loss = tuple[Tensor, MeanMetrics]
@@ -24,11 +26,13 @@ class Objective:
     Attributes:
         policy: π_θ.
         value: V_θ, or None.
+        reference: π_ref, for a KL over the vocabulary.
         temperature: τ of the log-probs of responses.
     """
 
     policy: PolicyModel
     value: ScalarModel | None
+    reference: Reference
     temperature: float
 
     def counts(self, algorithm: Algorithm, minibatch: Experience, text: TextBatch | None) -> Tensor:
@@ -40,9 +44,9 @@ class Objective:
     def actions(self, algorithm: Algorithm, piece: Experience) -> Loss:
         """Return surrogate, KL in the loss and value loss over the actions of some rows."""
         old = piece.rollout
-        logprobs = self.logprobs(piece) if old.logprobs_with_grad is None else old.logprobs_with_grad
+        logprobs, vocabulary = self._measured(algorithm, piece)
         values = None if self.value is None else self.value.response_values(old)
-        per_action = algorithm.action_loss(logprobs, values, piece)
+        per_action = algorithm.action_loss(logprobs, values, piece, vocabulary)
         return algorithm.reduction.total(per_action.loss, piece.action_mask), MeanMetrics.of(
             per_action.stats, piece.action_mask
         )
@@ -64,6 +68,25 @@ class Objective:
     def logprobs(self, piece: Experience) -> Tensor:
         """log π_θ of each response token, (B, R), nats."""
         return self.policy.response_logprobs(piece.rollout, temperature=self.temperature)
+
+    def _measured(self, algorithm: Algorithm, piece: Experience) -> tuple[Tensor, VocabularySums | None]:
+        """Return log π_θ of each response token, (B, R), nats, with the sums over the vocabulary if they are needed."""
+        old = piece.rollout
+        if not algorithm.needs_vocabulary:
+            return self.logprobs(piece) if old.logprobs_with_grad is None else old.logprobs_with_grad, None
+        predictions, reference = self.policy.response_predictions(old), None
+        if algorithm.kl_term.over_vocabulary:
+            with torch.no_grad(), self.reference.model() as model:
+                reference = model.response_predictions(old)
+        response = old.response_mask
+        chosen = old.tokens[:, old.prompt_width :][response]
+        sums = vocabulary_sums(predictions, reference, temperature=self.temperature)
+
+        def placed(x: Tensor) -> Tensor:
+            return x.new_zeros(response.shape).masked_scatter(response, x)
+
+        logprobs = placed(predictions.logprobs(chosen, temperature=self.temperature))
+        return logprobs, VocabularySums(placed(sums.entropy), placed(sums.kl_ref))
 
 
 def pretraining_of(batch: PPOBatch, ptx_coef: float) -> TextBatch | None:

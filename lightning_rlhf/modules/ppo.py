@@ -170,6 +170,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             updates=self.updates,
             clock=self.clock,
             agree=partial(strategies.most_passes, self),
+            keeps_graph=not self.algorithm.needs_vocabulary,
         )
         self.responder = Responder(collector=collector, algorithm=self.algorithm, tokenizer=self.tokenizer)
         of_evaluations = self.evaluation.panel.networks(self.tokenizer)
@@ -183,7 +184,10 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
     @property
     def objective(self) -> Objective:
         """Losses of the policy and the value network."""
-        return Objective(policy=self.policy, value=self.value, temperature=self.generation.temperature)
+        reference = self.collector.reference
+        return Objective(
+            policy=self.policy, value=self.value, reference=reference, temperature=self.generation.temperature
+        )
 
     def on_fit_start(self) -> None:
         """Move the frozen networks to the device: Lightning moves only registered submodules."""
@@ -224,6 +228,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             kl=means["objective/kl"],
             reward=means["objective/rlhf_reward"],
             kl_old=means.get("policy/kl_old"),
+            entropy=means["policy/entropy_avg"],
             episodes=episodes,
         )
         self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -298,7 +303,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         tokens = means.get("filter/tokens", means["objective/response_length"] * episodes)
         stats |= cost(self.clock, seconds=seconds, tokens=tokens)
         stats |= {"episode": float(self.episodes), "lr": optim.learning_rate(self)}
-        self.signal.look(self.outcome, flat_groups=stats["objective/flat_groups"])  # type: ignore[arg-type]
+        self.signal.look(self.outcome, stats["objective/flat_groups"], self.algorithm)  # type: ignore[arg-type]
         self.log_dict(stats, batch_size=episodes)
         bar = {"score": stats["objective/scores"], "kl": round(stats["objective/kl"], 4) + 0.0}  # no minus zero
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=episodes)
@@ -313,15 +318,11 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters, the adaptive numbers of the algorithm and the rollout drawn ahead."""
-        counters = {"iteration": self.iteration, "episodes": self.episodes, "version": resume.version()}
-        counters["settings"] = resume.of_all_processes(self._settings, self._trainer)
-        ahead = self.collector.sampler.ahead.state() if self.responder else {}
-        counters |= {"selection": self.selection.state()}
-        checkpoint["rlhf"] = counters | {"algorithm": self.algorithm.state(), "ahead": ahead}
+        """Save the counters, what has adapted, and the rollout drawn ahead."""
+        checkpoint["rlhf"] = resume.saved(self, self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters, the adaptive numbers of the algorithm and the rollout drawn ahead."""
+        """Restore the counters, what has adapted, and the rollout drawn ahead."""
         self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]

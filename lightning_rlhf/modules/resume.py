@@ -74,6 +74,26 @@ def of_all_processes(settings: dict[str, Any], trainer: Trainer | None) -> dict[
     return settings | {"updates": updates | {"minibatch of all processes": minibatch and minibatch * world}}
 
 
+def saved(module: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint of the RL stage holds beside the weights: counters, settings and what has adapted.
+
+    All processes must call this.
+
+    Args:
+        module: of the RL stage.
+        settings: its arguments as plain values.
+    """
+    return {
+        "iteration": module.iteration,
+        "episodes": module.episodes,
+        "version": version(),
+        "settings": of_all_processes(settings, module._trainer),
+        "algorithm": module.algorithm.state(),
+        "selection": module.selection.state(),
+        "ahead": module.collector.sampler.ahead.state() if module.responder else {},
+    }
+
+
 def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Raise if a checkpoint cannot be resumed with these settings, and return the settings that changed.
 

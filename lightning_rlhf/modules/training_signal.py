@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from lightning_rlhf.core import Algorithm
 from lightning_rlhf.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -17,12 +18,13 @@ class TrainingSignal:
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
-    def look(self, outcome: Outcome, *, flat_groups: float) -> None:
+    def look(self, outcome: Outcome, flat_groups: float, algorithm: Algorithm) -> None:
         """Warn of scores made equal by shaping, of groups with equal scores and of zero advantages.
 
         Args:
             outcome: a rollout of this process, with its advantages.
             flat_groups: share of all responses whose group scored the same.
+            algorithm: that learns from it.
         """
         raw = outcome.raw_scores
         scores = outcome.scores
@@ -43,7 +45,7 @@ class TrainingSignal:
                 f"{count} responses), so that comparing those of a group teaches nothing; see whether the reward "
                 "tells responses apart, and whether the prompts are neither too easy nor too hard",
             )
-        elif advantages is not None and not advantages.any():
+        elif advantages is not None and not advantages.any() and not algorithm.learns_without_reward:
             self._warn(
                 "advantages",
                 f"the advantages of all {count} responses are 0 (scores {float(raw.min()):g} to {float(raw.max()):g}): "

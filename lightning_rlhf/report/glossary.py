@@ -41,6 +41,7 @@ OBJECTIVE = (
     Entry("objective/scores/NAME", "mean of a part of `WeightedReward` or `EnsembleReward`, before weights", "reward"),
     Entry("objective/kl", "mean Σ_t log π_old − log π_ref of a response: KL(π_old‖π_ref)", "nats"),
     Entry("objective/kl_coef", "β of this rollout", "reward/nat"),
+    Entry("objective/entropy_coef", "price of the entropy bonus in this rollout; with one", "reward/nat"),
     Entry("objective/non_score_reward", "mean −β·KL; 0 where the KL is in the loss", "reward"),
     Entry("objective/rlhf_reward", "`objective/scores` + `objective/non_score_reward`", "reward"),
     Entry("objective/entropy", "mean −log π_old(y∣x) of a response", "nats"),
@@ -60,6 +61,7 @@ FILTER = (
 UPDATE = (
     Entry("loss/policy_avg", "mean surrogate loss of an action", "reward"),
     Entry("loss/kl_avg", "mean β·KL of an action where `kl_term` puts it into the loss, else 0", "reward"),
+    Entry("loss/entropy_avg", "mean −coef·H of an action; with an entropy bonus", "reward"),
     Entry("loss/value_avg", "mean value loss of an action; with a value network", "reward²"),
     Entry("ptx/loss", "mean −log π(token) of the pretraining texts, before γ", "nats/token"),
     Entry("policy/approxkl_avg", "mean ½(log ρ)² of an action: KL(π_old‖π) to second order", "nats"),

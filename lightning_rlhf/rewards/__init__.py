@@ -4,6 +4,7 @@ from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
+from lightning_rlhf.rewards.zero import ZeroReward
 
 __all__ = [
     "EnsembleReward",
@@ -15,5 +16,6 @@ __all__ = [
     "TextReward",
     "TimedReward",
     "WeightedReward",
+    "ZeroReward",
     "as_reward",
 ]

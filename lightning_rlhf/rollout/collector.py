@@ -44,6 +44,7 @@ class Collector:
         updates: what learns from the rollout; its microbatches are also how it is measured.
         clock: takes the seconds of each phase.
         agree: how many pieces every process must measure its rollout in.
+        keeps_graph: whether the only update may go on from the pass that measures log π_old.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Collector:
         updates: UpdateSchedule,
         clock: Clock | None = None,
         agree: Agree = alone,
+        keeps_graph: bool = True,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -68,6 +70,7 @@ class Collector:
         self.generation = generation
         self.updates = updates
         self.agree = agree
+        self.keeps_graph = keeps_graph
         self.clock = clock or Clock()
         self.sampler = Sampler(policy, engine, ranks=ranks, generation=generation, clock=self.clock)
         self._named: set[OldLogprobs] = set()
@@ -139,7 +142,7 @@ class Collector:
         """Add log π_old by the source of `updates`, log π_ref and V to a rollout to train on."""
         pieces = self.updates.pieces(rollout, self.agree)
         epochs = self.updates.epochs
-        one_step = len(pieces) == 1 and epochs == 1
+        one_step = len(pieces) == 1 and epochs == 1 and self.keeps_graph
         source = choose(self.updates.old_logprobs, self._situation(one_step=one_step, epochs=epochs))
         self._tell(source)
         return self._measured(rollout, pieces, source)

@@ -21,7 +21,7 @@ class Situation:
 
     Attributes:
         full_precision: the weights that sample are those that train, in float32 or more, without autocast.
-        one_step: the rollout is learned from by one optimizer step with one forward pass.
+        one_step: the rollout is learned from by one optimizer step with one forward pass, which may go on from another.
         epochs: inner epochs; 0 where nothing is learned (evaluation).
         ahead: the rollout was drawn ahead of its step, by weights that are gone.
     """
@@ -112,8 +112,9 @@ class UpdateLogprobs(OldLogprobs):
         if situation.one_step:
             return None
         return (
-            "a rollout is learned from in several steps or microbatches: take RecomputedLogprobs(), leave "
-            "`updates.old_logprobs` out, or set updates.epochs=1 and neither updates.minibatch nor updates.microbatch"
+            "a rollout is learned from in several steps or microbatches, or its loss sums over the vocabulary: take "
+            "RecomputedLogprobs(), leave `updates.old_logprobs` out, or set updates.epochs=1 and neither "
+            "updates.minibatch nor updates.microbatch"
         )
 
     def __call__(self, rollout: Rollout, measure: Measure, whole: Measure) -> Rollout:

@@ -18,6 +18,7 @@ from lightning_rlhf.core import (
     TLDR,
     VESPO,
     Adaptive,
+    AdaptiveEntropy,
     AdaptiveKL,
     Algorithm,
     BanditAdvantage,
@@ -25,6 +26,7 @@ from lightning_rlhf.core import (
     CISPOMethod,
     Clip,
     DrGRPO,
+    EntropyBonus,
     FixedKL,
     GroupAdvantage,
     ImportanceSampling,
@@ -35,6 +37,7 @@ from lightning_rlhf.core import (
     MaskedIS,
     NoBaseline,
     NoCorrection,
+    OnPolicyDistillation,
     ReinforcePP,
     RewardToGo,
     RunningMean,
@@ -52,7 +55,7 @@ NESTED = Whitened(estimator=BanditAdvantage(baseline=RUNNING))
 
 def rolled_out(algorithm: Algorithm) -> Algorithm:
     """After a rollout of 50 responses with a KL of 60 nats, a reward of 4 and a KL to π_old of 1."""
-    return algorithm.adapted(kl=60.0, reward=4.0, kl_old=1.0, episodes=50)
+    return algorithm.adapted(kl=60.0, reward=4.0, kl_old=1.0, entropy=0.5, episodes=50)
 
 
 MOVING = {
@@ -61,6 +64,7 @@ MOVING = {
             beta=AdaptiveKL(coef=0.1, horizon=100.0),
             advantage=BanditAdvantage(baseline=RUNNING),
             surrogate=KLPen(coef=2.0),
+            entropy_bonus=AdaptiveEntropy(coef=0.25, target=1.0, step=0.125),
         ),
         rolled_out,
         {
@@ -68,7 +72,14 @@ MOVING = {
             "advantage.baseline.mean": 2.0,
             "advantage.baseline.weight": 0.5,
             "surrogate.coef": 4.0,
+            "entropy_bonus.coef": 0.375,
+            "entropy_bonus.entropy": 0.5,
         },
+    ),
+    "adaptive_entropy": (
+        AdaptiveEntropy(coef=0.25, target=1.0, step=0.125),
+        lambda x: x.adapted(2.0),
+        {"coef": 0.125, "entropy": 2.0},
     ),
     "adaptive_kl": (AdaptiveKL(coef=0.5, horizon=10.0), lambda x: x.adapted(60.0, 5), {"coef": 0.55}),  # 0.5·(1 + 0.1)
     "kl_penalty": (KLPen(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
@@ -92,8 +103,9 @@ MOVING = {
 }
 
 METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
-METHODS += (LUSPO, SAPOMethod, VESPOMethod)
+METHODS += (LUSPO, SAPOMethod, VESPOMethod, OnPolicyDistillation)
 STILL = {
+    "entropy_bonus": (EntropyBonus(), lambda x: x.adapted(2.0)),
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
     "clip": (Clip(), lambda x: x.adapted(1.0)),
     "cispo": (CISPO(), lambda x: x.adapted(1.0)),

@@ -176,7 +176,7 @@ def test_beta_is_a_number_or_what_adapts():
     assert Algorithm(beta=0.3).with_beta(0.5) == Algorithm(beta=0.5)
     raised = Algorithm(beta=AdaptiveKL(coef=0.3, target=2.0)).with_beta(0.5)
     assert raised.beta == AdaptiveKL(coef=0.5, target=2.0)
-    assert Algorithm(beta=0.3).adapted(kl=60.0, reward=1.0, kl_old=None, episodes=8) == Algorithm(beta=0.3)
+    assert Algorithm(beta=0.3).adapted(kl=60.0, reward=1.0, kl_old=None, entropy=1.0, episodes=8) == Algorithm(beta=0.3)
 
 
 def test_number_and_fixed_controller_are_one_setting_of_a_run():

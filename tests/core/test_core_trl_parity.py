@@ -14,6 +14,7 @@ from lightning_rlhf.core import (
     SAPO,
     Algorithm,
     Clip,
+    EntropyBonus,
     KLInLoss,
     MaskTruncated,
     OffPolicyMask,
@@ -24,6 +25,7 @@ from lightning_rlhf.core import (
     TopEntropy,
     VESPOMethod,
 )
+from lightning_rlhf.core.vocabulary import VocabularySums
 from lightning_rlhf.types import Rollout
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
@@ -62,6 +64,12 @@ class Accelerator:
         return x
 
 
+def _slopes(loss, logprobs, entropy):
+    """A loss with its gradient at log π_θ and, if it has a bonus, at the entropies."""
+    slopes = torch.autograd.grad(loss, [logprobs, entropy], allow_unused=True)
+    return loss.detach(), *(slope for slope in slopes if slope is not None)
+
+
 def theirs(*, mask=RESPONSE, sampler=None, beta=0.0, **options):
     """Loss of TRL and its gradient at log π_θ, (B, R)."""
     trl = pytest.importorskip("trl", reason="the parity is with the installed TRL")
@@ -73,7 +81,8 @@ def theirs(*, mask=RESPONSE, sampler=None, beta=0.0, **options):
     args |= {name: options.pop(name) for name in [*options] if name in args}
     usual = {"loss_type": "dapo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2}
     usual |= {"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": beta, "use_vllm": False}
-    logprobs = NEW.clone().requires_grad_()
+    logprobs, entropy = NEW.clone().requires_grad_(), ENTROPY.clone().requires_grad_()
+    bonus = options.pop("entropy_coef", 0.0)
     this = SimpleNamespace(
         **(usual | options),
         args=SimpleNamespace(**args),
@@ -81,9 +90,11 @@ def theirs(*, mask=RESPONSE, sampler=None, beta=0.0, **options):
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         vllm_importance_sampling_correction=False,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=bonus != 0.0,
+        entropy_coef=bonus,
+        use_adaptive_entropy=False,
         _metrics={"eval": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, ENTROPY, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropy, None),
         get_off_policy_mask=trainer.get_off_policy_mask,
         get_gamma_weights=trainer.get_gamma_weights,
     )
@@ -94,7 +105,7 @@ def theirs(*, mask=RESPONSE, sampler=None, beta=0.0, **options):
     inputs |= {"advantages": ADVANTAGES, "old_per_token_logps": OLD, "ref_per_token_logps": REF}
     inputs |= {"num_items_in_batch": mask.sum()} | ({} if sampler is None else {"sampling_per_token_logps": sampler})
     loss = trainer._compute_loss(this, None, inputs)
-    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+    return _slopes(loss, logprobs, entropy)
 
 
 def ours(algorithm, *, sampler=OLD):
@@ -118,11 +129,12 @@ def ours(algorithm, *, sampler=OLD):
     algorithm = algorithm.for_run(learned_reward=False, max_new_tokens=R)
     experience = algorithm.credit(rollout, ADVANTAGES)
     experience = replace(experience, advantages=ADVANTAGES.unsqueeze(1).expand_as(experience.advantages))
-    logprobs = NEW.clone().requires_grad_()
-    losses = algorithm.action_loss(logprobs, None, experience).loss
+    logprobs, entropy = NEW.clone().requires_grad_(), ENTROPY.clone().requires_grad_()
+    sums = VocabularySums(entropy, torch.zeros_like(entropy)) if algorithm.needs_vocabulary else None
+    losses = algorithm.action_loss(logprobs, None, experience, sums).loss
     count = algorithm.reduction.count(experience.action_mask)
     loss = algorithm.reduction.total(losses, experience.action_mask) / count
-    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+    return _slopes(loss, logprobs, entropy)
 
 
 def same(found, expected):
@@ -213,3 +225,11 @@ def test_unbiased_kl():
     same(ours(tokens(beta=BETA, kl_term=term)), expected)
     differ(ours(tokens(**K3_IN_LOSS)), expected)
     differ(ours(tokens(beta=BETA, kl_term=term), sampler=SAMPLER), expected)
+
+
+def test_entropy_bonus():
+    """TRL's is a mean over tokens whatever the reduction; here it goes through the reduction of the loss."""
+    found = ours(tokens(entropy_bonus=EntropyBonus(coef=0.3), **K3_IN_LOSS))
+    assert len(found) == 3
+    same(found, theirs(entropy_coef=0.3, beta=BETA))
+    assert (found[2] - ours(tokens(entropy_bonus=EntropyBonus(coef=0.1), **K3_IN_LOSS))[2]).abs().max() > 1e-3

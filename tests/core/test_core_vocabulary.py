@@ -69,9 +69,21 @@ def test_without_reference_the_kl_is_zero():
     assert found.entropy.min() > 0
 
 
-def test_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocabulary"):
-        vocabulary_sums(predictions(0), predictions(1, vocabulary=V + 1), temperature=1.0)
+@pytest.mark.parametrize(("own", "other"), [(V, V + 3), (V + 3, V)])
+def test_vocabulary_that_is_padded_further_is_compared_on_what_both_share(own, other):
+    policy, reference = predictions(0, vocabulary=own), predictions(1, vocabulary=other)
+    found = vocabulary_sums(policy, reference, temperature=0.9)
+    p, q = (dense(of, 0.9)[:, :V] for of in (policy, reference))
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    assert torch.allclose(found.kl_ref, (p * (p / q).log()).sum(1), atol=1e-12)
+    whole = dense(policy, 0.9)
+    assert torch.allclose(found.entropy, -(whole * whole.log()).sum(1), atol=1e-12)
+
+
+def test_other_positions_are_refused():
+    policy = predictions(0)
+    with pytest.raises(ValueError, match="positions"):
+        vocabulary_sums(policy, Predictions(policy.inputs[:-1], policy.weight, policy.bias), temperature=1.0)
 
 
 def test_logprobs_of_chosen_tokens():

@@ -14,6 +14,7 @@ from lightning_rlhf.core import (
     K3,
     SAPO,
     VESPO,
+    AdaptiveEntropy,
     AdaptiveKL,
     AdvantageEstimator,
     Algorithm,
@@ -29,6 +30,7 @@ from lightning_rlhf.core import (
     ConstantSchedule,
     CosineSchedule,
     DPPOMask,
+    EntropyBonus,
     FixedKL,
     GroupAdvantage,
     GroupScale,
@@ -131,6 +133,15 @@ def charged(kl: KLController) -> Tensor:
     return penalized_rewards(X[:, 0], Y, MASK, coef=kl.coef)
 
 
+def prices(bonus: EntropyBonus) -> list[float]:
+    """Before any rollout, and after rollouts of falling and rising entropy."""
+    found = [bonus.price]
+    for entropy in [*(0.9 - 0.05 * i for i in range(16)), *(0.1 * i for i in range(1, 10))]:
+        bonus = bonus.adapted(entropy)
+        found.append(bonus.price)
+    return found
+
+
 def charged_later(kl: KLController) -> list[Tensor]:
     """After a KL of 1 nat, and of 5."""
     return [charged(kl.adapted(nats, 100)) for nats in (1.0, 5.0)]
@@ -177,6 +188,16 @@ def value(loss: ValueLoss) -> list[Tensor]:
 
 
 TABLE: Table = {
+    AdaptiveEntropy: case(
+        prices,
+        coef=to(0.1),
+        target=to(0.7),
+        step=to(0.1),
+        smallest=to(0.02),
+        largest=to(0.03),
+        entropy=to(0.1),
+    ),
+    EntropyBonus: case(prices, coef=to(0.1)),
     AdaptiveKL: case(charged_later, coef=to(0.3, by=charged), target=to(3.0), horizon=to(5_000.0)),
     BanditAdvantage: case(advantages, baseline=to(BatchMean())),
     BatchStd: case(unit, guard=to(0.1)),
