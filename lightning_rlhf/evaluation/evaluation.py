@@ -37,11 +37,11 @@ def observed(rollout: Rollout, scores: Scores, *, score: str = "scores") -> dict
 
 
 def observed_parts(scores: Scores, *, score: str = "scores", mask: Tensor | None = None) -> MeanMetrics:
-    """Compute the mean of each part of a reward, `score/part`, over the responses that the part scored.
+    """Compute the mean of each part of a reward over the responses that the part scored.
 
     Args:
         scores: whose parts, (B,) each, are NaN where the part gave none.
-        score: what the score is called.
+        score: what the score is called; its parts are `score/part`.
         mask: responses that count, (B,), bool; None counts all.
     """
     means = MeanMetrics()

@@ -2,14 +2,17 @@
 
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rewards.learned import LearnedReward
+from lightning_rlhf.rewards.patterns import Format, RegexMatch
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
 
 __all__ = [
     "EnsembleReward",
+    "Format",
     "FunctionReward",
     "LearnedReward",
     "ModuleReward",
+    "RegexMatch",
     "Reward",
     "Scores",
     "TextReward",

@@ -12,10 +12,13 @@ from switch_harness import Table, case, to
 from lightning_rlhf.core import WorstReward
 from lightning_rlhf.rewards import (
     EnsembleReward,
+    Format,
     FunctionReward,
     LearnedReward,
     ModuleReward,
+    RegexMatch,
     Reward,
+    TextReward,
     TimedReward,
     WeightedReward,
 )
@@ -31,6 +34,15 @@ def words(prompts: list[Any], responses: list[str]) -> list[float]:
 
 def letters(prompts: list[Any], responses: list[str]) -> list[float]:
     return [sum(0.7**t * (ord(letter) % 7) for t, letter in enumerate(response)) for response in responses]
+
+
+TEXTS = ["it is 7", "it is 8, or 7", "7", "<note>8</note>", "<think>7</think><answer>8</answer>", "none"]
+ANSWERS = ["7", "8", "8", "8", "7", "8"]
+
+
+def of_text(reward: TextReward) -> Any:
+    """Scores of texts, without a rollout."""
+    return reward.score([None] * len(TEXTS), TEXTS, answer=ANSWERS, result=ANSWERS[::-1])
 
 
 def table(bench: Bench) -> Table:
@@ -75,7 +87,9 @@ def table(bench: Bench) -> Table:
             prompt_role=to("user", by=scores_of_another_vocabulary),
             batch_tokens=to(1, by=rows_per_pass),
         ),
+        Format: case(of_text, tags=to(["note"])),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
+        RegexMatch: case(of_text, {"pattern": r"(\d+)"}, pattern=to(r"is (\d+)"), column=to("answer")),
         TimedReward: case(scores, {"reward": words}, reward=to(letters), seconds=to(0.05, by=in_time, reward=slowly)),
         WeightedReward: case(
             scores, {"parts": both}, parts=to({"words": words}), weights=to({"words": 1.0, "letters": -0.5})
