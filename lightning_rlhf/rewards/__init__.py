@@ -5,13 +5,16 @@ from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.patterns import Format, RegexMatch
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
+from lightning_rlhf.rewards.verifiable import MathAnswer, ReasoningGym
 
 __all__ = [
     "EnsembleReward",
     "Format",
     "FunctionReward",
     "LearnedReward",
+    "MathAnswer",
     "ModuleReward",
+    "ReasoningGym",
     "RegexMatch",
     "Reward",
     "Scores",
