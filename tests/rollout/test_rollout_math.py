@@ -47,6 +47,7 @@ TABLE = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"$\begin{pmatrix}1\\2\end{pmatrix}$", 1),
     ("48 / 2 = 24 a month.\n#### 24", "24", 1),
     ("48 / 2 = 24 a month.\n#### 24", "48", 0),
+    ("Twice $5$ is\n#### 10", "10", 1),
     ("72", "I do not know", 0),
     ("72", "", 0),
     ("1", "(" * 3000 + "1", 0),
