@@ -20,7 +20,6 @@ from lightning_rlhf.cli.parser import Parser
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.data.sources import stream_records
 from lightning_rlhf.rewards import Reward, as_reward
-from lightning_rlhf.rewards.reward import checked_scores
 from lightning_rlhf.text import Encoder, load_tokenizer
 from lightning_rlhf.types import Rollout
 
@@ -88,8 +87,8 @@ class Rescorer:
         if self.texts is not None:
             self.texts.known = {tuple(line["tokens"]): line["response"] for line in lines}
         rows = [{"prompt": line["prompt"]} | (line.get("row") or {}) for line in lines]
-        scores = self.reward.scored(self._rollout(lines), rows).total
-        return checked_scores(scores, count=len(lines), source=type(self.reward).__name__).tolist()
+        scores = self.reward.scored(self._rollout(lines), rows)
+        return scores.complete(rows, source=type(self.reward).__name__).tolist()
 
     def _rollout(self, lines: Sequence[Mapping[str, Any]]) -> Rollout:
         """Rebuild the rollout with zero log-probs (no reward reads them); without tokenizer it has no prompt tokens."""

@@ -5,6 +5,7 @@ from lightning_rlhf.data.comparisons import ComparisonDataModule
 from lightning_rlhf.data.demonstrations import DemonstrationDataModule
 from lightning_rlhf.data.loader import BatchSchedule, ResumableLoader
 from lightning_rlhf.data.prompts import PromptDataModule
+from lightning_rlhf.data.reasoning_gym import ReasoningGymRows
 from lightning_rlhf.data.tables import HubData
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "DemonstrationDataModule",
     "HubData",
     "PromptDataModule",
+    "ReasoningGymRows",
     "ResumableLoader",
 ]

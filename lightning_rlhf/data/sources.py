@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_rlhf.data.reasoning_gym import ReasoningGymRows, read_reasoning_gym
 from lightning_rlhf.data.records import Located, read_lines, stream_lines
 from lightning_rlhf.data.spreadsheets import read_cells
 from lightning_rlhf.data.tables import (
@@ -22,10 +24,11 @@ from lightning_rlhf.data.tables import (
 )
 
 if TYPE_CHECKING:
-    Source = str | HubData | list[str | HubData] | Table | None
+    Made = HubData | ReasoningGymRows
+    Source = str | Made | list[str | Made] | Table | None
 else:  # what a config can hold; where it may also be a class, jsonargparse opens the data's path as another config
-    Source = str | dict[str, str] | list[str | dict[str, str]] | None
-"""An argument `train`, `val`, …: paths, hub data, several of either, or rows; None for nothing."""
+    Source = str | dict[str, Any] | list[str | dict[str, Any]] | None
+"""An argument `train`, `val`, …: paths, hub data, rows of a task, several of these, or rows; None for nothing."""
 _READERS: dict[str, Callable[[str], Sequence[Located]]] = {".parquet": read_parquet, ".csv": read_cells}
 """Reader by file suffix; any other file holds lines of JSON."""
 FORMS = (
@@ -38,16 +41,16 @@ def read_records(source: Any) -> Sequence[Located]:
     """Read the rows of a source in order; those of tables are read on access.
 
     Args:
-        source: a path, a hub name or `HubData` (in a config a mapping of its arguments), or several of these; or a
-            `datasets.Dataset` or other sequence of mappings. A path with `*`, `?` or `[…]` that names no file is a
-            pattern, read in sorted order.
+        source: a path, a hub name, `HubData` or `ReasoningGymRows` (in a config mappings of their arguments), or
+            several of these; or a `datasets.Dataset` or other sequence of mappings. A path with `*`, `?` or `[…]` that
+            names no file is a pattern, read in sorted order.
 
     Returns:
         records, at least one.
 
     Raises:
         ValueError: something is missing, empty or broken; names the place.
-        ImportError: `datasets` is needed and not installed.
+        ImportError: `datasets` or `reasoning-gym` is needed and not installed.
         TypeError: it is none of these.
     """
     parts = [source] if _is_part(source) else source
@@ -69,13 +72,24 @@ def stream_records(path: str) -> Iterator[Located]:
 
 
 def _is_part(part: Any) -> bool:
-    """Return True for a path, hub data or the arguments of hub data; a row has other keys."""
-    written = isinstance(part, Mapping) and {"path", "split"} <= part.keys() <= {"path", "split", "name"}
-    return written or isinstance(part, str | HubData)
+    """Return True for a path, for hub data or a task and for their arguments; a row has other keys."""
+    return isinstance(part, str | HubData | ReasoningGymRows) or _kind(part) is not None
+
+
+def _kind(part: Any) -> type[HubData] | type[ReasoningGymRows] | None:
+    """Return the class whose arguments a mapping holds."""
+    if not isinstance(part, Mapping):
+        return None
+    if {"path", "split"} <= part.keys() <= {"path", "split", "name"}:
+        return HubData
+    return ReasoningGymRows if {"task"} <= part.keys() <= {each.name for each in fields(ReasoningGymRows)} else None
 
 
 def _read_part(part: Any) -> Sequence[Located]:
-    part = HubData(**part) if isinstance(part, Mapping) else part
+    kind = _kind(part)
+    part = part if kind is None else kind(**part)
+    if isinstance(part, ReasoningGymRows):
+        return read_reasoning_gym(part)
     data = part if isinstance(part, HubData) else hub_data(part)
     if data is not None:
         return read_hub(data)

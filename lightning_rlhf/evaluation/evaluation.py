@@ -24,17 +24,31 @@ def observed(rollout: Rollout, scores: Scores, *, score: str = "scores") -> dict
 
     Args:
         rollout: B responses.
-        scores: (B,), reward units, and their parts.
-        score: what the score is called; its parts are `score/part`.
+        scores: (B,), reward units.
+        score: what the score is called.
     """
-    terms = {
+    return {
         "kl": (rollout.logprobs - rollout.ref_logprobs).sum(1),
         "entropy": -rollout.logprobs.sum(1),
         "response_length": rollout.lengths.to(scores.total),
         "eos_rate": rollout.ended.to(scores.total),
         score: scores.total,
     }
-    return terms | {f"{score}/{name}": part for name, part in scores.parts.items()}
+
+
+def observed_parts(scores: Scores, *, score: str = "scores", mask: Tensor | None = None) -> MeanMetrics:
+    """Compute the mean of each part of a reward over the responses that the part scored.
+
+    Args:
+        scores: whose parts, (B,) each, are NaN where the part gave none.
+        score: what the score is called; its parts are `score/part`.
+        mask: responses that count, (B,), bool; None counts all.
+    """
+    means = MeanMetrics()
+    for name, part in scores.parts.items():
+        answered = ~part.isnan() if mask is None else mask & ~part.isnan()
+        means += MeanMetrics.of({f"{score}/{name}": part}, answered, only_where_counted=True)
+    return means
 
 
 def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMetrics:
@@ -58,6 +72,7 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
     flat = group_std(scores.total, rollout.prompt_index) == 0  # of these GRPO learns nothing
     return (
         MeanMetrics.of({f"objective/{name}": term for name, term in terms.items()})
+        + observed_parts(scores, score="objective/scores")
         + MeanMetrics.of(of_tokens, rollout.response_mask)
         + MeanMetrics.of({"objective/flat_groups": flat.to(scores.total)}, group_size(rollout.prompt_index) > 1)
     )
@@ -129,6 +144,7 @@ class Evaluation:
         rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
         scores = responder.score(rollout, batch, iteration=batch_idx)
         self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)
+        self._metrics += observed_parts(scores, score="reward", mask=batch.is_real)
         self.panel.prompts(responder, batch, batch_idx, rollout, scores)
         return outcome_of(rollout, scores, batch)
 

@@ -18,24 +18,28 @@ class MeanMetrics:
 
     Attributes:
         sums: (2,), float64, by logged name: the sum, and over how many entries.
+        occasional: names without a mean where no process counted an entry; the mean of others is 0 then.
     """
 
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+    occasional: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, values: Mapping[str, Tensor], mask: Tensor | None = None) -> Self:
+    def of(cls, values: Mapping[str, Tensor], mask: Tensor | None = None, *, only_where_counted: bool = False) -> Self:
         """Sum entries and count them.
 
         Args:
             values: by logged name, any shape.
             mask: entries that count, of the same shape, bool; None counts every entry.
+            only_where_counted: whether there is no mean where no entry counts.
         """
-        return cls({name: _sum_and_count(entries, mask) for name, entries in values.items()})
+        sums = {name: _sum_and_count(entries, mask) for name, entries in values.items()}
+        return cls(sums, frozenset(sums if only_where_counted else ()))
 
     def __add__(self, other: MeanMetrics) -> MeanMetrics:
         """Add the sums of both; names need not be the same."""
         added = {name: self.sums[name] + sums if name in self.sums else sums for name, sums in other.sums.items()}
-        return MeanMetrics({**self.sums, **added})
+        return MeanMetrics({**self.sums, **added}, self.occasional | other.occasional)
 
     def means(self, all_sum: AllSum) -> dict[str, float]:
         """Return the mean of every name over all processes, which must have the same names."""
@@ -43,7 +47,8 @@ class MeanMetrics:
             return {}
         names = sorted(self.sums)
         sums = all_sum(torch.stack([self.sums[name] for name in names]))
-        return dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+        means = zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), sums[:, 1].tolist(), strict=True)
+        return {name: mean for name, mean, count in means if count > 0 or name not in self.occasional}
 
 
 def with_spread(means: Mapping[str, float]) -> dict[str, float]:

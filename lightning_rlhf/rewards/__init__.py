@@ -2,15 +2,21 @@
 
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rewards.learned import LearnedReward
+from lightning_rlhf.rewards.patterns import Format, RegexMatch
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
+from lightning_rlhf.rewards.verifiable import MathAnswer, ReasoningGym
 from lightning_rlhf.rewards.zero import ZeroReward
 
 __all__ = [
     "EnsembleReward",
+    "Format",
     "FunctionReward",
     "LearnedReward",
+    "MathAnswer",
     "ModuleReward",
+    "ReasoningGym",
+    "RegexMatch",
     "Reward",
     "Scores",
     "TextReward",

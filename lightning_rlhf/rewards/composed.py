@@ -52,16 +52,22 @@ class ComposedReward(Reward):
         """Return the combined score, (B,)."""
         return self.scored(rollout, rows).total
 
-    def _scored_members(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return each member's score, and its own parts as `name/part`."""
+    def _scored_members(self, rollout: Rollout, rows: Sequence[Row]) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+        """Return the scores of each member and all parts by name, those of a member as `name/part`."""
         scored = {name: member.scored(rollout, rows) for name, member in self.members.items()}
         totals = {name: scores.total for name, scores in scored.items()}
         inner = {f"{name}/{part}": x for name, scores in scored.items() for part, x in scores.parts.items()}
-        return totals, totals | inner
+        return scored, totals | inner
+
+
+def _answered(scores: Scores) -> Tensor:
+    return torch.ones_like(scores.total, dtype=torch.bool) if scores.answered is None else scores.answered
 
 
 class WeightedReward(ComposedReward):
     """Weighted sum Σ_i w_i·r_i of several rewards, for example helpfulness and brevity.
+
+    A reward whose score of a response is None adds nothing to its sum, so that each task of a mixture has its own.
 
     Args:
         parts: rewards by name; the name is logged.
@@ -80,10 +86,13 @@ class WeightedReward(ComposedReward):
             raise ValueError(f"`weights` must be finite numbers: got {self.weights}")
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """Return the weighted sum; its parts are the members' scores before their weights."""
-        totals, parts = self._scored_members(rollout, rows)
-        weighted = [self.weights[name] * score for name, score in totals.items()]
-        return Scores(torch.stack(weighted).sum(0), parts)
+        """Return the weighted sum; its parts are the members' scores before their weights, NaN for None."""
+        members, parts = self._scored_members(rollout, rows)
+        weighted = [
+            torch.where(_answered(scores), self.weights[name] * scores.total, 0.0) for name, scores in members.items()
+        ]
+        answered = torch.stack([_answered(scores) for scores in members.values()]).any(0)
+        return Scores(torch.stack(weighted).sum(0).masked_fill(~answered, torch.nan), parts, answered=answered)
 
 
 class EnsembleReward(ComposedReward):
@@ -107,7 +116,21 @@ class EnsembleReward(ComposedReward):
         self.combine = combine
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """Return the combined score; its parts are the members' scores and `spread`, their standard deviation."""
-        totals, parts = self._scored_members(rollout, rows)
-        scores = torch.stack([total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals.values()])
-        return Scores(self.combine(scores), parts | {"spread": scores.std(0, correction=0)})
+        """Return the combined score; its parts are the members' scores and `spread`, their standard deviation.
+
+        Raises:
+            ValueError: some members scored a response and others returned None.
+        """
+        members, parts = self._scored_members(rollout, rows)
+        answered = torch.stack([_answered(scores) for scores in members.values()])
+        mixed = answered.any(0) & ~answered.all(0)
+        if mixed.any():
+            first = int(mixed.nonzero()[0])
+            silent = [name for name, mine in zip(members, answered[:, first].tolist(), strict=True) if not mine]
+            raise ValueError(
+                f"the members of an EnsembleReward have one goal, but {', '.join(silent)} returned None for response "
+                f"{first} and others a number: sum rewards of different tasks with WeightedReward"
+            )
+        totals = [scores.total for scores in members.values()]
+        scores = torch.stack([total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals])
+        return Scores(self.combine(scores), parts | {"spread": scores.std(0, correction=0)}, answered=answered.all(0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_rlhf.rewards.reward import Reward, Scores, checked_scores
+from lightning_rlhf.rewards.reward import Reward, Scores
 from lightning_rlhf.rewards.text import texts_of
 from lightning_rlhf.types import Rollout, Row
 
@@ -39,9 +39,9 @@ def scored_or_told(
     """
 
     def score() -> Scores:
-        total, parts, *_ = reward.scored(rollout, rows)
-        name, trained_in = type(reward).__name__, rollout.logprobs.dtype
-        return Scores(checked_scores(total, count=len(rollout), source=name, dtype=trained_in), parts)
+        scores = reward.scored(rollout, rows)
+        total = scores.complete(rows, source=type(reward).__name__, dtype=rollout.logprobs.dtype)
+        return Scores(total, scores.parts)
 
     scores, problem = _attempt(score)
     if agreed(problem is None):

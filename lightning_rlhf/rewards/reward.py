@@ -25,11 +25,34 @@ class Scores(NamedTuple):
         total: r_φ(x, y), (B,), reward units.
         parts: what it is made of, by name, (B,) each: for logs only.
         raw: the total before shaping rules, (B,); None if none were applied.
+        answered: responses that the reward scored, (B,), bool, the others' total is NaN; None if it scored all.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     raw: Tensor | None = None
+    answered: Tensor | None = None
+
+    def complete(self, rows: Sequence[Row], *, source: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the total once every response has one that is finite, (B,).
+
+        Args:
+            rows: the B raw records, for the error.
+            source: whose scores they are, for the error.
+            dtype: in which they will be used, where it is known.
+
+        Raises:
+            TypeError: the total is no numbers.
+            ValueError: a response has no score, or its score is not finite.
+        """
+        if self.answered is not None and not self.answered.all():
+            first = int((~self.answered).nonzero()[0])
+            raise ValueError(
+                f"the reward {source} has no score for response {first}: it is None (not its task), in each part where "
+                f"it has parts. Leave the row out, give it the column that a reward reads, or add to a WeightedReward "
+                f"one that scores it; the row is {str(dict(rows[first]))[:200]}"
+            )
+        return checked_scores(self.total, count=len(rows), source=source, dtype=dtype)
 
 
 class Reward(ABC):
@@ -81,7 +104,10 @@ class Reward(ABC):
         """
 
     def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """Return the scores with the parts they are made of; a simple reward has no parts."""
+        """Return the scores with the parts they are made of; a simple reward has no parts.
+
+        A reward that leaves responses to others overrides this and says in `answered` which it scored.
+        """
         return Scores(self(rollout, rows), {})
 
 
@@ -89,8 +115,12 @@ class TextReward(Reward):
     """Base class of rewards of text; subclasses implement `score`."""
 
     @abstractmethod
-    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
-        """Return one number per response.
+    def score(
+        self, prompts: list[Any], responses: list[str], /, **columns: list[Any]
+    ) -> Sequence[float | None] | Tensor:
+        """Return one number per response, or None where the response is not the reward's task.
+
+        `WeightedReward` sums over the rewards that gave a number.
 
         Args:
             prompts: text or messages, as in the data.
@@ -103,7 +133,7 @@ class TextReward(Reward):
         check_needed(self._asked(), names, texts=2, source=f"`reward`: {self._name()}")
 
     def __call__(self, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-        """Return the scores, (B,), float32.
+        """Return the scores, (B,), float32; NaN where `score` returned None.
 
         Raises:
             ValueError: there is no tokenizer, or `score` returned another count, or something that is not finite.
@@ -111,7 +141,12 @@ class TextReward(Reward):
         """
         columns = columns_of(rows, but={"prompt", "prompts", "responses"})
         scores = self.score([row.get("prompt") for row in rows], self.responses(rollout), **columns)
-        return checked_scores(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
+        return _scores_with_gaps(scores, count=len(rollout), source=self._name()).to(rollout.tokens.device)
+
+    def scored(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """Return the scores and which responses have one; it has no parts."""
+        total = self(rollout, rows)
+        return Scores(total, {}, answered=~total.isnan())
 
     def responses(self, rollout: Rollout) -> list[str]:
         """Decode the responses without special tokens.
@@ -135,7 +170,8 @@ class FunctionReward(TextReward):
     """Reward by a plain Python function `fn(prompts, responses, **columns)`.
 
     Args:
-        fn: returns one number per response. It gets the columns it names, or all of them if it takes `**kwargs`.
+        fn: returns one number per response, or None where it is not its task. It gets the columns it names, or all of
+            them if it takes `**kwargs`.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -145,7 +181,9 @@ class FunctionReward(TextReward):
         except ValueError as error:
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
 
-    def score(self, prompts: list[Any], responses: list[str], /, **columns: list[Any]) -> Sequence[float] | Tensor:
+    def score(
+        self, prompts: list[Any], responses: list[str], /, **columns: list[Any]
+    ) -> Sequence[float | None] | Tensor:
         """Return the result of the function."""
         return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
 
@@ -236,6 +274,15 @@ def checked_scores(scores: Any, *, count: int, source: str, dtype: torch.dtype |
             f"in {str(used.dtype).removeprefix('torch.')}"
         )
     return values
+
+
+def _scores_with_gaps(scores: Any, *, count: int, source: str) -> Tensor:
+    """Convert scores as `checked_scores` does, and each None to NaN. A number that is NaN is refused."""
+    if not isinstance(scores, list | tuple):
+        return checked_scores(scores, count=count, source=source)
+    gaps = torch.tensor([score is None for score in scores], dtype=torch.bool)
+    values = checked_scores([0.0 if score is None else score for score in scores], count=count, source=source)
+    return values.masked_fill(gaps, torch.nan)
 
 
 def as_reward(reward: Reward | nn.Module | Callable[..., Any]) -> Reward:

@@ -14,7 +14,14 @@ from switch_bench import Bench
 from switch_harness import Table, case, to
 from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.data import ColumnNames, ComparisonDataModule, DemonstrationDataModule, HubData, PromptDataModule
+from lightning_rlhf.data import (
+    ColumnNames,
+    ComparisonDataModule,
+    DemonstrationDataModule,
+    HubData,
+    PromptDataModule,
+    ReasoningGymRows,
+)
 from lightning_rlhf.data.columns import template_arguments
 from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import ranking_of
@@ -91,6 +98,17 @@ def table(bench: Bench) -> Table:
             path=to(copied(bench, "other_prompts")),
             split=to("held_out"),
             name=to("other"),
+        ),
+        ReasoningGymRows: case(
+            lambda data: [record.row for record in read_records(data)],
+            {"task": "chain_sum", "size": 20},
+            task=to("decimal_chain_sum"),
+            size=to(10),
+            seed=to(1),
+            part=to("val", share=0.5),
+            share=to(0.9, part="train"),
+            config=to({"max_terms": 2}),
+            instruction=to("Reckon: {question}"),
         ),
         PromptDataModule: case(
             batches,

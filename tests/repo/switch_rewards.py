@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -12,10 +13,15 @@ from switch_harness import Table, case, to
 from lightning_rlhf.core import WorstReward
 from lightning_rlhf.rewards import (
     EnsembleReward,
+    Format,
     FunctionReward,
     LearnedReward,
+    MathAnswer,
     ModuleReward,
+    ReasoningGym,
+    RegexMatch,
     Reward,
+    TextReward,
     TimedReward,
     WeightedReward,
 )
@@ -31,6 +37,24 @@ def words(prompts: list[Any], responses: list[str]) -> list[float]:
 
 def letters(prompts: list[Any], responses: list[str]) -> list[float]:
     return [sum(0.7**t * (ord(letter) % 7) for t, letter in enumerate(response)) for response in responses]
+
+
+TEXTS = ["it is 7", "it is 8, or 7", "7", "<note>8</note>", "<think>7</think><answer>8</answer>", "none"]
+ANSWERS = ["7", "8", "8", "8", "7", "8"]
+ENTRIES = [
+    json.dumps({"task": task, "config": {}, "entry": {"question": "", "answer": answer, "metadata": {}}})
+    for task, answer in zip(["chain_sum", "decimal_chain_sum"] * 3, ANSWERS, strict=True)
+]
+
+
+def of_text(reward: TextReward) -> Any:
+    """Scores of texts, without a rollout."""
+    return reward.score([None] * len(TEXTS), TEXTS, answer=ANSWERS, result=ANSWERS[::-1], reasoning_gym=ENTRIES)
+
+
+def patience(reward: MathAnswer | ReasoningGym) -> bool:
+    """Whether an answer is graded that takes some milliseconds."""
+    return reward.score([None], ["7"], answer=["7"], reasoning_gym=ENTRIES[:1]) == [1.0]
 
 
 def table(bench: Bench) -> Table:
@@ -75,7 +99,11 @@ def table(bench: Bench) -> Table:
             prompt_role=to("user", by=scores_of_another_vocabulary),
             batch_tokens=to(1, by=rows_per_pass),
         ),
+        Format: case(of_text, tags=to(["note"])),
+        MathAnswer: case(of_text, column=to("result"), seconds=to(1e-6, by=patience)),
+        ReasoningGym: case(of_text, task=to("chain_sum"), extract=to("last_number"), seconds=to(1e-6, by=patience)),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
+        RegexMatch: case(of_text, {"pattern": r"(\d+)"}, pattern=to(r"is (\d+)"), column=to("answer")),
         TimedReward: case(scores, {"reward": words}, reward=to(letters), seconds=to(0.05, by=in_time, reward=slowly)),
         WeightedReward: case(
             scores, {"parts": both}, parts=to({"words": words}), weights=to({"words": 1.0, "letters": -0.5})
