@@ -84,6 +84,18 @@ class PPOBatch(TypedDict):
     pretrain: NotRequired[TextBatch]
 
 
+class Objectives(NamedTuple):
+    """Parts of a reward that is their weighted sum.
+
+    Attributes:
+        scores: (B, n), reward units, NaN where a part has no score for a response.
+        weights: w, (n,): the reward is Σ_i w_i · scores_i.
+    """
+
+    scores: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """Responses sampled from π_old with the log-probs of their tokens under π_old and π_ref.

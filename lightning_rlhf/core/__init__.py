@@ -26,7 +26,7 @@ from lightning_rlhf.core.evaluation import (
     ratio_standard_error,
     standard_error,
 )
-from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale, GroupStd, NoScale
+from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupMean, GroupScale, GroupStd, NoScale
 from lightning_rlhf.core.groups import group_mean, group_size, group_std, group_sum
 from lightning_rlhf.core.kl import k1, k2, k3
 from lightning_rlhf.core.kl_term import (
@@ -47,6 +47,7 @@ from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, m
 from lightning_rlhf.core.masks import DPPOMask, LossMask, MaskTruncated, OffPolicyMask, TopEntropy
 from lightning_rlhf.core.methods import (
     DAPO,
+    GDPO,
     GRPO,
     GSPO,
     LUSPO,
@@ -55,12 +56,14 @@ from lightning_rlhf.core.methods import (
     CISPOMethod,
     DrGRPO,
     InstructGPT,
+    MaxRL,
     OnPolicyDistillation,
     ReinforcePP,
     SAPOMethod,
     VESPOMethod,
 )
 from lightning_rlhf.core.mismatch import MaskedIS, MismatchIS, NoCorrection, TruncatedIS
+from lightning_rlhf.core.per_reward import PerReward
 from lightning_rlhf.core.preference import (
     Centered,
     PlackettLuce,
@@ -77,6 +80,7 @@ from lightning_rlhf.core.shaping import (
     LengthNormalized,
     LengthPenalty,
     MissingEOSPenalty,
+    RunningNormalized,
     Shaping,
     SoftOverlong,
     TruncatedScore,
@@ -117,11 +121,13 @@ __all__ = [
     "ExactKL",
     "FixedKL",
     "GAE",
+    "GDPO",
     "GRPO",
     "GSPO",
     "GeometricLevel",
     "GeometricTokenLevel",
     "GroupAdvantage",
+    "GroupMean",
     "GroupScale",
     "GroupStd",
     "InstructGPT",
@@ -142,6 +148,7 @@ __all__ = [
     "LossMask",
     "MaskTruncated",
     "MaskedIS",
+    "MaxRL",
     "MeanReward",
     "SeqMeanTokenMean",
     "MismatchIS",
@@ -150,6 +157,7 @@ __all__ = [
     "OffPolicyMask",
     "OnPolicyDistillation",
     "PerAction",
+    "PerReward",
     "PlackettLuce",
     "PreferenceLoss",
     "RLOO",
@@ -160,6 +168,7 @@ __all__ = [
     "TruncatedScore",
     "RewardToGo",
     "RunningMean",
+    "RunningNormalized",
     "SAPO",
     "SAPOMethod",
     "SamplerWeights",

@@ -37,9 +37,20 @@ class Adaptive:
         for outer, inner in self._inner():
             start = f"{outer}."
             own = {name.removeprefix(start): number for name, number in state.items() if name.startswith(start)}
-            changes[outer] = inner.restored(own)
+            field, _, place = outer.partition(".")
+            if place:
+                several = changes.get(field, getattr(self, field))
+                index = int(place)
+                changes[field] = (*several[:index], inner.restored(own), *several[index + 1 :])
+            else:
+                changes[field] = inner.restored(own)
         return replace(self, **changes)
 
     def _inner(self) -> list[tuple[str, Adaptive]]:
-        named = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        """Return the settings inside this one by field name, those of a tuple as `field.place`."""
+        named: list[tuple[str, Any]] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            several = isinstance(value, tuple)
+            named += [(f"{field.name}.{i}", one) for i, one in enumerate(value)] if several else [(field.name, value)]
         return [(name, inner) for name, inner in named if isinstance(inner, Adaptive)]

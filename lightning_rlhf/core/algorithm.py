@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -23,14 +23,15 @@ from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricToke
 from lightning_rlhf.core.masked import AllSum, local
 from lightning_rlhf.core.masks import LossMask
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
+from lightning_rlhf.core.per_reward import PerReward
 from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, TokenMean
-from lightning_rlhf.core.shaping import Shaping, TruncatedScore
+from lightning_rlhf.core.shaping import RunningNormalized, Shaping, TruncatedScore
 from lightning_rlhf.core.soft_clip import VESPO
 from lightning_rlhf.core.surrogate import PerAction, Surrogate, importance_ratio
 from lightning_rlhf.core.value import ClippedValueLoss, ValueLoss
 from lightning_rlhf.core.vocabulary import VocabularySums
-from lightning_rlhf.types import Experience, Rollout
+from lightning_rlhf.types import Experience, Objectives, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,13 @@ class Algorithm(Adaptive):
         check_levels(self.surrogate, self.level)
         for mask in self.loss_masks:
             mask.check_level(self.level)
+        if any(isinstance(rule, RunningNormalized) for rule in self.rules[1:]):
+            raise ValueError("`RunningNormalized` knows the spread of unshaped scores: put it first in `shaping`")
+        if isinstance(self.advantage, PerReward) and isinstance(self.kl_term, KLInReward) and self.kl.coef > 0:
+            raise ValueError(
+                "`PerReward` credits each reward alone, and a KL in the reward belongs to none of them: take "
+                "`kl_term`=KLInLoss(), or `beta`=0"
+            )
         if self.value_loss is not None and not self.needs_value:
             raise ValueError(
                 f"`value_loss` belongs to a value network, but {type(self.advantage).__name__} trains none: leave it "
@@ -168,13 +176,16 @@ class Algorithm(Adaptive):
             scores = rule(scores, lengths=lengths, ended=ended)
         return scores
 
-    def credit(self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local) -> Experience:
+    def credit(
+        self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local, objectives: Objectives | None = None
+    ) -> Experience:
         """Subtract β·KL to the reference from the rewards and estimate the advantages of all actions.
 
         Args:
             rollout: B responses of π_old.
             scores: after shaping, (B,), reward units.
             all_sum: sums a tensor over processes.
+            objectives: what the scores before shaping are a weighted sum of, for `PerReward`.
         """
         mask = self.level.mask(rollout.response_mask)
         kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
@@ -182,7 +193,12 @@ class Algorithm(Adaptive):
         rewards = penalized_rewards(scores, charged, mask, coef=self.kl.coef)
         penalties = penalized_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
         values = self.level.state_value(rollout.values, rollout.response_mask)
-        credit = self.advantage(rewards, values, mask, groups=rollout.prompt_index, all_sum=all_sum)
+        place: Any = {"groups": rollout.prompt_index, "all_sum": all_sum}
+        if objectives is not None and isinstance(self.advantage, PerReward):
+            parts, weights = _parts(scores, objectives, mask, shaped=bool(self.rules))
+            credit = self.advantage.summed(parts, weights, mask, **place)
+        else:
+            credit = self.advantage(rewards, values, mask, **place)
         counted, kept = self._masked(rollout, all_sum)
         return Experience(
             rollout=rollout,
@@ -243,22 +259,26 @@ class Algorithm(Adaptive):
         stats |= {"loss/value_avg": value.loss} | value.stats
         return PerAction(loss + value.loss, stats)
 
-    def adapted(self, *, kl: float, reward: float, kl_old: float | None, entropy: float, episodes: int) -> Self:
-        """Return the algorithm of the next rollout after an update of β, baseline, surrogate and entropy bonus.
+    def adapted(self, means: Mapping[str, float], episodes: int) -> Self:
+        """Return the algorithm of the next rollout after an update of what adapts.
 
         Args:
-            kl: mean over responses of Σ_t log π_old − log π_ref, nats.
-            reward: mean over responses of r − β·log(π_old/π_ref), reward units.
-            kl_old: KL(π_old‖π_θ) after the update, mean per action, nats; None if the surrogate is not adaptive.
-            entropy: mean of the next-token distributions that the rollout was drawn from, nats.
+            means: of this rollout and its updates over all processes, by logged name: of `objective/kl` (nats),
+                `objective/rlhf_reward`, `objective/raw_scores` and their square, `policy/entropy_avg` (nats), and, for
+                an adaptive surrogate, of `policy/kl_old` (nats per action).
             episodes: responses of the rollout, of all processes.
         """
+        kl_old, raw = means.get("policy/kl_old"), means["objective/raw_scores"]
+        variance = max(means["objective/raw_scores_square"] - raw**2, 0.0)
+        rules = tuple(rule.adapted(raw, variance, episodes) for rule in self.rules)
+        beta, bonus = self.beta, self.entropy_bonus
         return replace(
             self,
-            entropy_bonus=None if self.entropy_bonus is None else self.entropy_bonus.adapted(entropy),
-            beta=self.beta.adapted(kl, episodes) if isinstance(self.beta, KLController) else self.beta,
-            advantage=self.advantage.adapted(reward),
+            beta=beta.adapted(means["objective/kl"], episodes) if isinstance(beta, KLController) else beta,
+            advantage=self.advantage.adapted(means["objective/rlhf_reward"]),
             surrogate=self.surrogate if kl_old is None else self.surrogate.adapted(kl_old),
+            entropy_bonus=None if bonus is None else bonus.adapted(means["policy/entropy_avg"]),
+            shaping=self.shaping if rules == self.rules else rules,
         )
 
     def _masked(self, rollout: Rollout, all_sum: AllSum) -> tuple[Tensor, Tensor | None]:
@@ -284,6 +304,17 @@ class Algorithm(Adaptive):
         now = self.level.state_value(values, old.response_mask)
         before = self.level.state_value(old.values, old.response_mask)
         return (self.value_loss or ClippedValueLoss())(now, before, experience.returns)
+
+
+def _parts(scores: Tensor, objectives: Objectives, mask: Tensor, *, shaped: bool) -> tuple[Tensor, Tensor]:
+    """Rewards of the actions of each part, (n, B, T), with the weights; what shaping added is one more part."""
+    parts, weights = objectives.scores.to(scores), objectives.weights.to(scores)
+    if shaped:
+        before = torch.where(parts.isnan(), torch.zeros_like(parts), parts) @ weights
+        parts = torch.cat([parts, (scores - before).unsqueeze(1)], 1)
+        weights = torch.cat([weights, torch.ones_like(weights[:1])])
+    no_kl = torch.zeros_like(mask, dtype=scores.dtype)
+    return torch.stack([penalized_rewards(part, no_kl, mask, coef=0.0) for part in parts.unbind(1)]), weights
 
 
 def _check_ratio(level: ActionLevel, surrogate: Surrogate) -> None:

@@ -70,6 +70,29 @@ class BatchStd(GroupScale):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupMean(GroupScale):
+    """Mean of the group, its pass rate where scores are 0 or 1 (MaxRL; Tajwar et al. 2026, 2602.02710).
+
+    Rare solutions weigh more: with k responses to each prompt the expected gradient is that of Σ_{j<k} pass@j / j,
+    which tends to the log of the pass rate. In a group without any reward the unit is 1.
+    """
+
+    def __call__(self, totals: Tensor, groups: Tensor, all_sum: AllSum) -> Tensor:
+        """Return the mean of each response's group.
+
+        Raises:
+            ValueError: a reward is below 0.
+        """
+        if bool((totals < 0).any()):
+            raise ValueError(
+                f"`GroupMean` divides by a group's mean reward, for rewards such as 0 and 1: got {totals.min():g}; "
+                "take GroupStd or NoScale, or a reward, shaping rules and a KL term that leave none below 0"
+            )
+        mean = group_mean(totals, groups)
+        return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoScale(GroupScale):
     """Unit 1, so that the advantage is the plain distance from the mean (Dr. GRPO; Liu et al. 2025, §3.2)."""
 

@@ -49,4 +49,6 @@ def group_std(x: Tensor, groups: Tensor) -> Tensor:
 
 def group_first(x: Tensor, groups: Tensor) -> Tensor:
     """One entry of each entry's group, (B,), the same for all of it."""
+    if len(x) == 0:
+        return x
     return x[(groups.unsqueeze(0) == groups.unsqueeze(1)).to(torch.uint8).argmax(1)]

@@ -10,9 +10,10 @@ from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import LeaveOneOut
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import KLController
-from lightning_rlhf.core.group_advantage import GroupAdvantage, NoScale
+from lightning_rlhf.core.group_advantage import GroupAdvantage, GroupMean, NoScale
 from lightning_rlhf.core.kl_term import K3, ExactKL, KLInLoss, ReferenceKL
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core.per_reward import PerReward
 from lightning_rlhf.core.prompt_choice import DynamicSampling
 from lightning_rlhf.core.reduction import Reduction, SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm
 from lightning_rlhf.core.shaping import Shaping, SoftOverlong
@@ -154,6 +155,30 @@ class VESPOMethod(Algorithm):
     advantage: AdvantageEstimator = GroupAdvantage()
     surrogate: Surrogate = VESPO()
     reduction: Reduction = SeqMeanTokenSumNorm()
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxRL(Algorithm):
+    """Maximum likelihood of success: each prompt in units of its pass rate (Tajwar et al. 2026, 2602.02710).
+
+    For rewards of 0 and 1.
+    """
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    advantage: AdvantageEstimator = GroupAdvantage(scale=GroupMean())
+    shaping: Shaping | Sequence[Shaping] | None = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDPO(Algorithm):
+    """GRPO with every part of a `WeightedReward` normalized in its group before the sum (2026, 2601.05242)."""
+
+    level: ActionLevel = TokenLevel()
+    beta: float | KLController = 0.0
+    kl_term: ReferenceKL = KLInLoss(estimator=K3())
+    advantage: AdvantageEstimator = PerReward()
     shaping: Shaping | Sequence[Shaping] | None = ()
 
 

@@ -12,11 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_rlhf.core.adaptive import Adaptive
 from lightning_rlhf.core.checks import check_finite, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shaping(ABC):
+class Shaping(Adaptive, ABC):
     """Base class of rules for the score of a response."""
 
     @abstractmethod
@@ -34,6 +35,19 @@ class Shaping(ABC):
 
     def for_length(self, max_new_tokens: int) -> Self:
         """Return the rule with the longest response (in tokens) filled in if it needs one."""
+        return self
+
+    def adapted(self, mean: float, variance: float, count: int) -> Self:
+        """Return the rule of the next rollout.
+
+        Args:
+            mean: of the rollout's scores before any rule, over all processes, reward units.
+            variance: of these, Σ(score − mean)² / count.
+            count: how many they are.
+
+        Returns:
+            the successor; itself unless the class adapts.
+        """
         return self
 
 
@@ -155,3 +169,51 @@ class ClipScore(Shaping):
     def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
         """Clamp the score to [low, high]."""
         return scores.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningNormalized(Shaping):
+    """Score in standard deviations of all scores of the rollouts before, with their mean taken off.
+
+    (Engstrom et al. 2020, 2005.12729; OpenRLHF's `--reward.normalize_enable`.) The scores of a rollout take no part in
+    their own unit; those of the first stay as they are. It comes before other rules.
+    """
+
+    center: bool = True
+    """Whether the mean is taken off."""
+    mean: float = 0.0
+    """Mean of the scores so far, reward units."""
+    squares: float = 0.0
+    """Σ(score − mean)² of them, ≥ 0."""
+    count: float = 0.0
+    """How many they are, ≥ 0."""
+
+    def __post_init__(self) -> None:
+        check_finite(mean=self.mean)
+        check_not_negative(squares=self.squares, count=self.count)
+
+    def __call__(self, scores: Tensor, *, lengths: Tensor, ended: Tensor) -> Tensor:
+        """Compute (score − mean) / (std + 1e-8)."""
+        if self.count < 2:
+            return scores
+        spread = (self.squares / (self.count - 1)) ** 0.5 + 1e-8
+        return (scores - (self.mean if self.center else 0.0)) / spread
+
+    def moving(self) -> tuple[str, ...]:
+        """Names of the statistics."""
+        return ("mean", "squares", "count")
+
+    def adapted(self, mean: float, variance: float, count: int) -> Self:
+        """Return the rule with one more rollout in its statistics (Chan et al. 1983).
+
+        Raises:
+            ValueError: the statistics are not finite.
+        """
+        check_finite(mean=mean, variance=variance)
+        whole, distance = self.count + count, mean - self.mean
+        return replace(
+            self,
+            mean=self.mean + distance * count / whole,
+            squares=self.squares + variance * count + distance**2 * self.count * count / whole,
+            count=whole,
+        )

@@ -60,7 +60,8 @@ def credited(rollout: Rollout, scores: Scores, experience: Experience) -> MeanMe
         experience: the same responses with their advantages.
     """
     terms = observed(rollout, scores)
-    terms["raw_scores"] = scores.total if scores.raw is None else scores.raw
+    raw = (scores.total if scores.raw is None else scores.raw).double()
+    terms |= {"raw_scores": raw, "raw_scores_square": raw.square()}
     terms["rlhf_reward"] = experience.rewards.sum(1)
     terms["non_score_reward"] = experience.penalties.sum(1)
     if experience.kept is not None:

@@ -52,17 +52,19 @@ class MeanMetrics:
 
 
 def with_spread(means: Mapping[str, float]) -> dict[str, float]:
-    """Replace the mean squares of ratios by `policy/ratio_var` and `policy/sampler_ess`.
+    """Replace mean squares by `policy/ratio_var`, `policy/sampler_ess` and `objective/raw_scores_std`.
 
     The effective sample size is a share of the actions, (mean w)² / mean w², 0 if every w is 0 (Kish 1965).
 
     Args:
-        means: of an iteration by logged name, with `policy/ratio_square` and `policy/sampler_ratio_square`.
+        means: of an iteration by logged name, with the mean squares of what it replaces.
     """
     stats = dict(means)
     stats["policy/ratio_var"] = max(stats.pop("policy/ratio_square") - stats["policy/ratio"] ** 2, 0.0)
     mean, square = stats.pop("policy/sampler_ratio"), stats.pop("policy/sampler_ratio_square")
     stats["policy/sampler_ess"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
+    spread = stats.pop("objective/raw_scores_square") - stats["objective/raw_scores"] ** 2
+    stats["objective/raw_scores_std"] = max(spread, 0.0) ** 0.5
     return stats
 
 

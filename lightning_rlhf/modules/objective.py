@@ -70,7 +70,7 @@ class Objective:
         return self.policy.response_logprobs(piece.rollout, temperature=self.temperature)
 
     def _measured(self, algorithm: Algorithm, piece: Experience) -> tuple[Tensor, VocabularySums | None]:
-        """Return log π_θ of each response token, (B, R), nats, with the sums over the vocabulary if they are needed."""
+        """Return log π_θ of each response token with the sums over the vocabulary that the loss needs, (B, R) each."""
         old = piece.rollout
         if not algorithm.needs_vocabulary:
             return self.logprobs(piece) if old.logprobs_with_grad is None else old.logprobs_with_grad, None

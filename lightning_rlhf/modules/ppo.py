@@ -224,13 +224,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         means = reduce(add, metrics).means(self.ranks.sum) | drawn.metrics
         episodes = len(rollout) * self.ranks.world
         self.log_iteration(means, episodes=episodes, seconds=perf_counter() - start)
-        self.algorithm = self.algorithm.adapted(  # β, b and the surrogate's coefficient
-            kl=means["objective/kl"],
-            reward=means["objective/rlhf_reward"],
-            kl_old=means.get("policy/kl_old"),
-            entropy=means["policy/entropy_avg"],
-            episodes=episodes,
-        )
+        self.algorithm = self.algorithm.adapted(means, episodes)  # β, b, baseline, ...
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
     @property
@@ -265,7 +259,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
 
     def credit(self, rollout: Rollout, scores: Scores) -> Experience:
         """Subtract β·KL to the reference from the rewards and estimate the advantages, (B, T)."""
-        return self.algorithm.credit(rollout, scores.total, self.ranks.sum)
+        return self.algorithm.credit(rollout, scores.total, self.ranks.sum, scores.objectives)
 
     def update(self, minibatch: Experience, text: TextBatch | None) -> MeanMetrics:
         """Take one optimizer step on surrogate + value loss − γ·log π(text), each over its count of all processes."""
@@ -318,11 +312,11 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters, what has adapted, and the rollout drawn ahead."""
+        """Save the counters, what has adapted and the rollout drawn ahead."""
         checkpoint["rlhf"] = resume.saved(self, self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters, what has adapted, and the rollout drawn ahead."""
+        """Restore the counters, what has adapted and the rollout drawn ahead."""
         self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]

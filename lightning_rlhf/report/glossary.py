@@ -38,6 +38,7 @@ OBJECTIVE = (
     Entry("episode", "responses trained on so far, of all processes", "1"),
     Entry("objective/scores", "mean r(x, y), after the shaping rules", "reward"),
     Entry("objective/raw_scores", "mean r(x, y), before the shaping rules", "reward"),
+    Entry("objective/raw_scores_std", "their standard deviation over the rollout", "reward"),
     Entry("objective/scores/NAME", "mean of a part of `WeightedReward` or `EnsembleReward`, before weights", "reward"),
     Entry("objective/kl", "mean Σ_t log π_old − log π_ref of a response: KL(π_old‖π_ref)", "nats"),
     Entry("objective/kl_coef", "β of this rollout", "reward/nat"),

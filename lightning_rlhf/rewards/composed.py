@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.core import Combination, MeanReward
 from lightning_rlhf.rewards.reward import Reward, Scores, as_reward
-from lightning_rlhf.types import Rollout, Row
+from lightning_rlhf.types import Objectives, Rollout, Row
 
 
 class ComposedReward(Reward):
@@ -92,7 +92,10 @@ class WeightedReward(ComposedReward):
             torch.where(_answered(scores), self.weights[name] * scores.total, 0.0) for name, scores in members.items()
         ]
         answered = torch.stack([_answered(scores) for scores in members.values()]).any(0)
-        return Scores(torch.stack(weighted).sum(0).masked_fill(~answered, torch.nan), parts, answered=answered)
+        total = torch.stack(weighted).sum(0).masked_fill(~answered, torch.nan)
+        of_members = [torch.where(_answered(scores), scores.total, torch.nan) for scores in members.values()]
+        objectives = Objectives(torch.stack(of_members, 1), total.new_tensor([self.weights[name] for name in members]))
+        return Scores(total, parts, answered=answered, objectives=objectives)
 
 
 class EnsembleReward(ComposedReward):

@@ -41,7 +41,7 @@ def scored_or_told(
     def score() -> Scores:
         scores = reward.scored(rollout, rows)
         total = scores.complete(rows, source=type(reward).__name__, dtype=rollout.logprobs.dtype)
-        return Scores(total, scores.parts)
+        return Scores(total, scores.parts, objectives=scores.objectives)
 
     scores, problem = _attempt(score)
     if agreed(problem is None):

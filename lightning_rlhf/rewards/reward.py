@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.rewards.text import check_needed, columns_of, decoded, wanted_by
-from lightning_rlhf.types import Rollout, Row
+from lightning_rlhf.types import Objectives, Rollout, Row
 
 
 class Scores(NamedTuple):
@@ -26,12 +26,14 @@ class Scores(NamedTuple):
         parts: what it is made of, by name, (B,) each: for logs only.
         raw: the total before shaping rules, (B,); None if none were applied.
         answered: responses that the reward scored, (B,), bool, the others' total is NaN; None if it scored all.
+        objectives: what the raw total is a weighted sum of; None if it is no such sum.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     raw: Tensor | None = None
     answered: Tensor | None = None
+    objectives: Objectives | None = None
 
     def complete(self, rows: Sequence[Row], *, source: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the total once every response has one that is finite, (B,).

@@ -104,7 +104,7 @@ class Responder:
             scores = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
         raw = scores.total.detach().to(rollout.logprobs)
         shaped = self.algorithm.shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
-        return Scores(shaped, scores.parts, raw)
+        return scores._replace(total=shaped, raw=raw)
 
     def score_by(self, reward: Reward, rollout: Rollout, prompts: PromptBatch, *, iteration: int) -> Scores:
         """Score a rollout with any reward, (B,), before shaping; every process fails if one does.

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_rlhf.rewards.reward import Scores
 from lightning_rlhf.rollout.ahead import keys_of
-from lightning_rlhf.types import PromptBatch, Rollout, Row
+from lightning_rlhf.types import Objectives, PromptBatch, Rollout, Row
 
 OF_RESPONSES = ("response_mask", "ended", "sampler_logprobs", "entropy")
 """Fields of a rollout that a group keeps beside the tokens; the others are measured later."""
@@ -143,15 +143,26 @@ def _stacked(parts: list[Tensor], width: int) -> Tensor:
 
 def _of_rows(scores: Scores, rows: slice) -> Scores:
     """Select rows of scores, on the CPU."""
-    parts = {name: part[rows].cpu() for name, part in scores.parts.items()}
-    return Scores(scores.total[rows].cpu(), parts, None if scores.raw is None else scores.raw[rows].cpu())
+    objectives = scores.objectives
+    return Scores(
+        scores.total[rows].cpu(),
+        {name: part[rows].cpu() for name, part in scores.parts.items()},
+        None if scores.raw is None else scores.raw[rows].cpu(),
+        objectives=None if objectives is None else Objectives(objectives.scores[rows].cpu(), objectives.weights.cpu()),
+    )
 
 
 def _all_of(scores: list[Scores], device: torch.device) -> Scores:
     """Put the scores of several groups together."""
     raw = [one.raw for one in scores if one.raw is not None]
+    objectives = [one.objectives for one in scores if one.objectives is not None]
+    joint = None
+    if objectives:
+        rows = torch.cat([one.scores for one in objectives])
+        joint = Objectives(rows.to(device), objectives[0].weights.to(device))
     return Scores(
         torch.cat([one.total for one in scores]).to(device),
         {name: torch.cat([one.parts[name] for one in scores]).to(device) for name in scores[0].parts},
         torch.cat(raw).to(device) if raw else None,
+        objectives=joint,
     )

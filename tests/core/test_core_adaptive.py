@@ -10,6 +10,7 @@ from lightning_rlhf.core import (
     CISPO,
     DAPO,
     GAE,
+    GDPO,
     GRPO,
     GSPO,
     LUSPO,
@@ -25,6 +26,7 @@ from lightning_rlhf.core import (
     BatchMean,
     CISPOMethod,
     Clip,
+    ClipScore,
     DrGRPO,
     EntropyBonus,
     FixedKL,
@@ -34,15 +36,23 @@ from lightning_rlhf.core import (
     KLPen,
     LearnedValue,
     LeaveOneOut,
+    LengthNormalized,
+    LengthPenalty,
     MaskedIS,
+    MaxRL,
+    MissingEOSPenalty,
     NoBaseline,
     NoCorrection,
     OnPolicyDistillation,
+    PerReward,
     ReinforcePP,
     RewardToGo,
     RunningMean,
+    RunningNormalized,
     SAPOMethod,
+    SoftOverlong,
     TruncatedIS,
+    TruncatedScore,
     VESPOMethod,
     Whitened,
 )
@@ -55,7 +65,8 @@ NESTED = Whitened(estimator=BanditAdvantage(baseline=RUNNING))
 
 def rolled_out(algorithm: Algorithm) -> Algorithm:
     """After a rollout of 50 responses with a KL of 60 nats, a reward of 4 and a KL to π_old of 1."""
-    return algorithm.adapted(kl=60.0, reward=4.0, kl_old=1.0, entropy=0.5, episodes=50)
+    means = {"objective/kl": 60.0, "objective/rlhf_reward": 4.0, "policy/kl_old": 1.0, "policy/entropy_avg": 0.5}
+    return algorithm.adapted(means | {"objective/raw_scores": 3.0, "objective/raw_scores_square": 13.0}, 50)
 
 
 MOVING = {
@@ -65,6 +76,7 @@ MOVING = {
             advantage=BanditAdvantage(baseline=RUNNING),
             surrogate=KLPen(coef=2.0),
             entropy_bonus=AdaptiveEntropy(coef=0.25, target=1.0, step=0.125),
+            shaping=[RunningNormalized(mean=1.0, squares=8.0, count=50.0), MissingEOSPenalty()],
         ),
         rolled_out,
         {
@@ -72,6 +84,9 @@ MOVING = {
             "advantage.baseline.mean": 2.0,
             "advantage.baseline.weight": 0.5,
             "surrogate.coef": 4.0,
+            "shaping.0.mean": 2.0,
+            "shaping.0.squares": 8.0 + 4.0 * 50 + 4.0 * 50 * 50 / 100,
+            "shaping.0.count": 100.0,
             "entropy_bonus.coef": 0.375,
             "entropy_bonus.entropy": 0.5,
         },
@@ -83,6 +98,11 @@ MOVING = {
     ),
     "adaptive_kl": (AdaptiveKL(coef=0.5, horizon=10.0), lambda x: x.adapted(60.0, 5), {"coef": 0.55}),  # 0.5·(1 + 0.1)
     "kl_penalty": (KLPen(coef=2.0), lambda x: x.adapted(1.0), {"coef": 4.0}),
+    "running_normalized": (
+        RunningNormalized(),
+        lambda x: x.adapted(3.0, 4.0, 50),
+        {"mean": 3.0, "squares": 200.0, "count": 50.0},
+    ),
     "running_mean": (RUNNING, lambda x: x.adapted(4.0), {"mean": 2.0, "weight": 0.5}),
     "bandit": (
         BanditAdvantage(baseline=RUNNING),
@@ -103,7 +123,7 @@ MOVING = {
 }
 
 METHODS = (Algorithm, InstructGPT, TLDR, RLOO, ReinforcePP, GRPO, DrGRPO, DAPO, GSPO, CISPOMethod)
-METHODS += (LUSPO, SAPOMethod, VESPOMethod, OnPolicyDistillation)
+METHODS += (LUSPO, SAPOMethod, VESPOMethod, OnPolicyDistillation, MaxRL, GDPO)
 STILL = {
     "entropy_bonus": (EntropyBonus(), lambda x: x.adapted(2.0)),
     "fixed_kl": (FixedKL(coef=0.05), lambda x: x.adapted(60.0, 5)),
@@ -121,6 +141,18 @@ STILL = {
     "group": (GroupAdvantage(), lambda x: x.adapted(4.0)),
     "bandit": (BanditAdvantage(), lambda x: x.adapted(4.0)),
     "whitened": (Whitened(), lambda x: x.adapted(4.0)),
+    **{
+        type(rule).__name__: (rule, lambda x: x.adapted(1.0, 2.0, 3))
+        for rule in (
+            ClipScore(),
+            LengthNormalized(),
+            LengthPenalty(coef=0.1),
+            MissingEOSPenalty(),
+            SoftOverlong(),
+            TruncatedScore(),
+        )
+    },
+    "per_reward": (PerReward(), lambda x: x.adapted(4.0)),
     "no_baseline": (NoBaseline(), lambda x: x.adapted(4.0)),
     "batch_mean": (BatchMean(), lambda x: x.adapted(4.0)),
     "leave_one_out": (LeaveOneOut(), lambda x: x.adapted(4.0)),

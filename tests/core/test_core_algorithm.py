@@ -171,12 +171,14 @@ def test_no_correction_gives_the_loss_of_its_surrogate():
 
 
 def test_beta_is_a_number_or_what_adapts():
+    means = {"objective/kl": 60.0, "objective/rlhf_reward": 1.0, "policy/entropy_avg": 1.0}
+    means |= {"objective/raw_scores": 1.0, "objective/raw_scores_square": 2.0}
     assert Algorithm(beta=0.3).kl == FixedKL(coef=0.3)
     assert Algorithm(beta=AdaptiveKL(coef=0.3)).kl == AdaptiveKL(coef=0.3)
     assert Algorithm(beta=0.3).with_beta(0.5) == Algorithm(beta=0.5)
     raised = Algorithm(beta=AdaptiveKL(coef=0.3, target=2.0)).with_beta(0.5)
     assert raised.beta == AdaptiveKL(coef=0.5, target=2.0)
-    assert Algorithm(beta=0.3).adapted(kl=60.0, reward=1.0, kl_old=None, entropy=1.0, episodes=8) == Algorithm(beta=0.3)
+    assert Algorithm(beta=0.3, shaping=()).adapted(means, 8) == Algorithm(beta=0.3, shaping=())
 
 
 def test_number_and_fixed_controller_are_one_setting_of_a_run():

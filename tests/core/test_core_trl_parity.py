@@ -1,5 +1,7 @@
 """Losses and gradients of TRL 1.16's own `GRPOTrainer._compute_loss` on the same tensors, and of nothing else."""
 
+import inspect
+import textwrap
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,15 +17,18 @@ from lightning_rlhf.core import (
     Algorithm,
     Clip,
     EntropyBonus,
+    GroupAdvantage,
     KLInLoss,
     MaskTruncated,
     OffPolicyMask,
+    PerReward,
     SAPOMethod,
     SeqMeanTokenSum,
     TokenLevel,
     TokenMean,
     TopEntropy,
     VESPOMethod,
+    local,
 )
 from lightning_rlhf.core.vocabulary import VocabularySums
 from lightning_rlhf.types import Rollout
@@ -233,3 +238,27 @@ def test_entropy_bonus():
     assert len(found) == 3
     same(found, theirs(entropy_coef=0.3, beta=BETA))
     assert (found[2] - ours(tokens(entropy_bonus=EntropyBonus(coef=0.1), **K3_IN_LOSS))[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_gdpo(silent):
+    """TRL's `normalize_then_sum` of two rewards, by its own lines; the plain sum is another number."""
+    trl = pytest.importorskip("trl")
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(12, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 9.0])
+    if silent:
+        scores[:4, 1] = torch.nan  # a group that is not the second reward's task
+    weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    source = inspect.getsource(trl.GRPOTrainer)
+    lines = source[source.index('elif self.multi_objective_aggregation == "normalize_then_sum":') :]
+    lines = lines[lines.index("\n") + 1 : lines.index("is_std_zero")]
+    this = SimpleNamespace(reward_funcs=[0, 1], reward_weights=weights)
+    room = {"self": this, "torch": torch, "rewards_per_func": scores, "num_generations": 4, "device": "cpu"}
+    room |= {"unscorable_mask": torch.zeros(12, dtype=torch.bool), "nanstd": trl.trainer.utils.nanstd}
+    exec(textwrap.dedent(lines), room)
+    groups, mask = torch.arange(12) // 4, torch.ones(12, 1, dtype=torch.bool)
+    found = PerReward().summed(scores.T.unsqueeze(2), weights, mask, groups=groups, all_sum=local).advantages
+    assert_close(found.squeeze(1), room["advantages"], atol=1e-12, rtol=1e-12)
+    total = (scores.nan_to_num() @ weights).unsqueeze(1)
+    plain = GroupAdvantage()(total, torch.zeros_like(total), mask, groups=groups, all_sum=local).advantages
+    assert (plain.squeeze(1) - room["advantages"]).abs().max() > 0.1

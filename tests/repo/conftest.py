@@ -83,7 +83,9 @@ class Tiny:
         if module["class_path"] == "RewardModule":
             values = {"model.model.path": self.policy, "data.train": self.file("rankings")}
             return values | {"data.val": self.file("rankings"), "data.demonstrations": self.file("demonstrations")}
-        values = {"model.policy.path": self.policy, "model.reward.path": self.reward}
+        learned = isinstance(module["init_args"].get("reward"), dict)
+        source = {"model.reward.path": self.reward} if learned else {"model.reference.path": self.policy}
+        values = {"model.policy.path": self.policy} | source
         values |= {"data.train": self.file("prompts"), "data.val": self.file("held_out")}
         return values | (
             {"data.pretrain": self.file("texts")}

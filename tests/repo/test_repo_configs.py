@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from stopped import shown
 
+from lightning_rlhf import core
 from lightning_rlhf.cli import main
 from lightning_rlhf.cli.parser import Parser
 from lightning_rlhf.core import (
@@ -180,19 +181,35 @@ def test_preset_has_the_numbers_of_its_paper(preset: str) -> None:
 
 
 def published_methods() -> dict[str, list[str]]:
-    """The rows of the README's table that name a config, by that name."""
-    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    """The rows of the table of methods that name a config, by that name."""
+    text = (CONFIGS.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = text[text.index("## Every method") : text.index("## Where to start from")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    rows = [row for row in rows if len(row) == 7 and "configs/" in row[6]]
-    return {name: row for row in rows for name in re.findall(r"configs/(\w+)\.yaml", row[6])}
+    return {name: row for row in rows if len(row) == 7 for name in re.findall(r"`(\w+)`", row[6])}
 
 
-def test_readme_lists_every_preset() -> None:
+def test_table_lists_every_preset() -> None:
     assert published_methods().keys() == {path.stem for path in STAGES} - {"sft", "reward"}
 
 
+def test_every_method_has_its_paper_proof_and_parity() -> None:
+    """Each file of a proof is there, and holds the method or one of its parts."""
+    text = (CONFIGS.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|" and "test_" in line]
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row[0])}
+    methods = {name for name, kind in vars(core).items() if isinstance(kind, type) and issubclass(kind, Algorithm)}
+    assert methods - {"Algorithm"} <= named
+    masks = {name for name, kind in vars(core).items() if isinstance(kind, type) and issubclass(kind, core.LossMask)}
+    assert masks - {"LossMask"} <= named
+    for row in rows:
+        files = re.findall(r"`(\w+/test_\w+\.py)`", "|".join(row[2:]))
+        assert files
+        for file in files:
+            assert (CONFIGS.parent / "tests" / file).is_file(), file
+
+
 @pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in ("sft", "reward")], ids=named)
-def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
+def test_table_says_what_the_preset_is_made_of(config: Path) -> None:
     _, *cells, _ = [cell.strip("`") for cell in published_methods()[config.stem]]
     level, advantage, surrogate, reduction, kl = (re.sub(r"`", "", cell) for cell in cells)
     written = inside(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["algorithm"])
