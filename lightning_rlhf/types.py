@@ -27,12 +27,14 @@ class PromptBatch(NamedTuple):
         mask: (B, P), bool, True on real tokens.
         is_real: (B,), bool, False on a row repeated only to fill the last evaluation batch of a rank.
         rows: the B raw records.
+        name: of the held-out set it belongs to; empty for `val`, `test` and training.
     """
 
     tokens: Tensor
     mask: Tensor
     is_real: Tensor
     rows: list[Row]
+    name: str = ""
 
     def rows_of(self, rollout: Rollout) -> list[Row]:
         """Return the raw record of the prompt of each response."""
@@ -215,6 +217,7 @@ class Outcome:
         is_real: responses that count, (B,), bool; fillers of an evaluation do not.
         advantages: mean over each response's actions, (B,), reward units, 0 where no loss counts them; None if nothing
             is learned.
+        name: of the held-out set; empty for `val`, `test` and training.
     """
 
     rollout: Rollout
@@ -224,6 +227,7 @@ class Outcome:
     parts: Mapping[str, Tensor]
     is_real: Tensor
     advantages: Tensor | None = None
+    name: str = ""
 
     def tokens(self) -> list[list[int]]:
         """Token ids of each response, end token included."""

@@ -99,6 +99,7 @@ class SampleLog(FileCallback):
 
     def _answer(self, trainer: Trainer, module: LightningModule) -> None:
         """Answer the validation set outside the trainer's validation, whose callbacks would count it."""
+        module.on_validation_epoch_start()  # without a check of the loaders nothing has begun yet
         loop = trainer.fit_loop.epoch_loop.val_loop
         trainer.validating = True
         loop.setup_data()
@@ -122,7 +123,8 @@ class SampleLog(FileCallback):
         for i, (row, response, numbers) in enumerate(said):
             if counts[i]:
                 key = (loader, batch_idx, i, trainer.global_rank)  # the order of the file, dealt out to the processes
-                self._taken.append((key, {"prompt": row.get("prompt"), "response": response} | numbers))
+                held_out = {"set": outcome.name} if outcome.name else {}
+                self._taken.append((key, held_out | {"prompt": row.get("prompt"), "response": response} | numbers))
 
     def _write(self, trainer: Trainer, module: Any, stage: str) -> None:
         records, self._taken = self.file.gathered(trainer, self._taken), []

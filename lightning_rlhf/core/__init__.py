@@ -43,6 +43,7 @@ from lightning_rlhf.core.kl_term import (
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
+from lightning_rlhf.core.majority import majority_at_k
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
 from lightning_rlhf.core.masks import DPPOMask, LossMask, MaskTruncated, OffPolicyMask, TopEntropy
 from lightning_rlhf.core.methods import (
@@ -205,6 +206,7 @@ __all__ = [
     "k3",
     "length_controlled",
     "local",
+    "majority_at_k",
     "masked_mean",
     "masked_sum",
     "masked_variance",

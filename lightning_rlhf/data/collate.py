@@ -17,11 +17,14 @@ from lightning_rlhf.text import Tokens
 from lightning_rlhf.types import ComparisonBatch, PromptBatch, TextBatch
 
 
-def collate_prompts(examples: Sequence[PromptExample], counts: Sequence[bool], *, pad: int) -> PromptBatch:
-    """Batch prompts, padded on the left with `pad`."""
+def collate_prompts(
+    examples: Sequence[PromptExample], counts: Sequence[bool], *, pad: int, name: str = ""
+) -> PromptBatch:
+    """Batch prompts of the held-out set `name`, padded on the left with `pad`."""
     tokens, mask = _padded([example.tokens for example in examples], pad, left=True)
     rows = [example.row for example in examples]
-    return PromptBatch(tokens=tokens, mask=mask, is_real=torch.tensor(counts, dtype=torch.bool), rows=rows)
+    is_real = torch.tensor(counts, dtype=torch.bool)
+    return PromptBatch(tokens=tokens, mask=mask, is_real=is_real, rows=rows, name=name)
 
 
 def collate_texts(examples: Sequence[TextExample], counts: Sequence[bool], *, pad: int) -> TextBatch:

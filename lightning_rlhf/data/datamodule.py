@@ -92,7 +92,7 @@ class TextDataModule(LightningDataModule):
             )
         return self._encoder
 
-    def load(self, name: str, read: Reader, *, limit: str, required: bool = False) -> None:
+    def load(self, name: str, read: Reader, *, limit: str, required: bool = False, source: Source = None) -> None:
         """Read and tokenize the rows of argument `name` once.
 
         Args:
@@ -100,11 +100,12 @@ class TextDataModule(LightningDataModule):
             read: records to examples.
             limit: the argument that holds the longest length that is kept.
             required: whether the argument must be given.
+            source: where they are, if not in the attribute of that name.
 
         Raises:
             ValueError: it must be and is not, or the files cannot be read.
         """
-        source: Source = getattr(self, name)
+        source = getattr(self, name) if source is None else source
         if source is None and required:
             raise ValueError(f"{type(self).__name__} needs `{name}` for this: pass {name}=<path of a JSONL file>")
         if source is None or name in self._examples:
@@ -168,7 +169,7 @@ class TextDataModule(LightningDataModule):
 
     def _loaded(self, name: str) -> Sequence[Any]:
         if name not in self._examples:
-            missing = getattr(self, name) is None
+            missing = getattr(self, name, None) is None
             todo = f"pass {name}=<path of a JSONL file>" if missing else "call setup() with the stage first"
             raise ValueError(f"{type(self).__name__} has no examples of `{name}`: {todo}")
         return self._examples[name]

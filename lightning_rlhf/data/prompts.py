@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -36,6 +38,7 @@ class PromptDataModule(TextDataModule):
     Args:
         train: prompts to train on.
         val: prompts to validate on.
+        val_sets: further prompts to validate on, by the name under which `eval@NAME/…` is logged.
         test: prompts to test on.
         predict: prompts to respond to in `predict`; None for `test`, or else `val`.
         pretrain: pretraining documents to mix into training.
@@ -54,6 +57,7 @@ class PromptDataModule(TextDataModule):
     predict: Source = None
     pretrain: Source = None
     val_pretrain: Source = None
+    val_sets: dict[str, Source] | None = None
     pretrain_ratio: float = 8.0
     max_prompt_tokens: int = 1024
     text_tokens: int = 512
@@ -61,6 +65,9 @@ class PromptDataModule(TextDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(pretrain_ratio=self.pretrain_ratio)
+        wrong = [name for name in self.val_sets or {} if not re.fullmatch(r"[\w.-]+", name)]
+        if wrong:
+            raise ValueError(f"`val_sets` must have names of letters, digits, '_', '.' and '-': got {wrong}")
         check_least(1, max_prompt_tokens=self.max_prompt_tokens)
         check_least(2, text_tokens=self.text_tokens)
         self._further: Stream | None = None
@@ -75,7 +82,10 @@ class PromptDataModule(TextDataModule):
             self._load_prompts("train", required=True)
             self._load_texts("pretrain")
         if stage in ("fit", "validate"):
-            self._load_prompts("val", required=stage == "validate" and self.val_pretrain is None)
+            alone = self.val_pretrain is None and not self.val_sets
+            self._load_prompts("val", required=stage == "validate" and alone)
+            for name, source in (self.val_sets or {}).items():
+                self.load(f"val_sets.{name}", prompt_examples, limit="max_prompt_tokens", source=source)
         if stage == "test":
             self._load_prompts("test", required=True)
         if stage == "predict":
@@ -119,8 +129,9 @@ class PromptDataModule(TextDataModule):
         return batch
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Build the loaders of `val` prompts and `val_pretrain` texts if they are set."""
-        return self._evaluation("val")
+        """Build the loaders of `val` prompts, `val_pretrain` texts and `val_sets` that are set."""
+        named = {name: partial(collate_prompts, name=name) for name in self.val_sets or {}}
+        return self._evaluation("val") + [self.evaluation_loader(f"val_sets.{name}", fn) for name, fn in named.items()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Build the loaders of test prompts and texts."""

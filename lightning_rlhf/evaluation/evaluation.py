@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,11 +113,34 @@ def outcome_of(rollout: Rollout, scores: Scores, prompts: PromptBatch, experienc
         parts=scores.parts,
         is_real=prompts.is_real[rollout.prompt_index],
         advantages=advantages,
+        name=prompts.name,
     )
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldOut:
+    """Measurements of one held-out set.
+
+    Attributes:
+        panel: evaluators with what they remember of this set.
+        metrics: sums over the batches so far.
+        batches: how many there were.
+    """
+
+    panel: Panel
+    metrics: MeanMetrics = field(default_factory=MeanMetrics)
+    batches: int = 0
+
+    def begin(self, responder: Responder) -> None:
+        """Discard the batches of an interrupted evaluation."""
+        self.metrics, self.batches = MeanMetrics(), 0
+        self.panel.begin(responder)
 
 
 class Evaluation:
     """Validation, test and prediction of a policy with a random stream of its own.
+
+    Batches of prompts say which held-out set they are of; each is measured by itself.
 
     Args:
         evaluators: what validation and test measure beside reward and KL.
@@ -125,39 +148,50 @@ class Evaluation:
 
     def __init__(self, evaluators: Sequence[Evaluator] = ()) -> None:
         self.panel = Panel(evaluators)
-        self._metrics = MeanMetrics()
+        self._sets = {"": HeldOut(panel=self.panel)}
 
     def begin(self, responder: Responder) -> None:
         """Discard the batches of an interrupted evaluation and have the engine take the weights to be evaluated."""
         responder.collector.sampler.outdate()
-        self._metrics = MeanMetrics()
-        self.panel.begin(responder)
+        for held_out in self._sets.values():
+            held_out.begin(responder)
 
     @torch.no_grad()
     def step(self, responder: Responder, batch: PromptBatch | TextBatch, batch_idx: int) -> Outcome | None:
         """Evaluate a batch of prompts or texts and return the outcome of the prompts."""
         if isinstance(batch, TextBatch):
             logprobs = responder.collector.policy.text_logprobs(batch)
-            self._metrics += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
-            self.panel.texts(responder, batch, batch_idx, logprobs)
+            here = self._sets[""]
+            here.batches += 1
+            here.metrics += MeanMetrics.of({"ptx_loss": -logprobs}, batch.target[:, 1:])
+            here.panel.texts(responder, batch, batch_idx, logprobs)
             return None
-        self.panel.check(batch)
-        rollout = responder.respond(batch, samples=1, stream="eval", iteration=batch_idx)
+        here = self._of(batch.name, responder)
+        here.panel.check(batch)
+        stream = f"eval/{batch.name}" if batch.name else "eval"
+        rollout = responder.respond(batch, samples=1, stream=stream, iteration=batch_idx)
         scores = responder.score(rollout, batch, iteration=batch_idx)
-        self._metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)
-        self._metrics += observed_parts(scores, score="reward", mask=batch.is_real)
-        self.panel.prompts(responder, batch, batch_idx, rollout, scores)
+        here.batches += 1
+        here.metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)
+        here.metrics += observed_parts(scores, score="reward", mask=batch.is_real)
+        here.panel.prompts(responder, batch, batch_idx, rollout, scores)
         return outcome_of(rollout, scores, batch)
 
-    def conclude(self, responder: Responder, *, remember: bool) -> dict[str, float]:
-        """Return the means over all processes by name; `reward` is the mean score.
+    def conclude(self, responder: Responder, *, remember: bool) -> dict[str, dict[str, float]]:
+        """Return the means over all processes by name of the set and of the number; `reward` is the mean score.
 
         Args:
             responder: whose processes.
             remember: whether evaluators that adapt do so, as between the validations of a run.
         """
-        means = self._metrics.means(responder.ranks.sum)
-        return means | self.panel.conclude(responder.ranks, remember=remember)
+        named = {name: held_out for name, held_out in self._sets.items() if name and held_out.batches}
+        first = self._sets[""]
+        served = {"": first} if first.batches or not named else {}
+        return {
+            name: held_out.metrics.means(responder.ranks.sum)
+            | held_out.panel.conclude(responder.ranks, remember=remember, only_prompts=bool(name))
+            for name, held_out in (served | named).items()
+        }
 
     @torch.no_grad()
     def predict(self, responder: Responder, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -169,3 +203,10 @@ class Evaluation:
             texts = texts_of(texts, responder.tokenizer)
         records = zip(outcome.rows, texts, outcome.numbers(), outcome.is_real.tolist(), strict=True)
         return [dict(row) | {"response": text} | numbers for row, text, numbers, counts in records if counts]
+
+    def _of(self, name: str, responder: Responder) -> HeldOut:
+        """Return the measurements of a set, begun if it is new."""
+        if name not in self._sets:
+            self._sets[name] = HeldOut(panel=Panel(self.panel.given))
+            self._sets[name].begin(responder)
+        return self._sets[name]

@@ -28,6 +28,8 @@ class Answers:
         scores: of these, after shaping, (B,), reward units.
         reference: K responses of the reference to each, in consecutive rows; None if no evaluation reads any.
         reference_scores: of these, after shaping, (B, K).
+        several: N responses of the policy to each, in consecutive rows, not measured; None if no evaluation reads any.
+        several_scores: of these, before shaping, (B, N).
         tokenizer: for text; None if the policy has none.
         score: `(reward, rollout)` to the scores of another reward, agreed on by all processes.
         agreed: whether something is true on every process.
@@ -38,6 +40,8 @@ class Answers:
     scores: Tensor
     reference: Rollout | None
     reference_scores: Tensor
+    several: Rollout | None
+    several_scores: Tensor
     tokenizer: PreTrainedTokenizerBase | None
     score: Callable[[Reward, Rollout], Scores]
     agreed: Callable[[bool], bool]
@@ -79,6 +83,11 @@ class Evaluator(ABC):
     @property
     def reference_samples(self) -> int:
         """Number K of responses of the reference to each prompt that it reads."""
+        return 0
+
+    @property
+    def policy_samples(self) -> int:
+        """Number N of further responses of the policy to each prompt that it reads."""
         return 0
 
     @property

@@ -123,12 +123,13 @@ class Panel:
         for number, evaluator in self._of("texts"):
             self._note(responder.ranks, number, evaluator.of_texts(texts), batch.target.any(1), batch_idx)
 
-    def conclude(self, ranks: Ranks, *, remember: bool) -> dict[str, float]:
+    def conclude(self, ranks: Ranks, *, remember: bool, only_prompts: bool = False) -> dict[str, float]:
         """Return the results of all evaluators by name.
 
         Args:
             ranks: whose notes are brought together.
             remember: whether the evaluators of a training run adapt; otherwise those that were given conclude.
+            only_prompts: whether evaluators of texts are left out, as where a set has none.
 
         Raises:
             ValueError: the data served nothing that an evaluation is of.
@@ -136,6 +137,9 @@ class Panel:
         results: dict[str, float] = {}
         successors = []
         for evaluator, batches in zip(self.current if remember else self.given, self._notes, strict=True):
+            if only_prompts and evaluator.serves == "texts":
+                successors.append(evaluator)
+                continue
             notes = in_order(ranks, batches)
             if notes is None:
                 raise ValueError(f"{type(evaluator).__name__} needs {NEEDS[evaluator.serves]}; or leave it out")
@@ -165,6 +169,7 @@ class Panel:
         reference, theirs = None, scores.total.new_zeros(len(scores.total), 0)
         if samples:
             reference, theirs = self._reference(responder, batch, batch_idx, samples=samples)
+        several, raw = self._several(responder, batch, batch_idx)
 
         def score(reward: Reward, responses: Rollout) -> Scores:
             return responder.score_by(reward, responses, batch, iteration=batch_idx)
@@ -175,10 +180,21 @@ class Panel:
             scores=scores.total,
             reference=reference,
             reference_scores=theirs,
+            several=several,
+            several_scores=raw,
             tokenizer=responder.tokenizer,
             score=score,
             agreed=responder.ranks.all,
         )
+
+    def _several(self, responder: Responder, batch: PromptBatch, batch_idx: int) -> tuple[Rollout | None, Tensor]:
+        """Sample further responses of the policy with their scores before shaping, (B, N)."""
+        samples = max(evaluator.policy_samples for evaluator in self.current)
+        if samples == 0:
+            return None, torch.zeros(len(batch.tokens), 0)
+        rollout = responder.sample(batch, samples=samples, stream="several", iteration=batch_idx)
+        scores = responder.score_by(responder.collector.reward, rollout, batch, iteration=batch_idx)
+        return rollout, scores.total.view(-1, samples)
 
 
 def _reference_logprobs(responder: Responder, batch: TextBatch) -> Tensor:

@@ -34,7 +34,7 @@ class EvaluatedModule(LightningModule):
         self.outcome = self.evaluation.step(self.responder, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation means as `eval/…`."""
+        """Log the validation means as `eval/…`, those of a named set as `eval@NAME/…`."""
         self._log_evaluation("eval")
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
@@ -50,5 +50,6 @@ class EvaluatedModule(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         trains = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        means = self.evaluation.conclude(self.responder, remember=trains)
-        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
+        for held_out, means in self.evaluation.conclude(self.responder, remember=trains).items():
+            prefix = f"{stage}@{held_out}" if held_out else stage
+            self.log_dict({f"{prefix}/{name}": value for name, value in means.items()}, sync_dist=True)

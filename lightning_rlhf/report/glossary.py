@@ -120,6 +120,10 @@ HELD_OUT = (
     Entry("eval/ptx_loss", "mean −log π(token) of the held-out texts", "nats/token"),
 )
 EVALUATIONS = (
+    Entry("eval/pass_at_N", "share of prompts that one of N responses solves", "1"),
+    Entry("eval/pass_at_N_se", "its standard error over prompts", "1"),
+    Entry("eval/majority_at_N", "share of prompts that the answer of most of N responses solves", "1"),
+    Entry("eval/majority_at_N_se", "its standard error over prompts", "1"),
     Entry("eval/win_rate", "share of responses preferred to the reference's, ties ½", "1"),
     Entry("eval/win_rate_se", "its standard error over prompts", "1"),
     Entry("eval/win_rate_length_controlled", "the same at equal lengths, by a logistic regression", "1"),
@@ -179,7 +183,11 @@ GLOSSARY = (*TRAINING, *OBJECTIVE, *FILTER, *UPDATE, *COST, *HELD_OUT, *EVALUATI
 
 
 def find(key: str) -> Entry | None:
-    """Return the entry of a logged key; returns None if the library does not log it."""
+    """Return the entry of a logged key; returns None if the library does not log it.
+
+    `eval@NAME/…` is of the held-out set NAME and has the entry of `eval/…`.
+    """
+    key = re.sub(r"^(eval|test)@[\w.-]+/", r"\1/", key)
     return next((entry for entry in GLOSSARY if entry.matches(key)), None)
 
 

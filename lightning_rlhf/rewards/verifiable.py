@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from decimal import Decimal
@@ -118,7 +119,7 @@ class ReasoningGym(GradedReward):
     def __init__(self, task: str | None = None, extract: str = "whole", seconds: float = 5.0) -> None:
         self.task, self.extract, self.seconds = task, extract, seconds
         self.grader = Grader("reasoning_gym", seconds)
-        self._regex = compiled(EXTRACTS.get(extract, extract), needs_group=True)
+        self._regex = answer_pattern(extract)
 
     def request(self, response: str, right: Any) -> dict[str, Any] | None:
         """Return the answer in the response with the row's entry; None where the row is of another task."""
@@ -135,3 +136,12 @@ EXTRACTS = {
     "answer_tag": r"(?s)<answer>(.*?)</answer>",
 }
 """Regular expression by the name of a part of a response."""
+
+
+def answer_pattern(extract: str) -> re.Pattern[str]:
+    """Return the regular expression of a part of a response, by name or as given.
+
+    Raises:
+        ValueError: it is no regular expression with a group.
+    """
+    return compiled(EXTRACTS.get(extract, extract), needs_group=True)

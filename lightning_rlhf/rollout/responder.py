@@ -89,6 +89,12 @@ class Responder:
         self._check(prompts)
         return self.collector.respond(prompts, samples=samples, stream=stream, iteration=iteration)
 
+    def sample(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
+        """Sample B·k responses for evaluation without measuring them; arguments as of `respond`."""
+        self._check(prompts)
+        drawn = self.collector.sampler.draw(prompts, samples, stream=stream, iteration=iteration)
+        return drawn.rollout(prompts)
+
     def respond_as_reference(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
         """Sample responses of the reference (see `reference_rollout`)."""
         return reference_rollout(self.collector, prompts, samples=samples, iteration=iteration)

@@ -25,7 +25,7 @@ from lightning_rlhf.core import (
     MaskTruncated,
 )
 from lightning_rlhf.engines import SamplingParams, VLLMServer
-from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
+from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.report.glossary import GLOSSARY, find, table
@@ -89,6 +89,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         )
 
     evaluations = [WinRate(judge=judge), BestOfN(n=(1, 2)), GoldReward(reward=length), AlignmentTax()]
+    evaluations += [PassAtK(k=(1, 2)), MajorityAtK(k=(2,))]
     parts = WeightedReward({"vowels": vowels, "length": length})
     return {
         "sft": SFTModule(make_lm(), make_tokenizer(), **USUAL),

@@ -116,6 +116,7 @@ def table(bench: Bench) -> Table:
             **dict.fromkeys(("train", "val", "test", "predict"), to(bench.file("other_prompts"))),
             pretrain=to(bench.file("other_texts"), **texts),
             val_pretrain=to(bench.file("texts")),
+            val_sets=to({"more": bench.file("other_prompts")}),
             pretrain_ratio=to(2.0, **texts),
             max_prompt_tokens=to(3),
             text_tokens=to(6, **texts),

@@ -61,7 +61,7 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.engines import LocalEngine, Request, Sampled, SamplingParams
-from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
+from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
@@ -208,6 +208,16 @@ def _rl(bench: Bench) -> Table:
         Curriculum: case(rests, solved=to(0.5), decay=to(0.0), low=to(0.3), high=to(0.8), rest=to(3)),
         DynamicSampling: case(chosen, batches=to(2), keep_flat=to(True)),
         BestOfN: case(beside, {"n": (1, 2)}, n=to((3,))),
+        PassAtK: case(beside, {"solved": 4.0}, k=to((2,)), samples=to(6), solved=to(3.0), name=to("solved_in")),
+        MajorityAtK: case(
+            beside,
+            {"k": (3,), "solved": 2.0, "extract": "([a-z])"},
+            k=to((2,)),
+            samples=to(6),
+            solved=to(9.0),
+            extract=to("whole"),
+            name=to("voted"),
+        ),
         GoldReward: case(beside, {"reward": words}, reward=to(letters), name=to("silver")),
         WinRate: case(beside, judge=to(shorter), samples=to(2), name=to("wins")),
         SamplingParams: case(
