@@ -42,6 +42,7 @@ from lightning_rlhf.callbacks import (
 )
 from lightning_rlhf.core import (
     GAE,
+    IPO,
     Algorithm,
     BanditAdvantage,
     BatchMean,
@@ -62,7 +63,7 @@ from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.engines import LocalEngine, Request, Sampled, SamplingParams
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, WinRate
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.modules import PPOModule, PreferenceModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
 from lightning_rlhf.rollout.pass_rates import PassRates
 
@@ -274,7 +275,7 @@ def _supervised(bench: Bench) -> Table:
     demonstrations = {"train": bench.file("demonstrations"), "batch_size": 2}
     rankings = {"train": bench.file("rankings"), "batch_size": 2}
 
-    def weights(module: SFTModule | RewardModule) -> list[Tensor]:
+    def weights(module: SFTModule | RewardModule | PreferenceModule) -> list[Tensor]:
         sft = isinstance(module, SFTModule)
         data = DemonstrationDataModule(**demonstrations) if sft else ComparisonDataModule(**rankings)
         bench.trainer().fit(module, datamodule=data)
@@ -286,7 +287,16 @@ def _supervised(bench: Bench) -> Table:
         "lr": to(0.01, optimizer=None),
         "schedule": to(ConstantSchedule()),
     }
+    source = ModelSource(path=bench.folder(bench.other_policy))
     return {
+        PreferenceModule: case(
+            weights,
+            usual | {"policy": bench.policy},
+            policy=to(bench.other_policy),
+            loss=to(IPO()),
+            reference=to(source),
+            **shared,
+        ),
         RewardModule: case(
             weights,
             usual | {"model": bench.scorer},
