@@ -44,6 +44,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"
 """Trains nothing."""
 STAGES = sorted(set(CONFIGS.glob("*.yaml")) - {EVALUATE})
+WITHOUT_RL = {"sft", "reward", "dpo", "kto"}
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -120,6 +121,15 @@ PAPERS: dict[str, dict[str, Any]] = {
         "model.generation.samples_per_prompt": 8,
         "data.batch_size": 128,
     },
+    "dpo": {  # 2305.18290, B
+        "model.loss.beta": 0.1,
+        "model.optimizer.lr": 1e-6,
+        "model.optimizer": "RMSprop",
+        "model.schedule.warmup": 150,
+        "model.schedule.warmup_start": 0.0,
+        "data.batch_size": 64,
+    },
+    "kto": {"model.loss.beta": 0.1, "model.loss.desirable": 1.0, "model.loss.undesirable": 1.0},  # 2402.01306
     "reinforce_pp": {  # 2501.03262
         "model.algorithm.beta": 0.001,
         "model.algorithm.surrogate.epsilon": 0.2,
@@ -188,10 +198,10 @@ def published_methods() -> dict[str, list[str]]:
 
 
 def test_readme_lists_every_preset() -> None:
-    assert published_methods().keys() == {path.stem for path in STAGES} - {"sft", "reward"}
+    assert published_methods().keys() == {path.stem for path in STAGES} - WITHOUT_RL
 
 
-@pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in ("sft", "reward")], ids=named)
+@pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in WITHOUT_RL], ids=named)
 def test_readme_says_what_the_preset_is_made_of(config: Path) -> None:
     _, *cells, _ = [cell.strip("`") for cell in published_methods()[config.stem]]
     level, advantage, surrogate, reduction, kl = (re.sub(r"`", "", cell) for cell in cells)
@@ -260,7 +270,7 @@ def test_masks_are_named_like_other_parts() -> None:
     assert found == GRPO(masks=(TopEntropy(share=0.3), MaskTruncated()))
 
 
-@pytest.mark.parametrize("preset", sorted(PAPERS.keys() - {"sft", "reward"}))
+@pytest.mark.parametrize("preset", sorted(PAPERS.keys() - WITHOUT_RL))
 def test_preset_is_the_method_of_its_name(preset: str) -> None:
     """Its numbers are the class's defaults, so that Python and YAML mean one thing by a method's name."""
     written = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
