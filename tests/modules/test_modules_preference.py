@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.core import DPO, IPO, KTO, ConstantSchedule
 from lightning_rlhf.data import ComparisonDataModule, LabeledDataModule
+from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PreferenceModule, RewardModule
 from lightning_rlhf.modules.preference_batch import as_comparisons, mismatched
@@ -180,6 +181,15 @@ def test_mismatched_estimate_is_not_that_of_the_own_responses(make_module, make_
     found = float(module.estimated_kl(as_comparisons(labels())))
     assert found == pytest.approx(naive_kl(networks, [x for x, *_ in LABELED], [[y] for _, y, _ in LABELED]), abs=1e-9)
     assert abs(found - own) > 1e-3
+
+
+def test_kl_is_a_mean_over_all_processes(make_module, labels, monkeypatch):
+    """Of a second process whose 5 pairs sum to 2.5."""
+    module, batch = make_module(loss=KTO_LOSS), as_comparisons(labels())
+    own = float(module.estimated_kl(batch))
+    monkeypatch.setattr(Ranks, "sum", lambda self, x: x + torch.tensor([2.5, 5.0], dtype=x.dtype))
+    assert float(module.estimated_kl(batch)) == pytest.approx((3 * own + 2.5) / 8, abs=1e-9)
+    assert abs(own - 0.5) > 0.01
 
 
 def test_one_prompt_has_no_mismatched_pair(make_module, labels):
