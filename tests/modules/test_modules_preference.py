@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.callbacks import EMA
 from lightning_rlhf.core import DPO, IPO, KTO, ConstantSchedule
 from lightning_rlhf.data import ComparisonDataModule, LabeledDataModule
 from lightning_rlhf.distributed.ranks import Ranks
@@ -303,6 +305,29 @@ def test_under_an_adapter_the_reference_is_the_policy_without_it(make_folder, ma
                 h = logprob(module.model.network, x, y) - logprob(start, x, y)
                 assert float(rewards[b, j]) == pytest.approx(0.1 * float(h), abs=1e-4)
     assert rewards.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true", "64-true"])
+def test_policy_starts_as_its_reference_in_every_precision(make_lm, make_trainer, as_loader, comparisons, precision):
+    """Lightning casts the policy alone, and the copy follows."""
+    module = PreferenceModule(make_lm(), optimizer=SGD)
+    (logged,) = make_trainer(precision=precision).validate(module, as_loader([comparisons()]), verbose=False)
+    assert logged["eval/margin"] == logged["eval/chosen_reward"] == 0.0
+
+
+def test_average_of_the_weights_is_evaluated_against_the_same_reference(
+    make_lm, make_trainer, as_loader, comparisons, tmp_path
+):
+    module = PreferenceModule(
+        make_lm().double(), optimizer=partial(torch.optim.Adam, lr=0.003), schedule=ConstantSchedule()
+    )
+    average = EMA(decay=0.9)
+    trainer = make_trainer(callbacks=[average])
+    trainer.fit(module, as_loader([comparisons()] * 10), as_loader([comparisons()]))
+    clone = copy.deepcopy(module)
+    assert clone.reference.frozen is module.reference.frozen
+    assert torch.equal(clone.rewards(comparisons()), module.rewards(comparisons()))
+    assert float(trainer.callback_metrics["eval/margin"]) > 0.0
 
 
 def test_exported_folder_is_the_policy(make_module, make_folder, make_trainer, as_loader, comparisons, tmp_path):
