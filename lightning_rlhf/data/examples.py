@@ -188,7 +188,7 @@ def labeled_examples(
     for record in records:
         with record.located():
             row = record.row
-            good, bare = label_of(row, columns), {name: value for name, value in row.items() if name != columns.label}
+            good, bare = label_of(row, columns), {name: value for name, value in row.items() if name != "label"}
             example = _answer(bare, encoder, columns, tally)
         tally.rows += 1
         if example is not None and tally.fits(len(example.tokens)):

@@ -53,6 +53,12 @@ def test_other_labels_are_refused(value: Any) -> None:
         label_of({"label": value}, ColumnNames())
 
 
+def test_label_of_another_name_leaves_a_key_label_alone(served: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": False, "liked": True}]
+    (batch,) = served(rows, columns=ColumnNames(label="liked"))
+    assert batch.good.tolist() == [True]
+
+
 def test_rows_without_label_or_response_name_their_line(served: Any) -> None:
     with pytest.raises(ValueError, match="line 2: no key `label`"):
         served([ROWS[0], {"prompt": "a", "response": "b"}])
