@@ -39,6 +39,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.data import (
     ComparisonDataModule as ComparisonDataModule,
     DemonstrationDataModule as DemonstrationDataModule,
+    LabeledDataModule as LabeledDataModule,
     PromptDataModule as PromptDataModule,
 )
 from lightning_rlhf.engines import (
@@ -56,6 +57,7 @@ from lightning_rlhf.models import (
 )
 from lightning_rlhf.modules import (
     PPOModule as PPOModule,
+    PreferenceModule as PreferenceModule,
     RewardModule as RewardModule,
     SFTModule as SFTModule,
 )

@@ -66,6 +66,7 @@ class ComparisonBatch(NamedTuple):
             whose ranks are all equal has no pair and counts nowhere.
         strength: the labeler's rating, (B, K), float32, higher is better, NaN where the data has none.
         systems: who wrote each response, for each prompt K names, or none where its row has none.
+        target: tokens of the response with its end token, (B, K, L), bool; None where a batch was made without.
     """
 
     tokens: Tensor
@@ -73,6 +74,26 @@ class ComparisonBatch(NamedTuple):
     rank: Tensor
     strength: Tensor
     systems: Sequence[Sequence[str]] = ()
+    target: Tensor | None = None
+
+
+class LabeledBatch(NamedTuple):
+    """Responses with a label, one to each prompt.
+
+    Each is prompt + response + end token, padded on the right.
+
+    Attributes:
+        tokens: (B, L), int64.
+        mask: (B, L), bool, True on real tokens.
+        target: tokens of the response with its end token, (B, L), bool. A row without any target fills the last
+            evaluation batch of a rank and counts nowhere.
+        good: (B,), bool, True where the response is desirable.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    target: Tensor
+    good: Tensor
 
 
 class PPOBatch(TypedDict):

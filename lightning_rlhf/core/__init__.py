@@ -16,6 +16,7 @@ from lightning_rlhf.core.algorithm import Algorithm
 from lightning_rlhf.core.baseline import Baseline, BatchMean, LearnedValue, LeaveOneOut, NoBaseline, RunningMean
 from lightning_rlhf.core.clip import CISPO, Clip
 from lightning_rlhf.core.controller import AdaptiveKL, FixedKL, KLController
+from lightning_rlhf.core.direct_preference import DPO, IPO, KTO, DirectPreferenceLoss, PairLoss, response_labels
 from lightning_rlhf.core.ensemble import Combination, MeanReward, UncertaintyWeighted, WorstReward
 from lightning_rlhf.core.entropy_bonus import AdaptiveEntropy, EntropyBonus
 from lightning_rlhf.core.evaluation import (
@@ -115,7 +116,9 @@ __all__ = [
     "AdvantagesAndReturns",
     "Curriculum",
     "DAPO",
+    "DPO",
     "DPPOMask",
+    "DirectPreferenceLoss",
     "DrGRPO",
     "DynamicSampling",
     "EntropyBonus",
@@ -131,6 +134,7 @@ __all__ = [
     "GroupMean",
     "GroupScale",
     "GroupStd",
+    "IPO",
     "InstructGPT",
     "K1",
     "K2",
@@ -140,6 +144,7 @@ __all__ = [
     "KLInLoss",
     "KLInReward",
     "KLPen",
+    "KTO",
     "LUSPO",
     "LearnedValue",
     "LeaveOneOut",
@@ -157,6 +162,7 @@ __all__ = [
     "NoCorrection",
     "OffPolicyMask",
     "OnPolicyDistillation",
+    "PairLoss",
     "PerAction",
     "PerReward",
     "PlackettLuce",
@@ -215,6 +221,7 @@ __all__ = [
     "penalized_rewards",
     "preferred_pairs",
     "ratio_standard_error",
+    "response_labels",
     "score_margins",
     "standard_error",
     "token_logprobs",

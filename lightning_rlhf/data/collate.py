@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_rlhf.data.examples import ComparisonExample, PromptExample, TextExample
+from lightning_rlhf.data.examples import ComparisonExample, LabeledExample, PromptExample, TextExample
 from lightning_rlhf.text import Tokens
-from lightning_rlhf.types import ComparisonBatch, PromptBatch, TextBatch
+from lightning_rlhf.types import ComparisonBatch, LabeledBatch, PromptBatch, TextBatch
 
 
 def collate_prompts(
@@ -54,7 +54,24 @@ def collate_comparisons(examples: Sequence[ComparisonExample], counts: Sequence[
             rating[: len(example.strength)] = torch.tensor(example.strength)
     shape = (len(examples), k, tokens.shape[1])
     systems = [example.systems or [] for example in examples]
-    return ComparisonBatch(tokens.view(shape), mask.view(shape), rank, strength, systems)
+    target = _after_contexts(mask.view(shape), [example.contexts for example in examples])
+    return ComparisonBatch(tokens.view(shape), mask.view(shape), rank, strength, systems, target)
+
+
+def collate_labeled(examples: Sequence[LabeledExample], counts: Sequence[bool], *, pad: int) -> LabeledBatch:
+    """Batch labeled responses, padded on the right with `pad`."""
+    texts = collate_texts([example.text for example in examples], counts, pad=pad)
+    return LabeledBatch(*texts, good=torch.tensor([example.good for example in examples], dtype=torch.bool))
+
+
+def _after_contexts(mask: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor | None:
+    """Mask of the tokens after each response's prompt, (B, K, L); None if a row does not know its prompts."""
+    if not all(contexts):
+        return None
+    starts = torch.zeros(mask.shape[:2], dtype=torch.int64)
+    for start, known in zip(starts, contexts, strict=True):
+        start[: len(known)] = torch.tensor(known)
+    return mask & (torch.arange(mask.shape[2]) >= starts[:, :, None])
 
 
 def _padded(rows: Sequence[Tokens], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

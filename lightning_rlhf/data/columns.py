@@ -24,6 +24,7 @@ class ColumnNames:
         scores: one number per response, higher is better.
         ranks: one number per response, lower is better.
         systems: one name per response, of who wrote it; optional. Held-out accuracy is also given by name.
+        label: true for a good response, false for a bad one; of labeled responses alone.
         text: a pretraining document.
         tools: schemas of the tools that the chat template writes into a dialogue; optional.
         chat_template_kwargs: other arguments of the chat template by name; optional.
@@ -38,6 +39,7 @@ class ColumnNames:
     scores: str = "scores"
     ranks: str = "ranks"
     systems: str = "systems"
+    label: str = "label"
     text: str = "text"
     tools: str = "tools"
     chat_template_kwargs: str = "chat_template_kwargs"

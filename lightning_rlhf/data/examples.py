@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_rlhf.data.columns import ColumnNames, template_arguments
 from lightning_rlhf.data.drop_report import DropReport
-from lightning_rlhf.data.formats import Answer, demonstration_of, is_document, prompt_of, text_of
+from lightning_rlhf.data.formats import Answer, demonstration_of, is_document, label_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import Ranking, ranking_of
 from lightning_rlhf.data.records import Located
 from lightning_rlhf.text import Encoder, Exchange, Prompt, Tokens
@@ -59,12 +59,32 @@ class ComparisonExample:
         ranks: 0 is best, equal ranks are ties, no gaps, K of them.
         strength: ratings, K of them, or None.
         systems: names of who wrote them, K of them, or None.
+        contexts: how many tokens at the start of each are the prompt, K of them, at least 1; none where unknown.
     """
 
     texts: list[Tokens]
     ranks: list[int]
     strength: list[float] | None = None
     systems: list[str] | None = None
+    contexts: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledExample:
+    """Tokens of a response with its label.
+
+    Attributes:
+        text: prompt + response + end token.
+        good: the response is desirable.
+    """
+
+    text: TextExample
+    good: bool
+
+    @property
+    def tokens(self) -> Tokens:
+        """Token ids of the text."""
+        return self.text.tokens
 
 
 def prompt_examples(
@@ -154,6 +174,31 @@ def comparison_examples(
     return examples
 
 
+def labeled_examples(
+    records: Sequence[Located], encoder: Encoder, columns: ColumnNames, tally: DropReport
+) -> list[LabeledExample]:
+    """Tokenize the labeled responses of the records that fit `tally.limit` tokens.
+
+    The limit covers the prompt and the end token.
+
+    Raises:
+        ValueError: a record is no response with a label (names file and line), or none is left.
+    """
+    examples = []
+    for record in records:
+        with record.located():
+            row = record.row
+            good, bare = label_of(row, columns), {name: value for name, value in row.items() if name != "label"}
+            example = _answer(bare, encoder, columns, tally)
+        tally.rows += 1
+        if example is not None and tally.fits(len(example.tokens)):
+            examples.append(LabeledExample(example, good))
+        else:
+            tally.long_rows += 1
+    tally.report()
+    return examples
+
+
 def pretraining_blocks(
     records: Sequence[Located], encoder: Encoder, columns: ColumnNames, *, block: int
 ) -> list[TextExample]:
@@ -183,6 +228,10 @@ def _demonstration(row: Row, encoder: Encoder, columns: ColumnNames, tally: Drop
         if len(tokens) < 2:
             raise ValueError(f"`{columns.text}` has no token to predict: remove the row")
         return TextExample(tokens, context=1)
+    return _answer(row, encoder, columns, tally)
+
+
+def _answer(row: Row, encoder: Encoder, columns: ColumnNames, tally: DropReport) -> TextExample | None:
     demonstration = demonstration_of(row, columns)
     exchange = _exchange(demonstration.prompt, demonstration.response, template_arguments(row, columns), encoder, tally)
     return None if exchange is None else TextExample(exchange.prompt + exchange.response, context=len(exchange.prompt))
@@ -211,4 +260,7 @@ def _comparison(
     ranks = [order.index(ranking.places[index]) for index in indices]
     strength = None if ranking.strength is None else [ranking.strength[index] for index in indices]
     systems = None if ranking.systems is None else [ranking.systems[index] for index in indices]
-    return ComparisonExample([texts[index] for index in indices], ranks, strength, systems)
+    contexts = [0 if exchange is None else len(exchange.prompt) for exchange in exchanges]
+    return ComparisonExample(
+        [texts[index] for index in indices], ranks, strength, systems, [contexts[index] for index in indices]
+    )

@@ -172,6 +172,24 @@ def demonstration_of(row: Row, columns: ColumnNames) -> Demonstration:
     return Demonstration(prompt, answer)
 
 
+def label_of(row: Row, columns: ColumnNames) -> bool:
+    """Return True if a row's label calls its response good.
+
+    Labels are true, false, 1 or 0, which may be texts as CSV holds them.
+
+    Raises:
+        ValueError: it is missing or something else.
+    """
+    value = value_of(row, columns.label, "label")
+    good = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if good is None:
+        raise ValueError(
+            f"`{columns.label}` must be true for a good response or false for a bad one, found {str(value)[:80]!r}; "
+            "where it holds something else, point `columns.label` at another key"
+        )
+    return good
+
+
 def split_pair(row: Row, columns: ColumnNames) -> tuple[Prompt, Any, Any]:
     """Return the implicit prompt of two dialogues and the rest of each.
 

@@ -14,6 +14,7 @@ from lightning_rlhf.types import Row
 
 PAIR_RATINGS = ("score_chosen", "score_rejected")
 """Keys of the two responses' ratings in binarized UltraFeedback and similar data."""
+_UNPAIRED = "a `label` rates one `completion` and compares no two: `LabeledDataModule` reads it, for `KTO`"
 _WRITTEN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """Pattern of a number as text."""
 
@@ -60,7 +61,7 @@ def ranking_of(row: Row, columns: ColumnNames) -> Ranking:
     raise ValueError(
         f"no ranking found among the keys {sorted(row)}: needed are `{columns.chosen}` and `{columns.rejected}`, or "
         f"`{columns.responses}` with `{columns.scores}` or `{columns.ranks}`, or `context` with `completions`; "
-        + ("a `label` rates one `completion` and compares no two" if unpaired else "keys can be renamed with `columns`")
+        + (_UNPAIRED if unpaired else "keys can be renamed with `columns`")
     )
 
 

@@ -253,6 +253,10 @@ class Reference:
         self.policy = policy
         self.frozen = frozen
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        """Copy the reference but share its own network, because averaging callbacks copy the module."""
+        return Reference(copy.deepcopy(self.policy, memo), self.frozen)
+
     @contextmanager
     def model(self) -> Iterator[PolicyModel]:
         """Context that yields the model that is π_ref."""

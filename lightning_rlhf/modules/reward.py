@@ -11,24 +11,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs, score_margins
+from lightning_rlhf.core import CosineSchedule, PreferenceLoss, RankingLoss, Schedule, preferred_pairs
 from lightning_rlhf.core.arguments import check_arguments
-from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, ScalarModel, score_at_end
 from lightning_rlhf.models.limits import check_length, check_rows
 from lightning_rlhf.models.meta import unread
 from lightning_rlhf.models.source import without_dropout
-from lightning_rlhf.modules.reward_metrics import (
-    Calibration,
-    LengthAccuracy,
-    LengthCorrelation,
-    Mean,
-    SystemAccuracy,
-    begin,
-)
+from lightning_rlhf.modules.ranking_evaluation import RankingEvaluation, seen
+from lightning_rlhf.modules.reward_metrics import Mean, begin
 from lightning_rlhf.modules.supervised import SupervisedModule
 from lightning_rlhf.types import ComparisonBatch, TextBatch
 
@@ -73,13 +65,8 @@ class RewardModule(SupervisedModule):
         check_arguments(RewardModule, locals())
         super().__init__(model, tokenizer, lr, optimizer, schedule, default_lr=9e-6, loss=loss)
         self.loss = loss
-        self.accuracy = Mean()
-        self.margin = Mean()
-        self.eval_loss = Mean()
+        self.evaluation = RankingEvaluation()
         self.demonstrations = Mean()
-        self.calibration = Calibration()
-        self.length_accuracy, self.length_correlation = LengthAccuracy(), LengthCorrelation()
-        self.system_accuracy = SystemAccuracy()
 
     def setup(self, stage: str) -> None:
         """Add the callback that scores the demonstrations when training ends."""
@@ -128,8 +115,8 @@ class RewardModule(SupervisedModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics of the evaluation."""
-        begin(*(metric for metric in self.children() if isinstance(metric, Metric)))
-        self.system_accuracy.begin()
+        begin(self.demonstrations)
+        self.evaluation.begin()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -142,18 +129,11 @@ class RewardModule(SupervisedModule):
             if real.any():
                 self.demonstrations.update(scores[real])
             return
-        pairs, lengths = preferred_pairs(batch.rank), batch.mask.sum(2)
         scores = self._raw_rank(batch)
-        if pairs.any():
-            margins, longer = score_margins(scores)[pairs], score_margins(lengths)[pairs]
+        counts = preferred_pairs(batch.rank).any(2).any(1)
+        if counts.any():
             losses = self.loss(scores, batch.rank, batch.strength)
-            self.accuracy.update(margins > 0)
-            self.margin.update(margins)
-            self.eval_loss.update(losses[pairs.any(2).any(1)])
-            self.calibration.update(margins)
-            self.length_accuracy.update(margins, longer)
-            self.length_correlation.update(scores, lengths, pairs.any(1) | pairs.any(2))
-            self.system_accuracy.update(margins, longer, pairs, batch.systems)
+            self.evaluation.update(scores, losses, batch, counts)
 
     test_step = validation_step
 
@@ -166,23 +146,14 @@ class RewardModule(SupervisedModule):
         self._conclude("test")
 
     def _conclude(self, stage: str) -> None:
-        if self._seen(self.accuracy):
-            self.log(f"{stage}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
-            metrics: dict[str, Any] = {"margin": self.margin.compute(), "loss": self.eval_loss.compute()}
-            for metric in (self.calibration, self.length_accuracy, self.length_correlation):
-                metrics |= metric.compute()  # its names follow from sums over all processes, so that all log the same
-            metrics |= self.system_accuracy.compute(self)
-            self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
-        if self._seen(self.demonstrations):
+        for name, value in self.evaluation.compute(self).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+        if seen(self, self.demonstrations):
             raw = float(self.demonstrations.compute())
             self.log(f"{stage}/demonstrations", raw + self.model.bias, sync_dist=True)
             if stage == "eval" and not self.trainer.sanity_checking:
                 self.model.bias = -raw
             self.log(f"{stage}/demonstration_bias", self.model.bias, sync_dist=True)
-
-    def _seen(self, metric: Metric) -> bool:
-        """Return True if any process has data for a metric: all of them must compute it, or none."""
-        return bool(Ranks(self).sum(torch.tensor(float(metric.update_called), device=self.device)))
 
     @torch.no_grad()
     def score_demonstrations(self) -> None:

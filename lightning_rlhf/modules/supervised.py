@@ -1,4 +1,4 @@
-"""Base class of the two supervised stages: one network trained on the mean loss of whole optimizer steps."""
+"""Base class of the stages on rows of data: one network trained on the mean loss of whole optimizer steps."""
 
 from __future__ import annotations
 
@@ -78,13 +78,17 @@ class SupervisedModule(CheckedRevival, LightningModule):  # type: ignore[misc]
         """Build the network from its source."""
         raise NotImplementedError
 
+    def _build_frozen(self) -> list[nn.Module]:
+        """Build the networks beside it that are not trained."""
+        return []
+
     @built_whole
     def configure_model(self) -> None:
         """Build the network once and shard it if the strategy asks for it."""
         if not self.model:
             refuse_finder(self)
             self.model = self._build(self._source[0])
-            shard_networks(self, [self.model])
+            shard_networks(self, [self.model, *self._build_frozen()])
 
     def on_train_start(self) -> None:
         """Apply a learning rate that differs from the resumed checkpoint's."""

@@ -31,8 +31,15 @@ TRAINING = (
     Entry("epoch", "passes over the training data, from 0", "1"),
     Entry("lr", "learning rate; in the RL stage that of the policy", "1"),
     Entry(
-        "train/loss", "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts", "nats"
+        "train/loss",
+        "stages 1 and 2: mean −log π(token) of the step; mean ranking loss of the step's prompts, or that of `loss`",
+        "nats",
     ),
+    Entry("train/chosen_logprob", "preference stage: mean log π(y∣x) of the batch's best or good responses", "nats"),
+    Entry("train/rejected_logprob", "the same of its worst or bad responses", "nats"),
+    Entry("train/chosen_reward", "mean β·log π/π_ref of the batch's best or good responses", "reward"),
+    Entry("train/rejected_reward", "the same of its worst or bad responses", "reward"),
+    Entry("train/kl", "KTO: max(0, mean log π/π_ref) of responses to other prompts of the batch", "nats"),
 )
 OBJECTIVE = (
     Entry("episode", "responses trained on so far, of all processes", "1"),
@@ -152,9 +159,13 @@ EVALUATIONS = (
     Entry("eval/alignment_tax_se", "its standard error over texts", "nats/token"),
 )
 PREFERENCES = (
-    Entry("eval/loss", "stages 1 and 2: mean −log π(token); mean ranking loss of a prompt", "nats"),
+    Entry("eval/loss", "stages 1 and 2: mean −log π(token); mean ranking loss of a prompt, or that of `loss`", "nats"),
     Entry("eval/accuracy", "share of pairs whose preferred response scores higher", "1"),
     Entry("eval/margin", "mean r_w − r_l of a pair", "reward"),
+    Entry("eval/chosen_logprob", "preference stage: mean log π(y∣x) of best or good responses", "nats"),
+    Entry("eval/rejected_logprob", "the same of worst or bad responses", "nats"),
+    Entry("eval/chosen_reward", "mean implicit reward β·log π/π_ref of best or good responses", "reward"),
+    Entry("eval/rejected_reward", "the same of worst or bad responses", "reward"),
     Entry("eval/demonstrations", "mean score of the demonstrations, before their bias moves", "reward"),
     Entry("eval/demonstration_bias", "what is added to every score, so that demonstrations have mean 0", "reward"),
     Entry("eval/accuracy_confidence_BIN", "accuracy where σ(∣r_w − r_l∣) is in the bin", "1"),

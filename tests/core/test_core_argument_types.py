@@ -13,6 +13,7 @@ from lightning_rlhf import (
     GRPO,
     Algorithm,
     PPOModule,
+    PreferenceModule,
     RewardModule,
     SamplingParams,
     SFTModule,
@@ -20,6 +21,7 @@ from lightning_rlhf import (
     WinRate,
 )
 from lightning_rlhf.core import (
+    DPO,
     K3,
     Centered,
     Clip,
@@ -66,6 +68,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "built optimizer": (lambda: ppo(optimizer=torch.optim.SGD([torch.zeros(1)])), "`optimizer` must be a function"),
     "no policy": (lambda: PPOModule(None, length), "`policy` must be ModelSource or str or Module"),
     "no model": (lambda: SFTModule(None), "`model`"),
+    "class of direct loss": (lambda: PreferenceModule(torch.nn.Linear(1, 1), loss=DPO), r"write DPO\(\)"),
+    "loss of a reward model": (lambda: PreferenceModule(torch.nn.Linear(1, 1), loss=RankingLoss()), "`loss`"),
     "class of loss": (lambda: RewardModule(torch.nn.Linear(1, 1), loss=RankingLoss), r"write RankingLoss\(\)"),
 }
 

@@ -7,8 +7,11 @@ import torch
 from lightning_rlhf import core
 from lightning_rlhf.core import (
     CISPO,
+    DPO,
     GAE,
+    IPO,
     K3,
+    KTO,
     SAPO,
     VESPO,
     ActionLevel,
@@ -22,6 +25,7 @@ from lightning_rlhf.core import (
     ClippedValueLoss,
     ClipScore,
     Combination,
+    DirectPreferenceLoss,
     ExactKL,
     GeometricLevel,
     GeometricTokenLevel,
@@ -210,6 +214,9 @@ CALLS = {
     "ranking_loss": (RankingLoss(), X, RANK),
     "plackett_luce": (PlackettLuce(), X, RANK),
     "centered": (Centered(), X, RANK),
+    "dpo": (DPO(), X, RANK),
+    "ipo": (IPO(), X, RANK),
+    "kto": (KTO(), X, RANK, torch.tensor(0.3)),
     "next_token_loss": (lambda x, t: next_token_loss(x, t, count=7), X, TARGET),
 }
 
@@ -246,7 +253,7 @@ def test_every_callable_of_the_core_is_called_here():
     # a new surrogate, rule or term must join the table: its name stands in this file
     source = Path(__file__).read_text()
     rules = (Shaping, Combination, AdvantageEstimator, Baseline, GroupScale)
-    terms = (Surrogate, Reduction, ActionLevel, ReferenceKL, ValueLoss, PreferenceLoss)
+    terms = (Surrogate, Reduction, ActionLevel, ReferenceKL, ValueLoss, PreferenceLoss, DirectPreferenceLoss)
     classes = [x for x in vars(core).values() if isinstance(x, type) and issubclass(x, rules + terms)]
     missing = {x.__name__ for x in classes if not isabstract(x) and f"{x.__name__}(" not in source}
     assert missing <= {"MismatchIS"}

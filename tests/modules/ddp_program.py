@@ -28,6 +28,7 @@ from lightning_rlhf import (
     LearnedReward,
     ModelSource,
     PPOModule,
+    PreferenceModule,
     PromptDataModule,
     Reward,
     RewardModule,
@@ -40,7 +41,9 @@ from lightning_rlhf import (
 from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import (
     DAPO,
+    DPO,
     GAE,
+    KTO,
     AdaptiveKL,
     Algorithm,
     BanditAdvantage,
@@ -388,6 +391,21 @@ def reward(folder: Path, devices: int) -> dict:
         train=path, val=path, demonstrations=str(folder / "demonstrations.jsonl"), batch_size=4 // devices
     )
     return run(module, data, devices, callbacks=exporting(folder, "reward")) | {"bias": module.model.bias}
+
+
+def preference(folder: Path, devices: int) -> dict:
+    """DPO on rankings of unequal size."""
+    module = PreferenceModule(source(folder, "lm"), DPO(beta=0.5), optimizer=ADAM, schedule=ConstantSchedule())
+    path = str(folder / "comparisons.jsonl")
+    data = ComparisonDataModule(train=path, val=path, batch_size=4 // devices)
+    return run(module, data, devices, callbacks=exporting(folder, "preference"))
+
+
+def labels(folder: Path, devices: int) -> dict:
+    """KTO on the best and the worst; one row to validate on, so that the second process has only a filler."""
+    module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), optimizer=ADAM, schedule=ConstantSchedule())
+    train, val = (str(folder / f"{name}.jsonl") for name in ("comparisons", "one_comparison"))
+    return run(module, ComparisonDataModule(train=train, val=val, batch_size=4 // devices), devices)
 
 
 def scarce(folder: Path, devices: int) -> dict:

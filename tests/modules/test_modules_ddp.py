@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
-NAMES = "ppo,gae,lora,resumed,sft,reward,scarce,scarce_sft,scarce_ppo,grouped,selected"
+NAMES = "ppo,gae,lora,resumed,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected"
 JOBS = [
     f"one:1:{NAMES}:90",
     f"ddp:2:{NAMES}:90",
@@ -35,13 +35,13 @@ def strategy(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward", "preference"])
 def test_two_processes_train_the_weights_of_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "gae", "lora", "sft", "reward", "preference"])
 def test_two_processes_log_what_one_logs(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert len(one["steps"]) == len(two["steps"]) >= 3
@@ -53,7 +53,7 @@ def test_two_processes_log_what_one_logs(outcomes, strategy, name):
         )
 
 
-@pytest.mark.parametrize("name", ["ppo", "lora", "sft", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "lora", "sft", "reward", "preference"])
 def test_two_processes_evaluate_as_one(outcomes, strategy, name):
     one, two = outcomes(name, strategy)
     assert one["eval"]
@@ -158,6 +158,15 @@ def test_two_processes_find_one_bias(outcomes, strategy):
     assert abs(one["bias"]) > 1e-3
 
 
+def test_two_processes_learn_from_labels_and_evaluate_as_one(outcomes, strategy):
+    """KTO's KL is of each process's own batch; where it stays at its bound of 0, two are one. Fillers do not hang."""
+    one, two = outcomes("labels", strategy)
+    assert max(step["train/kl"] for found in (one, two) for step in found["steps"]) == 0.0
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+    assert {"eval/loss", "eval/chosen_reward"} <= one["eval"].keys()
+    assert_same_numbers(one["eval"], two["eval"])
+
+
 def test_two_processes_know_the_systems_of_both(outcomes, strategy):
     """One of them alone holds the prompts of even number, each with a system of its own; the numbers are compared."""
     _, two = outcomes("reward", strategy)
@@ -179,7 +188,7 @@ def test_rank_without_a_row_to_evaluate_does_not_hang(outcomes, strategy):
     assert_same_numbers(one["eval"], two["eval"])
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "lora"])
+@pytest.mark.parametrize("name", ["sft", "reward", "lora", "preference"])
 def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name):
     outcomes(name, strategy)
     one, two = (folder / f"{name}-{kind}" for kind in ("one", strategy))

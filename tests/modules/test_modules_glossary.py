@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_rlhf.callbacks import GradientNorms
 from lightning_rlhf.core import (
     GAE,
+    KTO,
     BanditAdvantage,
     ConstantSchedule,
     Curriculum,
@@ -27,7 +28,7 @@ from lightning_rlhf.core import (
 from lightning_rlhf.engines import SamplingParams, VLLMServer
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.modules import PPOModule, PreferenceModule, RewardModule, SFTModule
 from lightning_rlhf.report.glossary import GLOSSARY, find, table
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.types import ComparisonBatch
@@ -94,6 +95,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
     return {
         "sft": SFTModule(make_lm(), make_tokenizer(), **USUAL),
         "reward": RewardModule(make_scorer(), **USUAL),
+        "preference": PreferenceModule(make_lm(), KTO(), **USUAL),
         "ppo": ppo(reward=parts, evaluations=evaluations, ptx_coef=1.0),
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
         "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage(), masks=MaskTruncated()),
@@ -117,13 +119,14 @@ def data(as_loader, left_padded, right_padded):
     lengths = torch.tensor([[24, 8], [8, 24], [10, 9]])
     mask = torch.arange(24) < lengths.unsqueeze(2)
     ranked = ComparisonBatch(
-        tokens * mask, mask, torch.tensor([[0, 1]] * 3), torch.full((3, 2), torch.nan), [["a", "b"]] * 3
+        tokens * mask, mask, torch.tensor([[0, 1]] * 3), torch.full((3, 2), torch.nan), [["a", "b"]] * 3, mask
     )
     found = {
         name: ([{"prompts": prompts, "pretrain": texts}], held_out)
         for name in ("ppo", "gae", "klpen", "served", "grpo", "dapo")
     }
     found |= {"sft": ([texts], as_loader([texts])), "reward": ([ranked], [as_loader([ranked]), as_loader([texts])])}
+    found |= {"preference": ([ranked], as_loader([ranked]))}
     return {name: (as_loader(train), val) for name, (train, val) in found.items()}
 
 

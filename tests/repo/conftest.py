@@ -28,6 +28,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "held_out": [{"prompt": f"x y {letter}", "answer": "1"} for letter in "klm"],
     "texts": [{"text": "a b c d e f g h " * 3}, {"text": "i j k l m n o p " * 3}],
     "demonstrations": [{"prompt": f"{letter} b", "response": "c d e"} for letter in "abcdefgh"],
+    "labeled": [{"prompt": f"{letter} b", "completion": "c d e", "label": letter in "aceg"} for letter in "abcdefgh"],
     "rankings": [
         {"prompt": f"{letter} b", "responses": ["c d", "e", "f g h"], "scores": [1, 0, 0.5]} for letter in "abcdefgh"
     ],
@@ -83,6 +84,9 @@ class Tiny:
         if module["class_path"] == "RewardModule":
             values = {"model.model.path": self.policy, "data.train": self.file("rankings")}
             return values | {"data.val": self.file("rankings"), "data.demonstrations": self.file("demonstrations")}
+        if module["class_path"] == "PreferenceModule":
+            rows = self.file("labeled" if module["init_args"]["loss"]["class_path"] == "KTO" else "rankings")
+            return {"model.policy.path": self.policy, "data.train": rows, "data.val": rows}
         learned = isinstance(module["init_args"].get("reward"), dict)
         source = {"model.reward.path": self.reward} if learned else {"model.reference.path": self.policy}
         values = {"model.policy.path": self.policy} | source
@@ -96,7 +100,7 @@ class Tiny:
     def sizes(self, config: Path) -> dict[str, Any]:
         """What makes a run of `config` take about a second."""
         values = {**QUIET, "data.batch_size": 4, "data.eval_batch_size": 2}
-        if "model.policy.path" in self.required(config):
+        if "model.reward.path" in self.required(config):
             values |= {"model.updates.minibatch": 2, "model.updates.microbatch_tokens": 24}
             values |= {"model.generation.max_new_tokens": 4, "data.pretrain_ratio": 0.5, "data.text_tokens": 8}
             generation = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["generation"]

@@ -24,6 +24,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "other_prompts": [{"prompt": x, "question": f"{x} z"} for x in ("k l", "m", "n o p", "q")],
     "demonstrations": [{"prompt": x, "question": f"{x} z", "response": "c d"} for x in ("a b", "e", "f g h i", "j")],
     "other_demonstrations": [{"prompt": x, "question": f"{x} z", "response": "r s t"} for x in ("k", "l m")],
+    "labeled": [
+        {"prompt": x, "question": f"{x} z", "response": "c d", "label": good}
+        for x, good in {"a b": True, "e": False, "f g h i": True, "j": False}.items()
+    ],
+    "other_labeled": [
+        {"prompt": x, "question": f"{x} z", "response": "r s t", "label": x == "k"} for x in ("k", "l m")
+    ],
     "rankings": [{"prompt": x, "question": f"{x} z"} | RANKED for x in ("a b", "e", "f g h i", "j")],
     "other_rankings": [{"prompt": x, "question": f"{x} z"} | RANKED for x in ("k", "l m")],
     "texts": [{"text": "a b c d e f g h " * 3}, {"text": "i j k l m n o p " * 3}],

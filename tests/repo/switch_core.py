@@ -10,8 +10,11 @@ from torch import Tensor
 
 from lightning_rlhf.core import (
     CISPO,
+    DPO,
     GAE,
+    IPO,
     K3,
+    KTO,
     SAPO,
     VESPO,
     AdaptiveEntropy,
@@ -29,6 +32,7 @@ from lightning_rlhf.core import (
     Combination,
     ConstantSchedule,
     CosineSchedule,
+    DirectPreferenceLoss,
     DPPOMask,
     EntropyBonus,
     FixedKL,
@@ -184,6 +188,11 @@ def preference(loss: PreferenceLoss) -> list[Tensor]:
     return _with_gradient(loss(scores, RANK, Y), scores)
 
 
+def directly(loss: DirectPreferenceLoss) -> list[Tensor]:
+    ratios = X.clone().requires_grad_()
+    return _with_gradient(loss(ratios, RANK, Y.abs().mean()), ratios)
+
+
 def value(loss: ValueLoss) -> list[Tensor]:
     values = X.clone().requires_grad_()
     return _with_gradient(loss(values, Y, Z).loss, values)
@@ -212,6 +221,7 @@ TABLE: Table = {
     ConstantSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4)),
     SeqMeanTokenSumNorm: case(reduced, {"length": 8}, length=to(16)),
     CosineSchedule: case(factors, warmup=to(4), warmup_start=to(0.5, warmup=4), floor=to(0.5)),
+    DPO: case(directly, beta=to(0.2), label_smoothing=to(0.1)),
     DPPOMask: case(kept, threshold=to(0.5)),
     FixedKL: case(charged, coef=to(0.1)),
     PerReward: case(advantages, estimator=to(BanditAdvantage()), scale=to(NoScale())),
@@ -226,6 +236,8 @@ TABLE: Table = {
     GAE: case(advantages, gamma=to(0.9), lam=to(0.5)),
     GroupAdvantage: case(advantages, scale=to(NoScale())),
     GroupStd: case(unit, guard=to(0.1)),
+    IPO: case(directly, beta=to(0.2)),
+    KTO: case(directly, beta=to(0.2), desirable=to(2.0), undesirable=to(0.5)),
     KLInLoss: case(kl_losses, estimator=to(K3()), level=to(SequenceLevel()), unbiased=to(True, estimator=K3())),
     KLPen: case(loss, coef=to(0.5), target=to(0.5, by=later_loss)),
     LengthNormalized: case(shaped, length=to(3.0)),

@@ -19,15 +19,17 @@ from lightning_rlhf.data import (
     ComparisonDataModule,
     DemonstrationDataModule,
     HubData,
+    LabeledDataModule,
     PromptDataModule,
     ReasoningGymRows,
 )
 from lightning_rlhf.data.columns import template_arguments
-from lightning_rlhf.data.formats import demonstration_of, prompt_of, text_of
+from lightning_rlhf.data.formats import demonstration_of, label_of, prompt_of, text_of
 from lightning_rlhf.data.rankings import ranking_of
 from lightning_rlhf.data.sources import read_records
 
 ROW: dict[str, Any] = {"prompt": "a", "question": "b", "response": "c", "answer": "d", "text": "e", "document": "f"}
+ROW |= {"label": True, "liked": False}
 ROW |= {"tools": [{"name": "f"}], "functions": [{"name": "g"}], "chat_template_kwargs": {"x": 1}, "options": {"x": 2}}
 PAIR = {"prompt": "a", "chosen": "b", "best": "c", "rejected": "d", "worst": "e", "margin": 1.0, "gap": 2.0}
 SCORED = {"prompt": "a", "responses": ["b", "c"], "answers": ["d", "e"], "scores": [1, 0], "ratings": [0, 1]}
@@ -72,6 +74,7 @@ def table(bench: Bench) -> Table:
             scores=to("ratings"),
             ranks=to("places"),
             systems=to("authors"),
+            label=to("liked"),
             text=to("document"),
             tools=to("functions"),
             chat_template_kwargs=to("options"),
@@ -109,6 +112,13 @@ def table(bench: Bench) -> Table:
             share=to(0.9, part="train"),
             config=to({"max_terms": 2}),
             instruction=to("Reckon: {question}"),
+        ),
+        LabeledDataModule: case(
+            batches,
+            common | files("labeled", "train", "val", "test"),
+            **dict.fromkeys(("train", "val", "test"), to(bench.file("other_labeled"))),
+            max_tokens=to(6),
+            **switched,
         ),
         PromptDataModule: case(
             batches,
@@ -171,7 +181,7 @@ def made_elsewhere(data: LightningDataModule) -> bool:
 
 def records(columns: ColumnNames) -> list[Any]:
     """What rows with every key and a second one like it are read as."""
-    read = [fn(ROW, columns) for fn in (prompt_of, demonstration_of, text_of, template_arguments)]
+    read = [fn(ROW, columns) for fn in (prompt_of, demonstration_of, label_of, text_of, template_arguments)]
     return read + [ranking_of(row | {"question": "z"}, columns) for row in (PAIR, SCORED, PLACED)]
 
 

@@ -24,6 +24,7 @@ RECORDS = {
     "ComparisonBatch",
     "AdvantagesAndReturns",
     "Experience",
+    "LabeledBatch",
     "Outcome",
     "PPOBatch",
     "PerAction",

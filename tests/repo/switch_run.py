@@ -42,6 +42,7 @@ from lightning_rlhf.callbacks import (
 )
 from lightning_rlhf.core import (
     GAE,
+    IPO,
     Algorithm,
     BanditAdvantage,
     BatchMean,
@@ -63,7 +64,7 @@ from lightning_rlhf.data import ComparisonDataModule, DemonstrationDataModule
 from lightning_rlhf.engines import LocalEngine, Request, Sampled, SamplingParams
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
-from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
+from lightning_rlhf.modules import PPOModule, PreferenceModule, RewardModule, SFTModule
 from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
 from lightning_rlhf.rollout.pass_rates import PassRates
 
@@ -211,11 +212,11 @@ def _rl(bench: Bench) -> Table:
         PassAtK: case(beside, {"solved": 4.0}, k=to((2,)), samples=to(6), solved=to(3.0), name=to("solved_in")),
         MajorityAtK: case(
             beside,
-            {"k": (3,), "solved": 2.0, "extract": "([a-z])"},
+            {"k": (3,), "solved": 8.0, "extract": "([a-z])"},
             k=to((2,)),
             samples=to(6),
-            solved=to(9.0),
-            extract=to("whole"),
+            solved=to(4.0),
+            extract=to("(#)"),
             name=to("voted"),
         ),
         GoldReward: case(beside, {"reward": words}, reward=to(letters), name=to("silver")),
@@ -286,7 +287,7 @@ def _supervised(bench: Bench) -> Table:
     demonstrations = {"train": bench.file("demonstrations"), "batch_size": 2}
     rankings = {"train": bench.file("rankings"), "batch_size": 2}
 
-    def weights(module: SFTModule | RewardModule) -> list[Tensor]:
+    def weights(module: SFTModule | RewardModule | PreferenceModule) -> list[Tensor]:
         sft = isinstance(module, SFTModule)
         data = DemonstrationDataModule(**demonstrations) if sft else ComparisonDataModule(**rankings)
         bench.trainer().fit(module, datamodule=data)
@@ -298,7 +299,16 @@ def _supervised(bench: Bench) -> Table:
         "lr": to(0.01, optimizer=None),
         "schedule": to(ConstantSchedule()),
     }
+    source = ModelSource(path=bench.folder(bench.other_policy))
     return {
+        PreferenceModule: case(
+            weights,
+            usual | {"policy": bench.policy},
+            policy=to(bench.other_policy),
+            loss=to(IPO()),
+            reference=to(source),
+            **shared,
+        ),
         RewardModule: case(
             weights,
             usual | {"model": bench.scorer},

@@ -246,8 +246,10 @@ MINIMAL = {
     "PPOModule": ("PromptDataModule", ["--model.policy.path={policy}", "--model.reward=theirs_of_the_cli.short"]),
     "SFTModule": ("DemonstrationDataModule", ["--model.model.path={policy}"]),
     "RewardModule": ("ComparisonDataModule", ["--model.model.path={policy}"]),
+    "PreferenceModule": ("ComparisonDataModule", ["--model.policy.path={policy}"]),
 }
 ROWS = {"PPOModule": "prompts", "SFTModule": "demonstrations", "RewardModule": "rankings"}
+ROWS |= {"PreferenceModule": "rankings"}
 
 
 @pytest.mark.parametrize("name", MINIMAL)

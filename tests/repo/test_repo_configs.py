@@ -45,6 +45,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"
 """Trains nothing."""
 STAGES = sorted(set(CONFIGS.glob("*.yaml")) - {EVALUATE})
+WITHOUT_RL = {"sft", "reward", "dpo", "kto"}
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -121,6 +122,15 @@ PAPERS: dict[str, dict[str, Any]] = {
         "model.generation.samples_per_prompt": 8,
         "data.batch_size": 128,
     },
+    "dpo": {  # 2305.18290, B
+        "model.loss.beta": 0.1,
+        "model.optimizer.lr": 1e-6,
+        "model.optimizer": "RMSprop",
+        "model.schedule.warmup": 150,
+        "model.schedule.warmup_start": 0.0,
+        "data.batch_size": 64,
+    },
+    "kto": {"model.loss.beta": 0.1, "model.loss.desirable": 1.0, "model.loss.undesirable": 1.0},  # 2402.01306
     "reinforce_pp": {  # 2501.03262
         "model.algorithm.beta": 0.001,
         "model.algorithm.surrogate.epsilon": 0.2,
@@ -189,7 +199,7 @@ def published_methods() -> dict[str, list[str]]:
 
 
 def test_table_lists_every_preset() -> None:
-    assert published_methods().keys() == {path.stem for path in STAGES} - {"sft", "reward"}
+    assert published_methods().keys() == {path.stem for path in STAGES} - WITHOUT_RL
 
 
 def test_every_method_has_its_paper_proof_and_parity() -> None:
@@ -201,6 +211,9 @@ def test_every_method_has_its_paper_proof_and_parity() -> None:
     assert methods - {"Algorithm"} <= named
     masks = {name for name, kind in vars(core).items() if isinstance(kind, type) and issubclass(kind, core.LossMask)}
     assert masks - {"LossMask"} <= named
+    kind = core.DirectPreferenceLoss
+    direct = {name for name, found in vars(core).items() if isinstance(found, type) and issubclass(found, kind)}
+    assert direct - {"DirectPreferenceLoss", "PairLoss"} <= named
     for row in rows:
         files = re.findall(r"`(\w+/test_\w+\.py)`", "|".join(row[2:]))
         assert files
@@ -208,7 +221,7 @@ def test_every_method_has_its_paper_proof_and_parity() -> None:
             assert (CONFIGS.parent / "tests" / file).is_file(), file
 
 
-@pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in ("sft", "reward")], ids=named)
+@pytest.mark.parametrize("config", [path for path in STAGES if path.stem not in WITHOUT_RL], ids=named)
 def test_table_says_what_the_preset_is_made_of(config: Path) -> None:
     _, *cells, _ = [cell.strip("`") for cell in published_methods()[config.stem]]
     level, advantage, surrogate, reduction, kl = (re.sub(r"`", "", cell) for cell in cells)
@@ -277,7 +290,7 @@ def test_masks_are_named_like_other_parts() -> None:
     assert found == GRPO(masks=(TopEntropy(share=0.3), MaskTruncated()))
 
 
-@pytest.mark.parametrize("preset", sorted(PAPERS.keys() - {"sft", "reward"}))
+@pytest.mark.parametrize("preset", sorted(PAPERS.keys() - WITHOUT_RL))
 def test_preset_is_the_method_of_its_name(preset: str) -> None:
     """Its numbers are the class's defaults, so that Python and YAML mean one thing by a method's name."""
     written = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]["init_args"]

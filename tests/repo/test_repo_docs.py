@@ -173,5 +173,7 @@ def test_every_method_with_a_config_has_numbers_to_start_from() -> None:
     assert named | {"bandit_klpen"} == stages - {
         "sft",
         "reward",
+        "dpo",
+        "kto",
         "evaluate",
     }  # ppo but for KLPEN

@@ -86,12 +86,24 @@ def test_fields_are_those_of_trl() -> None:
     assert {*GRPOConfig.__annotations__, *RLOOConfig.__annotations__} == set(FIELDS)
 
 
+STAGES = {"sft": "model", "reward": "model", "dpo": "policy", "kto": "policy"}
+"""Configs that take no reward, with the argument that names their model."""
+
+
+def behind(given: list[str]) -> list[str]:
+    """The words with what else a command needs: PPO's, or those of the stage that the first of them names."""
+    stage = re.match(r"--config[ =](\w+)$", " ".join(given[:2] if given[0] == "--config" else given[:1]))
+    if stage is None or stage[1] not in STAGES:
+        return [*REQUIRED, *given]
+    return [*given, f"--model.{STAGES[stage[1]]}.path=MODEL", "--data.train=a.jsonl"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS if flags(row[2])], ids=lambda row: flags(row[2])[0])
 def test_every_flag_of_ours_is_taken(row: list[str], capsys: pytest.CaptureFixture[str], project: None) -> None:
     """With its class, where an argument is one of a class; `--print_config` parses and stops."""
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *REQUIRED, *flags(row[2]), "--print_config"])
+        main(["fit", *behind(flags(row[2])), "--print_config"])
     assert stopped.value.code == 0, capsys.readouterr().err
 
 
@@ -121,12 +133,8 @@ def test_every_flag_of_an_advice_is_taken(
 ) -> None:
     """Each group of flags that stands in one pair of backticks, behind PPO's config or the stage that it names."""
     for code in re.findall(r"`(--[^`]*)`", piece):
-        stage = re.match(r"--config[ =](sft|reward)\b", code)
-        required = ["--model.model.path=MODEL", "--data.train=a.jsonl"]
         if not re.search(r"[= ]", code):  # the name of a flag alone
             continue
-        given = shlex.split(code)
-        words = [*given, *required] if stage else [*REQUIRED, *given]
         with pytest.raises(SystemExit) as stopped:
-            main(["fit", *words, "--print_config"])
+            main(["fit", *behind(shlex.split(code)), "--print_config"])
         assert stopped.value.code == 0, f"{code}: {capsys.readouterr().err}"
