@@ -3,6 +3,7 @@
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
 from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.patterns import Format, RegexMatch
+from lightning_rlhf.rewards.per_response import PerResponse
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
 from lightning_rlhf.rewards.verifiable import MathAnswer, ReasoningGym
@@ -15,6 +16,7 @@ __all__ = [
     "LearnedReward",
     "MathAnswer",
     "ModuleReward",
+    "PerResponse",
     "ReasoningGym",
     "RegexMatch",
     "Reward",
