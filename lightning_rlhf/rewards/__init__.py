@@ -1,6 +1,8 @@
 """Rewards and combinations of them."""
 
+from lightning_rlhf.rewards.chat import ChatModel
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
+from lightning_rlhf.rewards.judge import Judge, PairwiseJudge
 from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.patterns import Format, RegexMatch
 from lightning_rlhf.rewards.per_response import PerResponse
@@ -10,12 +12,15 @@ from lightning_rlhf.rewards.verifiable import MathAnswer, ReasoningGym
 from lightning_rlhf.rewards.zero import ZeroReward
 
 __all__ = [
+    "ChatModel",
     "EnsembleReward",
     "Format",
     "FunctionReward",
+    "Judge",
     "LearnedReward",
     "MathAnswer",
     "ModuleReward",
+    "PairwiseJudge",
     "PerResponse",
     "ReasoningGym",
     "RegexMatch",
