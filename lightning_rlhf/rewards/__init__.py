@@ -6,6 +6,7 @@ from lightning_rlhf.rewards.judge import Judge, PairwiseJudge
 from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.patterns import Format, RegexMatch
 from lightning_rlhf.rewards.per_response import PerResponse
+from lightning_rlhf.rewards.program import ProgramReward
 from lightning_rlhf.rewards.reward import FunctionReward, ModuleReward, Reward, Scores, TextReward, as_reward
 from lightning_rlhf.rewards.timed import TimedReward
 from lightning_rlhf.rewards.verifiable import MathAnswer, ReasoningGym
@@ -22,6 +23,7 @@ __all__ = [
     "ModuleReward",
     "PairwiseJudge",
     "PerResponse",
+    "ProgramReward",
     "ReasoningGym",
     "RegexMatch",
     "Reward",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from typing import Any
 
@@ -20,7 +18,6 @@ from lightning_rlhf.rewards import (
     LearnedReward,
     MathAnswer,
     ModuleReward,
-    PerResponse,
     ReasoningGym,
     RegexMatch,
     Reward,
@@ -58,33 +55,6 @@ def of_text(reward: TextReward) -> Any:
 def patience(reward: MathAnswer | ReasoningGym) -> bool:
     """Whether an answer is graded that takes some milliseconds."""
     return reward.score([None], ["7"], answer=["7"], reasoning_gym=ENTRIES[:1]) == [1.0]
-
-
-def longest(prompt: Any, response: str) -> float:
-    return float(len(response))
-
-
-def shortest(prompt: Any, response: str) -> float:
-    return -float(len(response))
-
-
-def most_at_once(reward: PerResponse) -> int:
-    """Most calls that ran together, of six that wait for each other where they can."""
-    lock, meeting, counts = threading.Lock(), threading.Barrier(6), [0, 0]
-
-    def fn(prompt: Any, response: str) -> float:
-        with lock:
-            counts[0] += 1
-            counts[1] = max(counts)
-        with contextlib.suppress(threading.BrokenBarrierError):
-            meeting.wait(0.05)
-        with lock:
-            counts[0] -= 1
-        return 0.0
-
-    reward.fn = fn
-    reward.score([None] * 6, TEXTS)
-    return counts[1]
 
 
 def table(bench: Bench) -> Table:
@@ -133,7 +103,6 @@ def table(bench: Bench) -> Table:
         MathAnswer: case(of_text, column=to("result"), seconds=to(1e-6, by=patience)),
         ReasoningGym: case(of_text, task=to("chain_sum"), extract=to("last_number"), seconds=to(1e-6, by=patience)),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
-        PerResponse: case(scores, {"fn": longest}, fn=to(shortest), concurrency=to(1, by=most_at_once)),
         RegexMatch: case(of_text, {"pattern": r"(\d+)"}, pattern=to(r"is (\d+)"), column=to("answer")),
         TimedReward: case(scores, {"reward": words}, reward=to(letters), seconds=to(0.05, by=in_time, reward=slowly)),
         WeightedReward: case(
