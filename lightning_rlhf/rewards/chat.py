@@ -1,8 +1,9 @@
-"""Client of an OpenAI-compatible chat endpoint: tries again, several calls at a time, answers kept on disk."""
+"""Concurrent client of an OpenAI-compatible chat endpoint that tries again and keeps answers."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long, up to `LONGEST_PAUSE`, less up to a half."""
 LONGEST_PAUSE = 20.0
+JSON = {"Content-Type": "application/json"}
 BUSY = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 
@@ -78,8 +80,8 @@ class ChatModel:
     """Number of times a prompt is asked whose answer can't be read: each with the next seed, and from the second on at
     a temperature of 1 where it is 0."""
     fields: dict[str, Any] | None = None
-    """Further fields of the request; None as a value leaves a field out: `{max_tokens: null,
-    max_completion_tokens: 1024}`."""
+    """Further fields of the request. None as a value leaves a field out, in Python or a config file:
+    `{max_tokens: null, max_completion_tokens: 1024}`."""
     timeout: float = 120.0
     """Most seconds of one call."""
     patience: float = 120.0
@@ -155,7 +157,12 @@ class ChatModel:
         return {i: reading for i, reading in enumerate(in_loop(ask_all)) if reading is not None}
 
     def body(self, message: str, attempt: int) -> dict[str, Any]:
-        """Return the request of the given attempt, from 0, without what is left out."""
+        """Return the request without the fields that are left out.
+
+        Args:
+            message: text.
+            attempt: number of times the message was asked before.
+        """
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": message}],
@@ -236,7 +243,7 @@ class _Session:
 
     async def _tried(self, body: dict[str, Any]) -> str:
         try:
-            answer = await self._http.post(self._url, json=body)
+            answer = await self._http.post(self._url, content=json.dumps(body), headers=JSON)
         except self._lost as error:
             what = "cannot be reached" if "Connect" in type(error).__name__ else "broke off its answer"
             raise _Trouble(f"{what} ({self._safe(str(error)) or type(error).__name__})") from None

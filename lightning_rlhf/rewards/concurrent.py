@@ -22,14 +22,14 @@ def is_async(fn: Callable[..., Any]) -> bool:
 
 
 def each_in_threads(call: Callable[[int], Any], prompts: Sequence[Any], *, most: int, source: str) -> list[Any]:
-    """Return `call(i)` for every row i in order, at most `most` at a time, each in a thread.
+    """Return `call(i)` for every row i in order, called in threads.
 
     After a failure or an interrupt no further call begins; those that run are left to end by themselves.
 
     Args:
         call: takes the index of a row.
         prompts: of the rows, for the error.
-        most: number of threads.
+        most: number of calls at a time.
         source: whose calls they are, for the error.
 
     Raises:
@@ -67,7 +67,7 @@ def each_in_threads(call: Callable[[int], Any], prompts: Sequence[Any], *, most:
 
 
 def each_in_loop(call: Callable[[int], Awaitable[Any]], prompts: Sequence[Any], *, most: int, source: str) -> list[Any]:
-    """Return the results of `await call(i)` for every row i in order, at most `most` at a time, in one event loop.
+    """Return the results of `await call(i)` for every row i in order, in one event loop.
 
     A failure cancels the others. Arguments and errors are those of `each_in_threads`.
     """

@@ -195,7 +195,7 @@ class PairwiseJudge:
         return {name: getattr(self, name) for name in ("chat", "template", "parse", "unparsed")}
 
     def __call__(self, prompts: list[Any], first: list[str], second: list[str], /, **columns: list[Any]) -> list[float]:
-        """Return the probability that `first` is better for each pair: 1, 0, or ½ for a tie.
+        """Return the probability that `first` is better for each pair, ½ for a tie.
 
         Raises:
             RuntimeError: the server refuses or was lost, or no answer could be read and `unparsed` is None.

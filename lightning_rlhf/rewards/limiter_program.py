@@ -13,7 +13,12 @@ import sys
 
 
 def main(limits: dict[str, int], command: list[str]) -> None:
-    """Set the limits, by name and number of bytes, seconds or processes, and run the command in this process."""
+    """Set the limits of this process and become the command.
+
+    Args:
+        limits: by name of the resource: bytes, seconds, or a number of processes.
+        command: full path of a program with its arguments.
+    """
     for name, most in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

@@ -34,7 +34,7 @@ class Run(NamedTuple):
     Attributes:
         score: its number; None if it gave none.
         problem: why not, empty if there is a score.
-        late: whether it was ended at the time limit.
+        late: whether it was ended from outside, as at a time limit.
     """
 
     score: float | None
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 class ProgramReward(TextReward):
-    """Score of a response by a program, run once for each with limits on time, memory and files.
+    """Score of a response by a program, run once for each with limits on what it uses.
 
     The program reads `{"prompt": …, "response": …, "columns": {…}}`, JSON, from its standard input; the last line of
     its output is the score. It runs in an empty folder of its own, without the environment of the run (`PATH` alone is
@@ -57,7 +57,7 @@ class ProgramReward(TextReward):
     Args:
         command: program and arguments. `python` is this interpreter; an argument that is a file here is passed by its
             full path, since the program runs elsewhere.
-        seconds: most wall time of a run, and most CPU time of each of its processes.
+        seconds: most wall time of a run; each of its processes has a second more of CPU time.
         memory: most address space of each process, bytes.
         file_size: most bytes of a file that it writes, its output included.
         processes: most processes of the user, as the system counts: those of all programs together; None sets no limit.
@@ -85,7 +85,7 @@ class ProgramReward(TextReward):
             raise ValueError("ProgramReward needs a POSIX system, whose processes have limits")
         self.command, self.seconds, self.memory, self.file_size = list(command), seconds, memory, file_size
         self.processes, self.concurrency, self.failed = processes, concurrency, failed
-        limits = {"AS": memory, "CPU": math.ceil(seconds), "FSIZE": file_size, "CORE": 0}
+        limits = {"AS": memory, "CPU": math.ceil(seconds) + 1, "FSIZE": file_size, "CORE": 0}
         limits |= {} if processes is None else {"NPROC": processes}
         self._argv = [sys.executable, "-I", "-S", str(LIMITER), json.dumps(limits), *_located(self.command)]
 
@@ -193,6 +193,8 @@ def _tail(path: Path) -> str:
 
 def _read(code: int, output: str, errors: str) -> Run:
     """Return the outcome of a program that ended."""
+    if code == -signal.SIGKILL:
+        return Run(None, "was killed, by the limit of CPU time or for memory", late=True)
     if code != 0:
         return Run(None, f"ended with code {code} ({errors[-300:] or 'no message'})")
     last = output.rpartition("\n")[2]

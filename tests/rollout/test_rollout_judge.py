@@ -73,6 +73,11 @@ def test_fields_are_added_and_left_out(fake, judge):
     assert "max_tokens" not in fake.bodies[0]
 
 
+def test_half_a_surrogate_pair_is_sent(fake, judge):
+    assert judge().score(["\ud800"], ["response 2"]) == [2.0]
+    assert "\ud800" in fake.bodies[0]["messages"][0]["content"]
+
+
 def test_wall_time_is_that_of_the_slowest_and_the_order_that_of_the_responses(fake, judge):
     fake.fault = lambda n, body: 0.4 - 0.02 * number_of(body["messages"][0]["content"])
     start = time.monotonic()

@@ -73,28 +73,24 @@ def test_environment_and_folder_are_its_own(program, monkeypatch, tmp_path):
         ("x = bytearray(2**30)", {"memory": 2**29}),
         ("open('x', 'wb').write(bytes(2**21))", {"file_size": 2**20}),
         ("print('x' * 2**21, flush=True)", {"file_size": 2**20}),
-        ("sys.exit(3)", {}),
-        ("print('no')", {}),
-        ("print('nan')", {}),
-        ("pass", {}),
+        ("print(5); sys.exit(3)", {}),
+        ("print('no'); sys.exit()", {}),
+        ("print('nan'); sys.exit()", {}),
+        ("sys.exit()", {}),
     ],
     ids=["memory", "file", "output", "code", "text", "nan", "silence"],
 )
 def test_failed_run_scores_failed_and_is_counted(program, make_rollout, toy_tokenizer, lines, limits):
-    reward = program(f"if response == 'd':\n    {lines}\nif response != 'd':\n    print(2)", failed=-1.5, **limits)
+    reward = program(f"if response == 'd':\n    {lines}\nprint(2)", failed=-1.5, **limits)
     reward.prepare(toy_tokenizer)
     scores = reward.scored(make_rollout([[10], [11]], [[13, 0], [14, 0]]), [{"prompt": "a"}, {}])
     assert scores.total.tolist() == [-1.5, 2.0]
     assert scores.parts["failed"].tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("lines", "limits"),
-    [("x = bytearray(2**30)", {}), ("open('x', 'wb').write(bytes(2**21))", {}), ("print('x' * 2**21)", {})],
-    ids=["memory", "file", "output"],
-)
-def test_same_lines_pass_within_the_limits(program, lines, limits):
-    assert score(program(f"{lines}\nprint(2)", **limits), "a") == [2.0]
+@pytest.mark.parametrize("lines", ["x = bytearray(2**30)", "open('x', 'wb').write(bytes(2**21))", "print('x' * 2**21)"])
+def test_same_lines_pass_within_the_limits(program, lines):
+    assert score(program(f"{lines}\nprint(2)"), "a") == [2.0]
 
 
 def test_late_program_is_ended_with_its_children(program, tmp_path):
@@ -134,7 +130,7 @@ def gone(process):
 def test_process_that_leaves_its_group_has_a_limit_of_cpu_time(program):
     """Its limits are its own: `RLIMIT_CPU` and the others are set before the program starts."""
     lines = "import resource as r\nprint([*map(r.getrlimit, [r.RLIMIT_CPU, r.RLIMIT_CORE, r.RLIMIT_NPROC])])\n"
-    with pytest.raises(RuntimeError, match=r"\[\(3, 3\), \(0, 0\), \(4000, 4000\)\]"):
+    with pytest.raises(RuntimeError, match=r"\[\(4, 4\), \(0, 0\), \(4000, 4000\)\]"):
         score(program(lines, seconds=2.5, processes=4000), "a")
 
 
@@ -145,8 +141,9 @@ def test_program_that_fails_everywhere_is_told_with_what_it_wrote(program):
         score(reward, "a", "b")
 
 
-def test_rollout_that_is_late_everywhere_is_no_fault_of_the_program(program):
-    assert score(program("time.sleep(60)", seconds=0.3), "a", "b") == [0.0, 0.0]
+@pytest.mark.parametrize("lines", ["time.sleep(60)", "os.kill(os.getpid(), 9)"], ids=["wall", "killed"])
+def test_rollout_that_is_late_everywhere_is_no_fault_of_the_program(program, lines):
+    assert score(program(lines, seconds=0.5), "a", "b") == [0.0, 0.0]
 
 
 def test_file_that_is_no_program_is_told(program, tmp_path):
