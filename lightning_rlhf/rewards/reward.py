@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.models import ScalarModel, score_at_end
 from lightning_rlhf.models.adapter import is_adapted
+from lightning_rlhf.rewards.concurrent import in_loop
 from lightning_rlhf.rewards.text import check_needed, columns_of, decoded, wanted_by
 from lightning_rlhf.types import Objectives, Rollout, Row
 
@@ -169,7 +171,10 @@ class TextReward(Reward):
 
 
 class FunctionReward(TextReward):
-    """Reward by a plain Python function `fn(prompts, responses, **columns)`.
+    """Reward by a Python function `fn(prompts, responses, **columns)`, plain or `async def`.
+
+    An `async def` function runs in an event loop in a thread of its own, new for each rollout and closed after it.
+    `PerResponse` calls a function of one response.
 
     Args:
         fn: returns one number per response, or None where it is not its task. It gets the columns it names, or all of
@@ -187,7 +192,8 @@ class FunctionReward(TextReward):
         self, prompts: list[Any], responses: list[str], /, **columns: list[Any]
     ) -> Sequence[float | None] | Tensor:
         """Return the result of the function."""
-        return self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
+        result = self.fn(prompts, responses, **{name: x for name, x in columns.items() if name in self._wanted})
+        return in_loop(lambda: result) if inspect.iscoroutine(result) else result
 
     def _asked(self) -> Callable[..., Any]:
         return self.fn

@@ -1,0 +1,2 @@
+import json, sys
+print(len(json.load(sys.stdin)['response']))
