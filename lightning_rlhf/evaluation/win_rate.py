@@ -116,7 +116,7 @@ def judged(fn: Callable[..., Any], rows: Sequence[Row], first: list[str], second
     if not rows:
         return torch.zeros(2, 0, dtype=torch.float64)
     columns = columns_of(rows, but={"prompt", "prompts", "first", "second"})
-    wanted, prompts = wanted_by(fn), [row.get("prompt") for row in rows]
+    wanted, prompts = wanted_by(fn, texts=3), [row.get("prompt") for row in rows]
     asked = {name: column for name, column in columns.items() if name in wanted}
     name = getattr(fn, "__qualname__", type(fn).__name__)
     forward = _checked(fn(prompts, first, second, **asked), count=len(rows), name=name)

@@ -184,7 +184,7 @@ class FunctionReward(TextReward):
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
         try:
-            self._wanted = wanted_by(fn)
+            self._wanted = wanted_by(fn, texts=2)
         except ValueError as error:
             raise TypeError(f"`reward`: {fn!r} has no signature; wrap it in def fn(prompts, responses): ...") from error
 

@@ -14,11 +14,18 @@ from lightning_rlhf.types import Rollout, Row
 _TAG = re.compile(r"<\w+>")
 
 
-class Everything(Container[str]):
-    """Container that contains every name."""
+class EverythingBut(Container[str]):
+    """Container that contains every name but some.
+
+    Args:
+        names: that it does not contain.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
 
     def __contains__(self, name: object) -> bool:
-        return True
+        return name not in self.names
 
 
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -75,19 +82,24 @@ def check_needed(fn: Callable[..., Any], names: set[str], *, texts: int, source:
 
 def needed_by(fn: Callable[..., Any], *, texts: int) -> list[str]:
     """List the arguments of a function without a default, but for its first `texts`."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(inspect.signature(fn).parameters.values())
-    positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:texts]
-    others = [p for p in parameters if p not in positional and p.kind in named]
-    return [p.name for p in others if p.default is inspect.Parameter.empty]
+    return [p.name for p in _columns(fn, texts=texts) if p.default is inspect.Parameter.empty]
 
 
-def wanted_by(fn: Callable[..., Any]) -> Container[str]:
-    """Names of the arguments of a function; contains every name if it takes `**kwargs`.
+def wanted_by(fn: Callable[..., Any], *, texts: int) -> Container[str]:
+    """Names of the columns that a function takes, but for its first `texts`; every other name with `**kwargs`.
 
     Raises:
         ValueError: it has no signature.
     """
     parameters = inspect.signature(fn).parameters.values()
+    columns = {p.name for p in _columns(fn, texts=texts)}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return Everything() if takes_all else {p.name for p in parameters}
+    return EverythingBut({p.name for p in parameters} - columns) if takes_all else columns
+
+
+def _columns(fn: Callable[..., Any], *, texts: int) -> list[inspect.Parameter]:
+    """Return the arguments that may be given by name, but for the first `texts`, which get the texts."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(fn).parameters.values())
+    positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:texts]
+    return [p for p in parameters if p not in positional and p.kind in named]

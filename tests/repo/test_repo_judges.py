@@ -43,7 +43,7 @@ def test_key_of_a_judge_stands_in_no_file_of_a_run(ppo, workplace: Path, monkeyp
     assert files_with(KEY, workplace) == []
 
 
-def test_async_function_by_its_path(ppo, monkeypatch):
+def test_async_function_by_its_path(ppo, workplace, monkeypatch):
     async def brevity(prompts, responses):
         return [-float(len(response)) for response in responses]
 
@@ -64,7 +64,7 @@ def test_async_function_by_its_path(ppo, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of processes")
-def test_program_by_its_command(ppo):
+def test_program_by_its_command(ppo, workplace):
     Path("grade.py").write_text("import json, sys\nprint(len(json.load(sys.stdin)['response']))\n")
     words = ppo(model__reward__path=None)
     cli = main(["fit", *words, "--model.reward=ProgramReward", "--model.reward.command=[python, grade.py]", STEP])

@@ -392,3 +392,19 @@ def test_frozen_networks_do_not_train(make_lm, make_folder, toy_tokenizer, make_
 
 def test_function_reward_is_made_of_a_function():
     assert isinstance(as_reward(lambda prompts, responses: []), FunctionReward)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda questions, answers: [float(len(answer)) for answer in answers],
+        lambda questions, answers, **columns: [float("answers" not in columns) * len(answer) for answer in answers],
+    ],
+)
+def test_first_two_arguments_are_texts_whatever_they_are_called(text_rollout, toy_tokenizer, fn):
+    """A column of the same name is left out, and not given twice."""
+    found = prepared(fn, toy_tokenizer)(text_rollout, [row | {"answers": "no response"} for row in ROWS])
+    assert len(set(found.tolist())) > 1
+    assert torch.equal(
+        found, prepared(lambda _, answers: [float(len(a)) for a in answers], toy_tokenizer)(text_rollout, ROWS)
+    )

@@ -1,2 +1,0 @@
-import json, sys
-print(len(json.load(sys.stdin)['response']))
