@@ -381,3 +381,47 @@ def test_rankings_run_all_stages_and_report(tiny: Any, workplace: Path, monkeypa
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# Arithmetic
+
+
+def test_sums_are_split_by_their_operands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    sums = load_of("arithmetic", "sums", monkeypatch)
+    files = sums.prepare(tmp_path)
+    rows = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in files.items()}
+    pairs = {name: {sums.operands(row["prompt"]) for row in part} for name, part in rows.items()}
+    assert sum(map(len, rows.values())) == 200
+    assert not pairs["train"] & pairs["val"]
+    assert (len(pairs["train"]), len(pairs["val"])) == (44, 11)
+    assert {row["prompt"] for row in rows["train"]}.isdisjoint(row["prompt"] for row in rows["val"])
+
+
+def load_of(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(EXAMPLES / folder)
+    return import_module(name)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dynamic"])
+def test_arithmetic_trains_and_its_curve_is_read(
+    method: str, tiny: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both methods on a tiny network: as many tokens as were drawn, and a plot of the pass rates."""
+    pytest.importorskip("reasoning_gym")
+    sums = load_of("arithmetic", "sums", monkeypatch)
+    run = runpy.run_path(str(EXAMPLES / "arithmetic" / "run.py"))
+    files = sums.prepare(Path("data"))
+    config = EXAMPLES.parent / "configs" / "grpo.yaml"
+    words = [f"--config={config}", f"--config={EXAMPLES / 'arithmetic' / 'arithmetic.yaml'}"]
+    words += [f"--run=runs/arithmetic/{method}-0", f"--model.policy.path={tiny.policy}", "--data.prompt_role=null"]
+    words += [f"--data.{part}={path}" for part, path in files.items()]
+    main(["fit", *words, *run["METHODS"][method], "--trainer.max_steps=2", "--trainer.limit_train_batches=1"])
+    (first, second) = run["curve"](method, 0)
+    assert (first["rollouts"], second["rollouts"]) == (1, 2)
+    assert 0 < first["tokens"] < second["tokens"]
+    if method == "dynamic":
+        assert first["tokens"] > 64  # nothing is solved, and four batches are drawn
+    plot = load_of("arithmetic", "plot", monkeypatch)
+    plot.plot([{"method": method, "seed": 0} | point for point in (first, second)], Path("curves.png"))
+    assert Path("curves.png").stat().st_size > 1000
