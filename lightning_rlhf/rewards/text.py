@@ -86,7 +86,9 @@ def needed_by(fn: Callable[..., Any], *, texts: int) -> list[str]:
 
 
 def wanted_by(fn: Callable[..., Any], *, texts: int) -> Container[str]:
-    """Names of the columns that a function takes, but for its first `texts`; every other name with `**kwargs`.
+    """Names of the columns that a function takes beside its first `texts` arguments.
+
+    With `**kwargs` it takes every other name.
 
     Raises:
         ValueError: it has no signature.
@@ -98,7 +100,7 @@ def wanted_by(fn: Callable[..., Any], *, texts: int) -> Container[str]:
 
 
 def _columns(fn: Callable[..., Any], *, texts: int) -> list[inspect.Parameter]:
-    """Return the arguments that may be given by name, but for the first `texts`, which get the texts."""
+    """Return the arguments that may be given by name beside the first `texts`, which get the texts."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(fn).parameters.values())
     positional = [p for p in parameters if p.kind in named[:1] or p.kind is inspect.Parameter.POSITIONAL_ONLY][:texts]
