@@ -35,9 +35,15 @@ max_tool_calling_iterations vllm_importance_sampling_correction vllm_importance_
 vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min off_policy_mask_threshold use_bias_correction_kl
 log_completions_hub_repo vllm_importance_sampling_cap
 """
+SUPERVISED = """
+activation_offloading assistant_only_loss center_rewards_coefficient chat_template_path completion_only_loss
+dataset_kwargs dataset_num_proc dataset_text_field discopop_tau eos_token eval_packing f_alpha_divergence_coef
+f_divergence_type label_smoothing ld_alpha loss_weights max_length packing packing_strategy pad_token padding_free
+precompute_ref_batch_size precompute_ref_log_probs truncation_mode use_weighting
+"""
 RLOO = "normalize_advantages reward_clip_range"
-FIELDS = sorted({*BOTH.split(), *GRPO.split(), *RLOO.split()})
-"""Own fields of `GRPOConfig` and `RLOOConfig`: those that their class bodies annotate."""
+FIELDS = sorted({*BOTH.split(), *GRPO.split(), *RLOO.split(), *SUPERVISED.split()})
+"""Own fields of TRL's configs: those that their class bodies annotate."""
 REQUIRED = ("--config=ppo", "--model.policy.path=MODEL", "--model.reward.path=MODEL", "--data.train=prompts.jsonl")
 """What a run of stage 3 needs to be parsed."""
 ROWS = [
@@ -80,10 +86,8 @@ def test_fields_are_those_of_trl() -> None:
     trl = pytest.importorskip("trl")
     if not trl.__version__.startswith(TRL):
         pytest.skip(f"these are the fields of {TRL}, here is {trl.__version__}")
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.rloo_config import RLOOConfig
-
-    assert {*GRPOConfig.__annotations__, *RLOOConfig.__annotations__} == set(FIELDS)
+    configs = (trl.GRPOConfig, trl.RLOOConfig, trl.DPOConfig, trl.RewardConfig, trl.SFTConfig)
+    assert {name for config in configs for name in config.__annotations__} == set(FIELDS)
 
 
 STAGES = {"sft": "model", "reward": "model", "dpo": "policy", "kto": "policy"}
