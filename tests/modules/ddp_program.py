@@ -44,6 +44,7 @@ from lightning_rlhf.core import (
     DPO,
     GAE,
     KTO,
+    AdaptiveEntropy,
     AdaptiveKL,
     Algorithm,
     BanditAdvantage,
@@ -59,6 +60,7 @@ from lightning_rlhf.core import (
     LinearSchedule,
     MaskTruncated,
     NoScale,
+    OnPolicyDistillation,
     RewardToGo,
     RunningMean,
     SeqMeanTokenMean,
@@ -313,6 +315,22 @@ def selected(folder: Path, devices: int) -> dict:
         found[name] = run(module, data, devices, callbacks=[log])
         found[name]["selection"] = module.selection.state()
     return found
+
+
+def distilled(folder: Path, devices: int) -> dict:
+    """The exact KL to a teacher and an entropy bonus: sums over the vocabulary, in microbatches of unequal number."""
+    module = PPOModule(
+        policy=source(folder, "lm"),
+        reference=source(folder, "teacher"),
+        reward=Table(),
+        algorithm=OnPolicyDistillation(entropy_bonus=AdaptiveEntropy(coef=0.1, target=100.0, step=0.05)),
+        generation=SamplingParams(max_new_tokens=6),
+        updates=UpdateSchedule(minibatch=4 // devices, microbatch_tokens=12),
+        optimizer=ADAM,
+        schedule=ConstantSchedule(),
+    )
+    data = PromptDataModule(train=str(folder / "prompts.jsonl"), batch_size=8 // devices)
+    return run(module, data, devices) | {"bonus": module.algorithm.entropy_bonus.state()}
 
 
 def lora(folder: Path, devices: int) -> dict:

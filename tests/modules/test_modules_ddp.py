@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
-NAMES = "ppo,gae,lora,resumed,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected"
+NAMES = "ppo,gae,lora,resumed,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected,distilled"
 JOBS = [
     f"one:1:{NAMES}:90",
     f"ddp:2:{NAMES}:90",
@@ -93,6 +93,16 @@ def test_two_processes_train_groups_as_one(outcomes, strategy, method):
     assert one["kl"] == pytest.approx(two["kl"], abs=1e-9)
     assert one["advantage"] == pytest.approx(two["advantage"], abs=1e-9)
     assert bool(one["advantage"]) == (method == "running_mean")
+
+
+def test_two_processes_distill_as_one(outcomes, strategy):
+    """Whole replicas sum from hidden states, shards from logits."""
+    one, two = outcomes("distilled", strategy)
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert_same_numbers(a, b)
+    assert one["bonus"] == pytest.approx(two["bonus"], abs=1e-9)
+    assert one["steps"][0]["loss/kl_avg"] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["refilled", "short"])
