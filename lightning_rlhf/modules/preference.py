@@ -14,7 +14,7 @@ from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import ModelSource, PolicyModel
 from lightning_rlhf.models.limits import check_length
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference
 from lightning_rlhf.modules.preference_batch import as_comparisons, mismatched, responses_of
 from lightning_rlhf.modules.ranking_evaluation import RankingEvaluation, seen
@@ -77,6 +77,18 @@ class PreferenceModule(SupervisedModule):
     def _build_frozen(self) -> list[nn.Module]:
         self.reference = build_reference(self.model, self._reference_source, None)
         return [] if self.reference.frozen is None else [self.reference.frozen]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the settings of the run and a reference that has moved."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlhf"]["reference"] = self.reference.state() if self.model else {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore a reference that has moved; raise if the checkpoint belongs to a run with other settings."""
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["rlhf"].get("reference"):
+            self.configure_model()
+            self.reference.restore(checkpoint["rlhf"]["reference"])
 
     def forward(self, texts: TextBatch) -> Tensor:
         """Return log π_θ of each text's targets, (N,), nats.

@@ -38,7 +38,7 @@ from lightning_rlhf import (
     WeightedReward,
     WinRate,
 )
-from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
+from lightning_rlhf.callbacks import EMA, Export, MovingReference, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import (
     DAPO,
     DPO,
@@ -367,6 +367,42 @@ def resumed(folder: Path, devices: int) -> dict:
         ema = EMA(decay=0.5)
         found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.algorithm.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
+    return found
+
+
+class ReferenceAtStart(Callback):
+    """The reference's weights when training starts, and at its end."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = pl_module.reference.weights()
+
+    def on_train_end(self, trainer, pl_module):
+        self.end = pl_module.reference.weights()
+
+
+def moving(folder: Path, devices: int) -> dict:
+    """A reference that moves twice an epoch: without a stop, with one, and from the checkpoint of one process."""
+    path, found = str(folder / f"moving-{strategy}.ckpt"), {}
+    for name, options in {
+        "whole": {"max_epochs": 2},
+        "first": {"max_epochs": 1, "checkpoint": path},
+        "resumed": {"max_epochs": 2, "ckpt_path": path},
+        "from_one": {"max_epochs": 2, "ckpt_path": str(folder / "moving-one.ckpt")},
+    }.items():
+        module = PPOModule(
+            policy=source(folder, "lm"),
+            reward=Table(),
+            algorithm=Algorithm(beta=0.2),
+            generation=SamplingParams(max_new_tokens=6),
+            optimizer=ADAM,
+            schedule=ConstantSchedule(),
+        )
+        data = PromptDataModule(
+            train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
+        )
+        watch = ReferenceAtStart()
+        found[name] = run(module, data, devices, callbacks=[MovingReference(alpha=0.6, every=1), watch], **options)
+        found[name] |= {"start": watch.start, "end": watch.end}
     return found
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
-NAMES = "ppo,gae,lora,resumed,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected"
+NAMES = "ppo,gae,lora,resumed,moving,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected"
 JOBS = [
     f"one:1:{NAMES}:90",
     f"ddp:2:{NAMES}:90",
@@ -195,6 +195,22 @@ def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name
     first = assert_same_folder(one, two, atol=1e-9)
     start = load_file(folder / ("scorer" if name == "reward" else "lm") / "model.safetensors")
     assert any(float((first[key] - start[key]).abs().max()) > 1e-3 for key in first)  # not the weights it began with
+
+
+def test_two_processes_move_the_reference_of_one(outcomes, strategy):
+    """Without a stop, resumed, and resumed from the checkpoint of one process; shard by shard under FSDP2."""
+    one, two = outcomes("moving", strategy)
+    for name in ("whole", "resumed", "from_one"):
+        for key, weight in one["whole"]["end"].items():
+            assert float((two[name]["end"][key] - weight).abs().max()) < 1e-9
+        assert float((two[name]["weights"] - one["whole"]["weights"]).abs().max()) < 1e-9
+        assert_same_numbers(one[name]["eval"], two[name]["eval"])
+    for key, weight in two["first"]["end"].items():
+        assert torch.equal(two["resumed"]["start"][key], weight)
+        assert torch.equal(two["from_one"]["start"][key], one["first"]["end"][key])
+    assert any(
+        float((two["first"]["end"][key] - start).abs().max()) > 1e-3 for key, start in two["first"]["start"].items()
+    )
 
 
 def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):
