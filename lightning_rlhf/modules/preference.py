@@ -126,19 +126,21 @@ class PreferenceModule(SupervisedModule):
 
     @torch.no_grad()
     def estimated_kl(self, batch: ComparisonBatch) -> Tensor | None:
-        """Estimate max(0, KL(π_θ‖π_ref)) from mismatched pairs of all processes; returns None if the loss needs none.
+        """Estimate max(0, KL(π_θ‖π_ref)) from mismatched pairs of the whole batch; returns None if the loss needs none.
 
         Args:
             batch: B prompts of this process.
 
         Returns:
-            scalar, nats; 0 if no process has two prompts.
+            scalar, nats; 0 if fewer than two prompts of the batch of all processes count.
         """
         if not self.loss.needs_kl:
             return None
-        texts, counts = mismatched(batch)
+        ranks = Ranks(self)
+        rank = torch.where(self.loss.counts(batch.rank).unsqueeze(1), batch.rank, -1)
+        texts, counts = mismatched(batch._replace(rank=rank), ranks)
         ratios = torch.where(counts, self(texts) - self.reference_logprobs(texts), 0.0)
-        total, count = Ranks(self).sum(torch.stack([ratios.sum(), counts.sum().to(ratios)]))
+        total, count = ranks.sum(torch.stack([ratios.sum(), counts.sum().to(ratios)]))
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def training_step(self, batch: ComparisonBatch | LabeledBatch, batch_idx: int) -> Tensor:

@@ -21,7 +21,8 @@ def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> P
     """Models, of two layers or the file's LAYERS, and data."""
     folder = tmp_path_factory.mktemp("ddp")
     depth = {"n_layer": getattr(request.module, "LAYERS", 2)}
-    for name, network in {"lm": make_lm(end=ENDS, **depth), "scorer": make_scorer(**depth)}.items():
+    networks = {"lm": make_lm(end=ENDS, **depth), "other": make_lm(end=ENDS, seed=5, **depth)}
+    for name, network in (networks | {"scorer": make_scorer(**depth)}).items():
         network.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     files = {

@@ -437,11 +437,17 @@ def preference(folder: Path, devices: int) -> dict:
     return run(module, data, devices, callbacks=exporting(folder, "preference"))
 
 
-def labels(folder: Path, devices: int) -> dict:
-    """KTO on the best and the worst; one row to validate on, so that the second process has only a filler."""
-    module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), optimizer=ADAM, schedule=ConstantSchedule())
-    train, val = (str(folder / f"{name}.jsonl") for name in ("comparisons", "one_comparison"))
-    return run(module, ComparisonDataModule(train=train, val=val, batch_size=4 // devices), devices)
+def labels(folder: Path, devices: int, *, val: str = "comparisons", epochs: int = 2) -> dict:
+    """KTO on the best and the worst, away from a reference of other weights, so that the KL is above 0."""
+    module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), source(folder, "other"), optimizer=ADAM)
+    train, val = (str(folder / f"{name}.jsonl") for name in ("comparisons", val))
+    data = ComparisonDataModule(train=train, val=val, batch_size=4 // devices)
+    return run(module, data, devices, max_epochs=epochs)
+
+
+def scarce_labels(folder: Path, devices: int) -> dict:
+    """One row to validate on, so that the second process has only a filler."""
+    return labels(folder, devices, val="one_comparison", epochs=1)
 
 
 def scarce(folder: Path, devices: int) -> dict:
