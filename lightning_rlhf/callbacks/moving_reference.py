@@ -36,13 +36,18 @@ class MovingReference(Callback):
         """Check that the reference can move.
 
         Raises:
-            ValueError: the module has no reference, or not one with weights like the policy's, or the strategy's shards
-                of the two do not match.
+            ValueError: the module has no reference, or not one with weights like the policy's, or the module caches
+                what its reference says, or the strategy is FSDP1.
         """
         if not hasattr(pl_module, "reference"):
             raise ValueError(
                 f"MovingReference needs a reference, which {type(pl_module).__name__} has not: leave it out, or train "
                 "a PPOModule or PreferenceModule"
+            )
+        if getattr(pl_module, "cache_reference", False):
+            raise ValueError(
+                "`cache_reference` keeps what the reference said at the start, which is stale once MovingReference "
+                "moves it: set `cache_reference` to false, or leave MovingReference out"
             )
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(

@@ -437,6 +437,31 @@ def preference(folder: Path, devices: int) -> dict:
     return run(module, data, devices, callbacks=exporting(folder, "preference"))
 
 
+class ReferencePasses(Callback):
+    """Passes of the reference on this process in every epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if not hasattr(self, "counts"):
+            self.counts = []
+            pl_module.reference.frozen.register_forward_pre_hook(self._count)
+        self.counts.append(0)
+
+    def _count(self, *_):
+        self.counts[-1] += 1
+
+
+def cached(folder: Path, devices: int) -> dict:
+    """DPO whose reference is asked once for each text; rows change process from epoch to epoch."""
+    module = PreferenceModule(
+        source(folder, "lm"), DPO(beta=0.5), source(folder, "other"), optimizer=ADAM, cache_reference=True
+    )
+    data = ComparisonDataModule(train=str(folder / "comparisons.jsonl"), batch_size=4 // devices)
+    passes, root = ReferencePasses(), str(folder / f"cached-{strategy}")
+    found = run(module, data, devices, max_epochs=3, callbacks=[passes], default_root_dir=root)
+    counts = module.all_gather(torch.tensor(passes.counts)).view(-1, 3).tolist()
+    return found | {"passes": counts}
+
+
 def labels(folder: Path, devices: int, *, val: str = "comparisons", epochs: int = 2) -> dict:
     """KTO on the best and the worst, away from a reference of other weights, so that the KL is above 0."""
     module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), source(folder, "other"), optimizer=ADAM)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
 SCARCE = "scarce,scarce_sft,scarce_ppo,scarce_labels"
-NAMES = f"ppo,gae,lora,resumed,moving,sft,reward,preference,labels,{SCARCE},grouped,selected"
+NAMES = f"ppo,gae,lora,resumed,moving,sft,reward,preference,cached,labels,{SCARCE},grouped,selected"
 JOBS = [
     f"one:1:{NAMES}:90",
-    f"ddp:2:{NAMES}:90",
-    f"fsdp2:2:{NAMES}:90",
+    f"ddp:2:{NAMES}:120",
+    f"fsdp2:2:{NAMES}:150",
     "nodes:2:ppo,reward:40",
     "failing:2:failing:40",
     "leaving:2:leaving:40",
@@ -157,6 +157,16 @@ def test_two_processes_find_one_bias(outcomes, strategy):
     one, two = outcomes("reward", strategy)
     assert one["bias"] == pytest.approx(two["bias"], abs=1e-6)  # the mean is accumulated in float32
     assert abs(one["bias"]) > 1e-3
+
+
+def test_two_processes_share_what_the_reference_said(outcomes, folder, strategy):
+    """Each text is read once by one of them, in the first epoch; shards make as many passes on both."""
+    one, two = outcomes("cached", strategy)
+    assert one["passes"] == [[32, 0, 0]]  # responses in the file
+    assert [epochs[1:] for epochs in two["passes"]] == [[0, 0], [0, 0]]
+    first = [epochs[0] for epochs in two["passes"]]
+    assert sum(first) == 32 if strategy == "ddp" else first[0] == first[1] < 32
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["labels", "scarce_labels"])

@@ -294,6 +294,12 @@ def _supervised(bench: Bench) -> Table:
         bench.trainer().fit(module, datamodule=data)
         return list(module.model.parameters())
 
+    def cached(module: PreferenceModule) -> bool:
+        folder = bench.empty()
+        trainer = bench.trainer(default_root_dir=folder)
+        trainer.fit(module, datamodule=ComparisonDataModule(**rankings))
+        return any(folder.rglob("logprobs.safetensors"))
+
     shared = {
         "tokenizer": to(bench.other_tokenizer),
         "optimizer": to(SLOW),
@@ -308,6 +314,7 @@ def _supervised(bench: Bench) -> Table:
             policy=to(bench.other_policy),
             loss=to(IPO()),
             reference=to(source),
+            cache_reference=to(True, by=cached),
             **shared,
         ),
         RewardModule: case(
