@@ -6,6 +6,7 @@ from lightning_rlhf.callbacks import (
     Export as Export,
     GradientNorms as GradientNorms,
     KLGuard as KLGuard,
+    MovingReference as MovingReference,
     NonFiniteGuard as NonFiniteGuard,
     PredictionWriter as PredictionWriter,
     Preflight as Preflight,

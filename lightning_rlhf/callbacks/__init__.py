@@ -6,6 +6,7 @@ from lightning_rlhf.callbacks.export import Export
 from lightning_rlhf.callbacks.gradient_norms import GradientNorms
 from lightning_rlhf.callbacks.kl_action import GuardAction, RaiseKL, RollBack, StopTraining
 from lightning_rlhf.callbacks.kl_guard import KLGuard
+from lightning_rlhf.callbacks.moving_reference import MovingReference
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.predictions import PredictionWriter
 from lightning_rlhf.callbacks.preflight import Preflight
@@ -20,6 +21,7 @@ __all__ = [
     "GradientNorms",
     "GuardAction",
     "KLGuard",
+    "MovingReference",
     "NonFiniteGuard",
     "PredictionWriter",
     "Preflight",

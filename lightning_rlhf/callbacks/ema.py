@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_rlhf.callbacks.after_step import after_step
+from lightning_rlhf.models.replica import sharded_as
 
 
 class EMA(Callback):
@@ -48,14 +49,14 @@ class EMA(Callback):
         begun = self.average or weights
         if begun.keys() != weights.keys():
             raise ValueError("the checkpoint's average is of another model: its trained parameters have other names")
-        self.average = {name: _precise(_sharded_as(weight, begun[name])) for name, weight in weights.items()}
+        self.average = {name: _precise(sharded_as(weight, begun[name])) for name, weight in weights.items()}
         optimizer = trainer.optimizers[0]
         self._stop = after_step(optimizer, lambda: self.update(pl_module) if _stepped(optimizer) else None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shard a checkpoint's average as the weights are: some strategies load it only after `on_fit_start`."""
         weights = _weights(pl_module)
-        self.average = {name: _sharded_as(weights[name], tensor) for name, tensor in self.average.items()}
+        self.average = {name: sharded_as(weights[name], tensor) for name, tensor in self.average.items()}
 
     @torch.no_grad()
     def update(self, pl_module: LightningModule) -> None:
@@ -79,7 +80,7 @@ class EMA(Callback):
             return
         for name, weight in _weights(pl_module).items():
             self._live[name] = weight.detach().clone()
-            weight.copy_(_sharded_as(weight, self.average[name]))
+            weight.copy_(sharded_as(weight, self.average[name]))
 
     @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:
@@ -137,11 +138,3 @@ def _precise(weight: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_as(weight: Tensor, tensor: Tensor) -> Tensor:
-    """Return the tensor on the weight's device and in the same shards."""
-    tensor = tensor.to(weight.device)
-    if isinstance(weight, DTensor) and not isinstance(tensor, DTensor):
-        return distribute_tensor(tensor, weight.device_mesh, weight.placements)
-    return tensor

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_rlhf.callbacks.ema import EMA
+from lightning_rlhf.callbacks.moving_reference import MovingReference
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,9 @@ class RaiseKL(GuardAction):
 class RollBack(GuardAction):
     """Restores the last state whose rollout was within the budget.
 
-    Restored are weights, optimizer, average, β, surrogate and baseline. Prompts and random numbers go on, so that the
-    same step is not taken again. The state is in main memory, twice: trained weights and optimizer. After a resume it
-    is the checkpoint's until a rollout was within the budget.
+    Restored are weights, optimizer, average, a reference that moves, β, surrogate and baseline. Prompts and random
+    numbers go on, so that the same step is not taken again. The state is in main memory, twice: trained weights and
+    optimizer. After a resume it is the checkpoint's until a rollout was within the budget.
 
     Args:
         limit: rollouts undone in a run before it stops.
@@ -161,16 +162,19 @@ def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
     return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
 
 
-def _snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+def _snapshot(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     """Copy the state to restore (weights, average, optimizers, algorithm) to main memory."""
     live: dict[str, Any] = {"weights": _trained(pl_module), "average": _average(trainer)}
     live = {kind: {name: t.detach() for name, t in tensors.items()} for kind, tensors in live.items()}
     live["optimizers"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
-    return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | {"algorithm": pl_module.algorithm}
+    kept: dict[str, Any] = {"algorithm": pl_module.algorithm}
+    if any(isinstance(callback, MovingReference) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        kept["reference"] = pl_module.reference.weights()
+    return copy.deepcopy(move_data_to_device(live, torch.device("cpu"))) | kept
 
 
 @torch.no_grad()
-def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: Any) -> None:
     """Restore a snapshot except the learning rates, which follow their schedule."""
     for kind, live in {"weights": _trained(pl_module), "average": _average(trainer)}.items():
         for name, tensor in live.items():
@@ -180,4 +184,6 @@ def _return(snapshot: dict[str, Any], trainer: Trainer, pl_module: LightningModu
         optimizer.load_state_dict(copy.deepcopy(state))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+    if "reference" in snapshot:
+        pl_module.reference.restore(snapshot["reference"])
     pl_module.algorithm = snapshot["algorithm"]

@@ -143,8 +143,8 @@ class IPO(PairLoss):
 class KTO(DirectPreferenceLoss):
     """Loss λ_D·σ(−β(h − z)) of a good response and λ_U·σ(β(h − z)) of a bad one (Ethayarajh et al. 2024, §4.1).
 
-    z = max(0, KL(π_θ‖π_ref)) is estimated from responses to other prompts of the batch and has no gradient. Labels are
-    those of `response_labels`, and a prompt's loss is the mean over its responses that count.
+    z = max(0, KL(π_θ‖π_ref)) is estimated from responses to other prompts of the whole batch and has no gradient.
+    Labels are those of `response_labels`, and a prompt's loss is the mean over its responses that count.
 
     Args:
         beta: β > 0, reward units per nat.

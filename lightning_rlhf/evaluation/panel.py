@@ -26,10 +26,14 @@ class Kept:
     rows: Sequence[Row]
     rollout: Rollout
     scores: Tensor
+    version: int
 
 
 class ReferenceAnswers:
-    """Cache by batch of K responses of the reference to each held-out prompt with their scores."""
+    """Cache by batch of K responses of the reference to each held-out prompt with their scores.
+
+    A reference that has moved since answers anew.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
@@ -46,12 +50,14 @@ class ReferenceAnswers:
             samples: K.
         """
         entry, tokens = self._kept.get(batch_idx), batch.tokens.cpu()
+        version = responder.collector.reference.version
         cached = entry is not None and entry.scores.shape[1] == samples and entry.rows == batch.rows
-        same = cached and entry is not None and torch.equal(entry.tokens, tokens)
+        same = cached and entry is not None and entry.version == version and torch.equal(entry.tokens, tokens)
         if not responder.ranks.all(same) or entry is None:  # or else some would wait for others
             rollout = responder.respond_as_reference(batch, samples=samples, iteration=batch_idx)
             scores = responder.score(rollout, batch, iteration=batch_idx).total.view(-1, samples)
-            entry = Kept(tokens=tokens, rows=batch.rows, rollout=_moved(rollout, "cpu"), scores=scores.cpu())
+            kept: dict[str, Any] = {"rollout": _moved(rollout, "cpu"), "scores": scores.cpu(), "version": version}
+            entry = Kept(tokens=tokens, rows=batch.rows, **kept)
             self._kept[batch_idx] = entry
         return _moved(entry.rollout, batch.tokens.device), entry.scores.to(batch.tokens.device)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -239,29 +238,3 @@ class PolicyModel(nn.Module):
             return
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-class Reference:
-    """Reference policy π_ref: a frozen network of its own or the policy with its adapter off.
-
-    Args:
-        policy: which may hold an adapter.
-        frozen: the network; None turns the policy's adapter off.
-    """
-
-    def __init__(self, policy: PolicyModel, frozen: PolicyModel | None) -> None:
-        self.policy = policy
-        self.frozen = frozen
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
-        """Copy the reference but share its own network, because averaging callbacks copy the module."""
-        return Reference(copy.deepcopy(self.policy, memo), self.frozen)
-
-    @contextmanager
-    def model(self) -> Iterator[PolicyModel]:
-        """Context that yields the model that is π_ref."""
-        if self.frozen is not None:
-            yield self.frozen
-            return
-        with self.policy.reference():
-            yield self.policy

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Blueprint:
@@ -67,6 +67,14 @@ def whole_tensor(weight: Tensor) -> Tensor:
             return weight.detach().clone()
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def sharded_as(weight: Tensor, tensor: Tensor) -> Tensor:
+    """Return a whole tensor on the weight's device and in the same shards."""
+    tensor = tensor.to(weight.device)
+    if isinstance(weight, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor, weight.device_mesh, weight.placements)
+    return tensor
 
 
 def _kept(weight: Tensor, first: bool) -> Tensor:

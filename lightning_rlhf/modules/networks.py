@@ -12,7 +12,7 @@ from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.models.limits import check_rows, check_same
 from lightning_rlhf.models.meta import unread
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.rewards import LearnedReward, Reward
 

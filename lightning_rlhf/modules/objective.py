@@ -12,7 +12,7 @@ from lightning_rlhf.core.checks import check_not_negative
 from lightning_rlhf.core.vocabulary import VocabularySums, vocabulary_sums
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import PolicyModel, ScalarModel
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.types import Experience, PPOBatch, TextBatch
 
 Loss = tuple[Tensor, MeanMetrics]

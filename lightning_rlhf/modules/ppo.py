@@ -24,6 +24,7 @@ from lightning_rlhf.evaluation import Evaluator
 from lightning_rlhf.evaluation.evaluation import Evaluation, credited, learned, outcome_of
 from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType
 from lightning_rlhf.modules import optim, resume
 from lightning_rlhf.modules.compatibility import check_compatible, check_further, further_prompts
@@ -182,12 +183,15 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         return self.responder.collector
 
     @property
+    def reference(self) -> Reference:
+        """Reference policy π_ref, available after `configure_model`."""
+        return self.collector.reference
+
+    @property
     def objective(self) -> Objective:
         """Losses of the policy and the value network."""
-        reference = self.collector.reference
-        return Objective(
-            policy=self.policy, value=self.value, reference=reference, temperature=self.generation.temperature
-        )
+        temperature = self.generation.temperature
+        return Objective(policy=self.policy, value=self.value, reference=self.reference, temperature=temperature)
 
     def on_fit_start(self) -> None:
         """Move the frozen networks to the device: Lightning moves only registered submodules."""
@@ -312,17 +316,20 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         return optim.scheduled(self.optimizer(groups), self.schedule, lambda: optim.rollouts_of(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters, what has adapted and the rollout drawn ahead."""
+        """Save the counters and the rollout drawn ahead, with what has adapted or moved."""
         checkpoint["rlhf"] = resume.saved(self, self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters, what has adapted and the rollout drawn ahead."""
+        """Restore the counters and the rollout drawn ahead, with what has adapted or moved."""
         self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
         state = resume.with_changes(checkpoint["rlhf"], self._changed)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.algorithm = self.algorithm.restored(state["algorithm"])
         self.selection.restore(state.get("selection", {}))
         self._ahead = state.get("ahead", {})
+        if state.get("reference"):
+            self.configure_model()
+            self.reference.restore(state["reference"])
 
     def teardown(self, stage: str) -> None:
         """Release what the engine holds."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core import DPO, ConstantSchedule, DirectPreferenceLoss, Schedule, response_labels
 from lightning_rlhf.core.arguments import check_arguments
 from lightning_rlhf.distributed.ranks import Ranks
+from lightning_rlhf.distributed.strategies import most_passes
 from lightning_rlhf.models import ModelSource, PolicyModel
+from lightning_rlhf.models.kept_logprobs import KeptLogprobs, alone, key_of
 from lightning_rlhf.models.limits import check_length
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.networks import as_source, build_policy, build_reference
 from lightning_rlhf.modules.preference_batch import as_comparisons, mismatched, responses_of
 from lightning_rlhf.modules.ranking_evaluation import RankingEvaluation, seen
@@ -33,7 +38,7 @@ class PreferenceModule(SupervisedModule):
     an evaluation measures what it does of a reward model: accuracy, margin, calibration, and accuracy by length and by
     system (`RankingEvaluation`). It takes the rankings of `ComparisonDataModule` by their pairs; with `KTO` by their
     best and worst responses, or the labels of `LabeledDataModule`. The reference's log-probs are computed with every
-    batch.
+    batch, or once by `cache_reference`.
 
     Args:
         policy: the language model to train, usually that of stage 1: a folder or name, a source, or a module already
@@ -44,6 +49,9 @@ class PreferenceModule(SupervisedModule):
         lr: learning rate of AdamW without weight decay; None is the paper's 1e-6, or that of `optimizer`.
         optimizer: a function of the parameters, instead of `lr`; the paper's is RMSprop.
         schedule: of the learning rate, per optimizer step; the paper warms up over 150 steps and stays there.
+        cache_reference: compute log π_ref of each text once and keep it in `reference-logprobs` of the run's folder
+            for later epochs and resumed runs. Texts are then read one by one, because padding changes last bits, and
+            the first epoch takes longer. KTO's mismatched pairs are new in every epoch and not kept.
     """
 
     kind = "PreferenceModule"
@@ -59,6 +67,7 @@ class PreferenceModule(SupervisedModule):
         lr: float | None = None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = ConstantSchedule(warmup=150, warmup_start=0.0),
+        cache_reference: bool = False,
     ) -> None:
         check_arguments(PreferenceModule, locals())
         source = as_source(reference)
@@ -68,6 +77,7 @@ class PreferenceModule(SupervisedModule):
         super().__init__(policy, tokenizer, lr, optimizer, schedule, default_lr=1e-6, **deciding)
         self.loss = loss
         self._reference_source = source
+        self.cache_reference, self._kept = cache_reference, KeptLogprobs()
         self.evaluation = RankingEvaluation()
         self.means = nn.ModuleDict({f"{side}_{what}": Mean() for side in SIDES for what in ("logprob", "reward")})
 
@@ -77,6 +87,24 @@ class PreferenceModule(SupervisedModule):
     def _build_frozen(self) -> list[nn.Module]:
         self.reference = build_reference(self.model, self._reference_source, None)
         return [] if self.reference.frozen is None else [self.reference.frozen]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the settings of the run and a reference that has moved; write what `cache_reference` keeps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlhf"]["reference"] = self.reference.state() if self.model else {}
+        self._write_kept()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore a reference that has moved; raise if the checkpoint belongs to a run with other settings."""
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["rlhf"].get("reference"):
+            if self.cache_reference:
+                raise ValueError(
+                    "the checkpoint's reference has moved, and `cache_reference` keeps what one reference said: set it "
+                    "to false"
+                )
+            self.configure_model()
+            self.reference.restore(checkpoint["rlhf"]["reference"])
 
     def forward(self, texts: TextBatch) -> Tensor:
         """Return log π_θ of each text's targets, (N,), nats.
@@ -97,11 +125,58 @@ class PreferenceModule(SupervisedModule):
                 network.to(device=weight.device, dtype=weight.dtype if copied else None)
             return network.text_logprobs(texts).sum(1)
 
+    def _reference_of_each(self, texts: TextBatch) -> Tensor:
+        """Return log π_ref of each text's targets, (N,): computed together, or else alone and once."""
+        if not self.cache_reference:
+            return self.reference_logprobs(texts)
+        rows = [alone(texts, row) for row in range(len(texts.tokens))]
+        keys = [key_of(row) for row in rows]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
+        for _ in range(len(missing), most_passes(self, len(missing))):  # for others, which need all processes
+            self.reference_logprobs(rows[0])
+        for key, row in missing.items():
+            self._kept.add(key, float(self.reference_logprobs(row)))
+        return torch.tensor([self._kept[key] for key in keys], dtype=torch.float64, device=texts.tokens.device)
+
+    @property
+    def _kept_folder(self) -> Path:
+        """Folder of log-probs of this reference in this precision."""
+        names = ("reference",) if self._settings["reference"] is not None else ("model", "policy")
+        values = {name: self._settings.get(name) for name in names}
+        values |= {
+            "precision": str(self.trainer.precision),
+            "device": self.trainer.strategy.root_device.type,
+            "torch": torch.__version__,
+        }
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return Ranks(self).folder / "reference-logprobs" / digest
+
+    def _write_kept(self) -> None:
+        if self.cache_reference and self._trainer is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._kept.write(self._kept_folder)
+
+    def setup(self, stage: str) -> None:
+        """Read the reference's log-probs of an earlier run."""
+        if self.cache_reference:
+            self._kept = KeptLogprobs()  # what another trainer computed may be of another precision
+            self._kept.read(self._kept_folder)
+
+    def on_train_epoch_end(self) -> None:
+        """Exchange the reference's log-probs of this epoch with the other processes."""
+        if self.cache_reference:
+            self._write_kept()
+            self.trainer.strategy.barrier()
+            self._kept.read(self._kept_folder)
+
+    def teardown(self, stage: str) -> None:
+        """Write the reference's log-probs that are new."""
+        self._write_kept()
+
     def log_ratios(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor]:
         """Return h and log π_θ of each response, (B, K) each in nats; 0 where a response is absent."""
         there, texts = batch.mask.any(2), responses_of(batch)
         logprobs = self(texts)
-        ratios = logprobs - self.reference_logprobs(texts)
+        ratios = logprobs - self._reference_of_each(texts).to(logprobs)
         zeros = logprobs.new_zeros(there.shape)
         return zeros.masked_scatter(there, ratios), zeros.masked_scatter(there, logprobs.detach())
 
@@ -114,19 +189,21 @@ class PreferenceModule(SupervisedModule):
 
     @torch.no_grad()
     def estimated_kl(self, batch: ComparisonBatch) -> Tensor | None:
-        """Estimate max(0, KL(π_θ‖π_ref)) from mismatched pairs of all processes; returns None if the loss needs none.
+        """Estimate max(0, KL(π_θ‖π_ref)) from mismatched pairs of the whole batch; returns None if the loss needs none.
 
         Args:
             batch: B prompts of this process.
 
         Returns:
-            scalar, nats; 0 if no process has two prompts.
+            scalar, nats; 0 if fewer than two prompts of the batch of all processes count.
         """
         if not self.loss.needs_kl:
             return None
-        texts, counts = mismatched(batch)
+        ranks = Ranks(self)
+        rank = torch.where(self.loss.counts(batch.rank).unsqueeze(1), batch.rank, -1)
+        texts, counts = mismatched(batch._replace(rank=rank), ranks)
         ratios = torch.where(counts, self(texts) - self.reference_logprobs(texts), 0.0)
-        total, count = Ranks(self).sum(torch.stack([ratios.sum(), counts.sum().to(ratios)]))
+        total, count = ranks.sum(torch.stack([ratios.sum(), counts.sum().to(ratios)]))
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def training_step(self, batch: ComparisonBatch | LabeledBatch, batch_idx: int) -> Tensor:

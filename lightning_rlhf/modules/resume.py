@@ -91,6 +91,7 @@ def saved(module: Any, settings: dict[str, Any]) -> dict[str, Any]:
         "algorithm": module.algorithm.state(),
         "selection": module.selection.state(),
         "ahead": module.collector.sampler.ahead.state() if module.responder else {},
+        "reference": module.collector.reference.state() if module.responder else {},
     }
 
 

@@ -14,7 +14,7 @@ from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.engine import Engine
 from lightning_rlhf.engines.generation import SamplingParams
 from lightning_rlhf.models import PolicyModel, ScalarModel
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rewards.reward import Reward
 from lightning_rlhf.rollout.clock import Clock
 from lightning_rlhf.rollout.old_logprobs import OldLogprobs, Situation, choose

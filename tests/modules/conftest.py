@@ -21,7 +21,7 @@ def folder(request, tmp_path_factory, make_lm, make_scorer, make_tokenizer) -> P
     """Models, of two layers or the file's LAYERS, and data."""
     folder = tmp_path_factory.mktemp("ddp")
     depth = {"n_layer": getattr(request.module, "LAYERS", 2)}
-    networks = {"lm": make_lm(end=ENDS, **depth), "teacher": make_lm(end=ENDS, seed=5, **depth)}
+    networks = {"lm": make_lm(end=ENDS, **depth), "other": make_lm(end=ENDS, seed=5, **depth)}
     for name, network in (networks | {"scorer": make_scorer(**depth)}).items():
         network.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)

@@ -38,7 +38,7 @@ from lightning_rlhf import (
     WeightedReward,
     WinRate,
 )
-from lightning_rlhf.callbacks import EMA, Export, RolloutLog, RunCheckpoint, SampleLog
+from lightning_rlhf.callbacks import EMA, Export, MovingReference, RolloutLog, RunCheckpoint, SampleLog
 from lightning_rlhf.core import (
     DAPO,
     DPO,
@@ -321,7 +321,7 @@ def distilled(folder: Path, devices: int) -> dict:
     """The exact KL to a teacher and an entropy bonus: sums over the vocabulary, in microbatches of unequal number."""
     module = PPOModule(
         policy=source(folder, "lm"),
-        reference=source(folder, "teacher"),
+        reference=source(folder, "other"),
         reward=Table(),
         algorithm=OnPolicyDistillation(entropy_bonus=AdaptiveEntropy(coef=0.1, target=100.0, step=0.05)),
         generation=SamplingParams(max_new_tokens=6),
@@ -388,6 +388,42 @@ def resumed(folder: Path, devices: int) -> dict:
     return found
 
 
+class ReferenceAtStart(Callback):
+    """The reference's weights when training starts, and at its end."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = pl_module.reference.weights()
+
+    def on_train_end(self, trainer, pl_module):
+        self.end = pl_module.reference.weights()
+
+
+def moving(folder: Path, devices: int) -> dict:
+    """A reference that moves twice an epoch: without a stop, with one, and from the checkpoint of one process."""
+    path, found = str(folder / f"moving-{strategy}.ckpt"), {}
+    for name, options in {
+        "whole": {"max_epochs": 2},
+        "first": {"max_epochs": 1, "checkpoint": path},
+        "resumed": {"max_epochs": 2, "ckpt_path": path},
+        "from_one": {"max_epochs": 2, "ckpt_path": str(folder / "moving-one.ckpt")},
+    }.items():
+        module = PPOModule(
+            policy=source(folder, "lm"),
+            reward=Table(),
+            algorithm=Algorithm(beta=0.2),
+            generation=SamplingParams(max_new_tokens=6),
+            optimizer=ADAM,
+            schedule=ConstantSchedule(),
+        )
+        data = PromptDataModule(
+            train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
+        )
+        watch = ReferenceAtStart()
+        found[name] = run(module, data, devices, callbacks=[MovingReference(alpha=0.6, every=1), watch], **options)
+        found[name] |= {"start": watch.start, "end": watch.end}
+    return found
+
+
 def exporting(folder: Path, name: str) -> list[Callback]:
     """What writes the folder, where it can."""
     return [] if strategy.endswith("fsdp1") else [Export(str(folder / f"{name}-{strategy}"))]
@@ -419,11 +455,42 @@ def preference(folder: Path, devices: int) -> dict:
     return run(module, data, devices, callbacks=exporting(folder, "preference"))
 
 
-def labels(folder: Path, devices: int) -> dict:
-    """KTO on the best and the worst; one row to validate on, so that the second process has only a filler."""
-    module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), optimizer=ADAM, schedule=ConstantSchedule())
-    train, val = (str(folder / f"{name}.jsonl") for name in ("comparisons", "one_comparison"))
-    return run(module, ComparisonDataModule(train=train, val=val, batch_size=4 // devices), devices)
+class ReferencePasses(Callback):
+    """Passes of the reference on this process in every epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if not hasattr(self, "counts"):
+            self.counts = []
+            pl_module.reference.frozen.register_forward_pre_hook(self._count)
+        self.counts.append(0)
+
+    def _count(self, *_):
+        self.counts[-1] += 1
+
+
+def cached(folder: Path, devices: int) -> dict:
+    """DPO whose reference is asked once for each text; rows change process from epoch to epoch."""
+    module = PreferenceModule(
+        source(folder, "lm"), DPO(beta=0.5), source(folder, "other"), optimizer=ADAM, cache_reference=True
+    )
+    data = ComparisonDataModule(train=str(folder / "comparisons.jsonl"), batch_size=4 // devices)
+    passes, root = ReferencePasses(), str(folder / f"cached-{strategy}")
+    found = run(module, data, devices, max_epochs=3, callbacks=[passes], default_root_dir=root)
+    counts = module.all_gather(torch.tensor(passes.counts)).view(-1, 3).tolist()
+    return found | {"passes": counts}
+
+
+def labels(folder: Path, devices: int, *, val: str = "comparisons", epochs: int = 2) -> dict:
+    """KTO on the best and the worst, away from a reference of other weights, so that the KL is above 0."""
+    module = PreferenceModule(source(folder, "lm"), KTO(beta=0.5), source(folder, "other"), optimizer=ADAM)
+    train, val = (str(folder / f"{name}.jsonl") for name in ("comparisons", val))
+    data = ComparisonDataModule(train=train, val=val, batch_size=4 // devices)
+    return run(module, data, devices, max_epochs=epochs)
+
+
+def scarce_labels(folder: Path, devices: int) -> dict:
+    """One row to validate on, so that the second process has only a filler."""
+    return labels(folder, devices, val="one_comparison", epochs=1)
 
 
 def scarce(folder: Path, devices: int) -> dict:

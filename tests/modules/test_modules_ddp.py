@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
-NAMES = "ppo,gae,lora,resumed,sft,reward,preference,labels,scarce,scarce_sft,scarce_ppo,grouped,selected,distilled"
+SCARCE = "scarce,scarce_sft,scarce_ppo,scarce_labels"
+NAMES = f"ppo,gae,lora,resumed,moving,sft,reward,preference,cached,labels,{SCARCE},grouped,selected,distilled"
 JOBS = [
-    f"one:1:{NAMES}:90",
-    f"ddp:2:{NAMES}:90",
-    f"fsdp2:2:{NAMES}:90",
+    f"one:1:{NAMES}:120",
+    f"ddp:2:{NAMES}:120",
+    f"fsdp2:2:{NAMES}:150",
     "nodes:2:ppo,reward:40",
     "failing:2:failing:40",
     "leaving:2:leaving:40",
@@ -168,10 +169,23 @@ def test_two_processes_find_one_bias(outcomes, strategy):
     assert abs(one["bias"]) > 1e-3
 
 
-def test_two_processes_learn_from_labels_and_evaluate_as_one(outcomes, strategy):
-    """KTO's KL is of each process's own batch; where it stays at its bound of 0, two are one. Fillers do not hang."""
-    one, two = outcomes("labels", strategy)
-    assert max(step["train/kl"] for found in (one, two) for step in found["steps"]) == 0.0
+def test_two_processes_share_what_the_reference_said(outcomes, folder, strategy):
+    """Each text is read once by one of them, in the first epoch; shards make as many passes on both."""
+    one, two = outcomes("cached", strategy)
+    assert one["passes"] == [[32, 0, 0]]  # responses in the file
+    assert [epochs[1:] for epochs in two["passes"]] == [[0, 0], [0, 0]]
+    first = [epochs[0] for epochs in two["passes"]]
+    assert sum(first) == 32 if strategy == "ddp" else first[0] == first[1] < 32
+    assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["labels", "scarce_labels"])
+def test_two_processes_learn_from_labels_and_evaluate_as_one(outcomes, strategy, name):
+    """KTO's KL is of the pairs of the whole batch, above 0 here. Fillers count nowhere and do not hang."""
+    one, two = outcomes(name, strategy)
+    assert min(step["train/kl"] for step in one["steps"]) > 0.01
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert b["train/kl"] == pytest.approx(a["train/kl"], abs=1e-9)
     assert float((one["weights"] - two["weights"]).abs().max()) < 1e-9
     assert {"eval/loss", "eval/chosen_reward"} <= one["eval"].keys()
     assert_same_numbers(one["eval"], two["eval"])
@@ -205,6 +219,22 @@ def test_two_processes_export_the_folder_of_one(outcomes, folder, strategy, name
     first = assert_same_folder(one, two, atol=1e-9)
     start = load_file(folder / ("scorer" if name == "reward" else "lm") / "model.safetensors")
     assert any(float((first[key] - start[key]).abs().max()) > 1e-3 for key in first)  # not the weights it began with
+
+
+def test_two_processes_move_the_reference_of_one(outcomes, strategy):
+    """Without a stop, resumed, and resumed from the checkpoint of one process; shard by shard under FSDP2."""
+    one, two = outcomes("moving", strategy)
+    for name in ("whole", "resumed", "from_one"):
+        for key, weight in one["whole"]["end"].items():
+            assert float((two[name]["end"][key] - weight).abs().max()) < 1e-9
+        assert float((two[name]["weights"] - one["whole"]["weights"]).abs().max()) < 1e-9
+        assert_same_numbers(one[name]["eval"], two[name]["eval"])
+    for key, weight in two["first"]["end"].items():
+        assert torch.equal(two["resumed"]["start"][key], weight)
+        assert torch.equal(two["from_one"]["start"][key], one["first"]["end"][key])
+    assert any(
+        float((two["first"]["end"][key] - start).abs().max()) > 1e-3 for key, start in two["first"]["start"].items()
+    )
 
 
 def test_two_processes_resume_as_if_they_had_not_stopped(outcomes, strategy):

@@ -112,7 +112,8 @@ def value(loss, h, good):
 def naive_loss(loss, networks, ranked=RANKED):
     losses = []
     if isinstance(loss, KTO):
-        z = naive_kl(networks, [x for x, _ in ranked], [[y for y, _ in responses] for _, responses in ranked])
+        counting = [(x, [y for y, _ in responses]) for x, responses in ranked if any(place for _, place in responses)]
+        z = naive_kl(networks, *zip(*counting, strict=True))
         for x, responses in ranked:
             worst = max(place for _, place in responses)
             ends = [(y, place == 0) for y, place in responses if worst and place in (0, worst)]
@@ -429,10 +430,20 @@ def test_text_longer_than_the_network_is_refused(make_module, make_trainer, as_l
         make_trainer().fit(make_module(), as_loader([comparisons([([10] * 70, [([20, 0], 0), ([0], 1)])])]))
 
 
+def test_prompt_that_counts_nowhere_is_in_no_mismatched_pair(make_module, comparisons):
+    """As a filler, which must not change the mean; without it the estimate is the same."""
+    module = make_module(loss=KTO_LOSS)
+    with_tie, without = (float(module.estimated_kl(comparisons(rows))) for rows in (RANKED, RANKED[:3]))
+    assert with_tie == pytest.approx(without, abs=1e-12)
+    assert without > 0.01
+    between = [RANKED[0], RANKED[3], *RANKED[1:3]]
+    assert float(module.estimated_kl(comparisons(between))) == pytest.approx(without, abs=1e-12)
+
+
 def test_mismatched_texts_are_cut_at_the_width_of_the_batch(make_module, comparisons):
     """A long prompt and another prompt's long response together would outgrow the table of positions."""
     ranked = [([11] * 40, [([20, 0], 0), ([0], 1)]), ([12], [([21] * 40 + [0], 0), ([0], 1)])]
-    texts, counts = mismatched(comparisons(ranked))
+    texts, counts = mismatched(comparisons(ranked), Ranks(make_module()))
     assert texts.tokens.shape == (4, 42)
     assert texts.tokens[0].tolist() == [11] * 40 + [21] * 2
     assert texts.target[0].tolist() == [False] * 40 + [True] * 2

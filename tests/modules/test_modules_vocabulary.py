@@ -25,7 +25,7 @@ from lightning_rlhf.core import (
     TokenLevel,
 )
 from lightning_rlhf.models import PolicyModel
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rewards import ZeroReward
 from lightning_rlhf.rollout import UpdateLogprobs
 

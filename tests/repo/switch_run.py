@@ -29,6 +29,7 @@ from lightning_rlhf.callbacks import (
     Export,
     GradientNorms,
     KLGuard,
+    MovingReference,
     NonFiniteGuard,
     PredictionWriter,
     Preflight,
@@ -293,6 +294,12 @@ def _supervised(bench: Bench) -> Table:
         bench.trainer().fit(module, datamodule=data)
         return list(module.model.parameters())
 
+    def cached(module: PreferenceModule) -> bool:
+        folder = bench.empty()
+        trainer = bench.trainer(default_root_dir=folder)
+        trainer.fit(module, datamodule=ComparisonDataModule(**rankings))
+        return any(folder.rglob("logprobs.safetensors"))
+
     shared = {
         "tokenizer": to(bench.other_tokenizer),
         "optimizer": to(SLOW),
@@ -307,6 +314,7 @@ def _supervised(bench: Bench) -> Table:
             policy=to(bench.other_policy),
             loss=to(IPO()),
             reference=to(source),
+            cache_reference=to(True, by=cached),
             **shared,
         ),
         RewardModule: case(
@@ -459,6 +467,12 @@ def _around(bench: Bench) -> Table:
             callback.on_fit_end(trainer, None)
         return _files(folder)
 
+    def referred(callback: MovingReference) -> list[Tensor]:
+        usual = {"generation": SamplingParams(max_new_tokens=3), "optimizer": SGD, "schedule": ConstantSchedule()}
+        module = PPOModule(copy.deepcopy(bench.policy), letters, tokenizer=bench.tokenizer, **usual)
+        bench.trainer([callback]).fit(module, _loader({"prompts": bench.prompts}))
+        return list(module.reference.frozen.parameters())  # type: ignore[union-attr]
+
     def predicted(callback: PredictionWriter) -> list[str]:
         folder = bench.empty()
         policy, generation = copy.deepcopy(bench.policy), SamplingParams(max_new_tokens=3)
@@ -484,6 +498,7 @@ def _around(bench: Bench) -> Table:
             length=to(0.5),
             action=to(RaiseKL(), length=0.5),
         ),
+        MovingReference: case(referred, {"every": 1}, alpha=to(0.3), every=to(9)),
         NonFiniteGuard: case(broken, {"folder": "out"}, limit=to(0), folder=to("elsewhere")),
         Preflight: case(inspected, prompts=to(3), tolerance=to(0.0)),
         RaiseKL: case(acted, factor=to(4.0)),

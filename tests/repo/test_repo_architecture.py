@@ -28,7 +28,7 @@ BELOW = {  # what each room may import of the library beside itself
     "evaluation": {"core", "distributed", "rewards", "rollout", "types"},
     "modules": {"core", "distributed", "engines", "evaluation", "models", "rewards", "rollout", "types"},
     "report": {"core", "text"},
-    "callbacks": {"core", "engines", "folders", "report", "rewards", "rollout", "text", "types"},
+    "callbacks": {"core", "engines", "folders", "models", "report", "rewards", "rollout", "text", "types"},
     "cli": {
         *("callbacks", "core", "data", "engines", "evaluation", "models", "modules", "report", "rewards", "rollout"),
         *("text", "types"),

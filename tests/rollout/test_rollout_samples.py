@@ -9,7 +9,7 @@ import torch
 
 from lightning_rlhf.engines import LocalEngine, SamplingParams, decode, row_uniforms
 from lightning_rlhf.models import PolicyModel
-from lightning_rlhf.models.policy import Reference
+from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rollout import Collector, UpdateSchedule
 
 PROMPTS = [[12, 13, 14, 15], [10], [20, 21, 22, 23, 24, 25, 26], [33, 11], [17, 18, 19]]
