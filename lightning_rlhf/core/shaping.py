@@ -176,7 +176,7 @@ class RunningNormalized(Shaping):
     """Score in standard deviations of all scores of the rollouts before, with their mean taken off.
 
     (Engstrom et al. 2020, 2005.12729; OpenRLHF's `--reward.normalize_enable`.) The scores of a rollout take no part in
-    their own unit; those of the first stay as they are. It comes before other rules.
+    their own unit; those of the first stay as they are. It comes before other rules. Evaluations stay in reward units.
     """
 
     center: bool = True

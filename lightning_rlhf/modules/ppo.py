@@ -259,7 +259,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
 
     def score(self, rollout: Rollout, prompts: PromptBatch) -> Scores:
         """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts."""
-        return self.responder.score(rollout, prompts, iteration=self.iteration)
+        return self.responder.score(rollout, prompts, iteration=self.iteration, algorithm=self.algorithm)
 
     def credit(self, rollout: Rollout, scores: Scores) -> Experience:
         """Subtract β·KL to the reference from the rewards and estimate the advantages, (B, T)."""

@@ -53,7 +53,7 @@ class Responder:
 
     Attributes:
         collector: draws responses and measures them.
-        algorithm: whose shaping rules the scores go through.
+        algorithm: whose shaping rules the scores go through, as they are at the start.
         tokenizer: for text; None if the policy has none.
     """
 
@@ -100,8 +100,16 @@ class Responder:
         return reference_rollout(self.collector, prompts, samples=samples, iteration=iteration)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, prompts: PromptBatch, *, iteration: int) -> Scores:
+    def score(
+        self, rollout: Rollout, prompts: PromptBatch, *, iteration: int, algorithm: Algorithm | None = None
+    ) -> Scores:
         """Return r_φ(x, y) after the shaping rules, (B,), in reward units with the unshaped parts.
+
+        Args:
+            rollout: B responses.
+            prompts: that are answered.
+            iteration: which rollout.
+            algorithm: whose rules have adapted; None for those of the start, by which evaluations stay comparable.
 
         Raises:
             RewardError: the reward failed on some process.
@@ -109,7 +117,7 @@ class Responder:
         with self.collector.clock.phase("reward"):
             scores = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
         raw = scores.total.detach().to(rollout.logprobs)
-        shaped = self.algorithm.shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
+        shaped = (algorithm or self.algorithm).shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
         return scores._replace(total=shaped, raw=raw)
 
     def score_by(self, reward: Reward, rollout: Rollout, prompts: PromptBatch, *, iteration: int) -> Scores:
