@@ -19,7 +19,7 @@ from lightning_rlhf.cli.messages import quiet, speak
 from lightning_rlhf.cli.parser import Parser
 from lightning_rlhf.cli.standard import STANDARD, add_standard, with_standard
 from lightning_rlhf.cli.words import expanded
-from lightning_rlhf.core import Algorithm
+from lightning_rlhf.core import Algorithm, EntropyBonus
 from lightning_rlhf.models.checkpoint import has_file, read_checkpoint
 from lightning_rlhf.models.shards import guard
 
@@ -50,7 +50,7 @@ class RLHFCLI(LightningCLI):
             config_read_mode_urls_enabled=False,
             config_read_mode_fsspec_enabled=False,  # Lightning's CLI lets any config name another one by its address
         )
-        set_parsing_settings(subclasses_enabled=[Algorithm])  # a concrete dataclass, whose subclasses are methods
+        set_parsing_settings(subclasses_enabled=[Algorithm, EntropyBonus])  # concrete dataclasses with subclasses
         set_loader("yaml", load, exceptions=(YAMLError,))
         speak()
         quiet()

@@ -59,6 +59,8 @@ class Parser(LightningArgumentParser):
                 words = with_methods(expanded(words))
             except ValueError as error:
                 self.error(str(error))
+        elif isinstance(words, list):  # jsonargparse 4.53 hands a nested null down as "None"
+            words = [re.sub(r"=None$", "=null", word) for word in words]
         return super().parse_args(words, *rest, **options)
 
     def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> list[str]:

@@ -87,6 +87,11 @@ class Algorithm(Adaptive):
             mask.check_level(self.level)
         if any(isinstance(rule, RunningNormalized) for rule in self.rules[1:]):
             raise ValueError("`RunningNormalized` knows the spread of unshaped scores: put it first in `shaping`")
+        if isinstance(self.advantage, PerReward) and any(isinstance(rule, RunningNormalized) for rule in self.rules):
+            raise ValueError(
+                "`PerReward` takes what a rule adds to the score as one more reward, and `RunningNormalized` changes "
+                "its unit: leave it out, since each reward has a unit of its own"
+            )
         if isinstance(self.advantage, PerReward) and isinstance(self.kl_term, KLInReward) and self.kl.coef > 0:
             raise ValueError(
                 "`PerReward` credits each reward alone, and a KL in the reward belongs to none of them: take "

@@ -105,6 +105,7 @@ def test_reward_without_parts_is_its_only_part():
         (lambda: PerReward(estimator=GAE()), "GAE"),
         (lambda: PerReward(estimator=BanditAdvantage(baseline=RunningMean())), "memory"),
         (lambda: Algorithm(advantage=PerReward(), beta=0.1), "kl_term"),
+        (lambda: GDPO(shaping=[RunningNormalized()]), "RunningNormalized"),
     ],
 )
 def test_what_has_no_part_is_refused(make, named):

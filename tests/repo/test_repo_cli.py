@@ -17,7 +17,7 @@ from stopped import refused
 
 from lightning_rlhf import DAPO, GRPO, RLOO, PPOModule, RewardModule, SFTModule
 from lightning_rlhf.cli import console, main
-from lightning_rlhf.core import AdaptiveKL, Clip, KLPen
+from lightning_rlhf.core import AdaptiveEntropy, AdaptiveKL, Clip, KLPen
 from lightning_rlhf.rewards import ModuleReward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,6 +53,23 @@ def test_script_and_module_run_the_same() -> None:
     for command in ([Path(sys.executable).parent / "lightning-rlhf"], [sys.executable, "-m", "lightning_rlhf"]):
         done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60)
         assert done.stdout == f"lightning-rlhf {version('lightning-rlhf')}\n"
+
+
+def test_part_that_is_a_subclass_of_its_default_is_named(ppo: Arguments, workplace: Path) -> None:
+    part = {"model__algorithm__entropy_bonus": "AdaptiveEntropy", "model__algorithm__entropy_bonus__target": 0.5}
+    bonus = main(["fit", *ppo(trainer__max_steps=0, **part)]).model.algorithm.entropy_bonus
+    assert bonus == AdaptiveEntropy(target=0.5)
+
+
+def test_null_leaves_a_part_of_the_algorithm_out(
+    ppo: Arguments, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = "--model.algorithm.dynamic_sampling"
+    for words, wanted in (([], {"batches": 3, "keep_flat": False}), ([f"{part}=null"], None)):
+        with pytest.raises(SystemExit):
+            main(["fit", *ppo(), f"{part}.batches=3", *words, "--print_config"])
+        model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+        assert model["algorithm"]["init_args"]["dynamic_sampling"] == wanted
 
 
 def test_fit_counts_rollouts_steps_and_episodes(ppo: Arguments, workplace: Path) -> None:
