@@ -181,6 +181,18 @@ class Algorithm(Adaptive):
             scores = rule(scores, lengths=lengths, ended=ended)
         return scores
 
+    def teaches(self, scores: Tensor, objectives: Objectives | None = None) -> bool:
+        """Return True if the responses to one prompt differ in their scores, under `PerReward` in any part of them.
+
+        Args:
+            scores: before shaping, (k,), reward units.
+            objectives: what they are a weighted sum of.
+        """
+        columns = [scores]
+        if objectives is not None and isinstance(self.advantage, PerReward):
+            columns = [part[~part.isnan()] for part in objectives.scores.unbind(1)]
+        return any(len(column) > 1 and bool((column != column[0]).any()) for column in columns)
+
     def credit(
         self, rollout: Rollout, scores: Tensor, all_sum: AllSum = local, objectives: Objectives | None = None
     ) -> Experience:

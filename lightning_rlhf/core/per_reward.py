@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_rlhf.core.advantage import AdvantageEstimator, AdvantagesAndReturns
 from lightning_rlhf.core.group_advantage import BatchStd, GroupAdvantage, GroupScale
+from lightning_rlhf.core.groups import group_sum
 from lightning_rlhf.core.masked import AllSum
 
 
@@ -62,6 +63,8 @@ class PerReward(AdvantageEstimator):
         total = torch.zeros_like(parts[0])
         for weight, rewards in zip(weights, parts, strict=True):
             scored = ~rewards.isnan().any(1)
+            if self.needs_group:
+                scored = scored & (group_sum(scored.long(), groups) > 1)  # one alone has nothing to be compared with
             advantages = self.estimator(
                 rewards[scored],
                 torch.zeros_like(rewards[scored]),

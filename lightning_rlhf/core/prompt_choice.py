@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lightning_rlhf.core.arguments import check_fields
 from lightning_rlhf.core.checks import check_finite, check_positive, check_unit_interval
-from lightning_rlhf.core.groups import group_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +27,6 @@ class DynamicSampling:
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(batches=self.batches)
-
-    def teaches(self, scores: Tensor, groups: Tensor) -> Tensor:
-        """Return True for each response whose group has different scores, (B,), bool.
-
-        Args:
-            scores: of the reward before shaping, (B,), reward units.
-            groups: which prompt each response answers, (B,), int64.
-        """
-        return group_std(scores, groups) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,8 @@ def learned(means: dict[str, float], algorithm: Algorithm) -> dict[str, float]:
         algorithm: that learned from it.
     """
     stats = with_spread(means) | {"objective/kl_coef": algorithm.kl.coef}
+    if algorithm.surrogate.adaptive:
+        stats.setdefault("policy/kl_old", 0.0)  # no action counted, and nothing was learned
     if algorithm.entropy_bonus is not None:
         stats["objective/entropy_coef"] = algorithm.entropy_bonus.price
     return stats | {f"surrogate/{name}": number for name, number in algorithm.surrogate.state().items()}

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning_rlhf.core import (
     CISPO,
     AdvantageEstimator,
-    Algorithm,
     Clip,
     GeometricLevel,
     GeometricTokenLevel,
@@ -21,30 +20,19 @@ from lightning_rlhf.core import (
     Whitened,
 )
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.engines import Engine, SamplingParams
-from lightning_rlhf.rollout.selection import Selection
+from lightning_rlhf.rewards import ZeroReward
 from lightning_rlhf.types import PromptBatch
 
 WIDEST_GEOMETRIC_BOUND = 0.05
 """Distance from 1 that no length-normalized ratio reaches in a rollout: GSPO's own bounds are 3e-4 and 4e-4."""
 
 
-def check_compatible(
-    algorithm: Algorithm,
-    generation: SamplingParams,
-    selection: Selection,
-    engine: Engine,
-    *,
-    value: object = None,
-    value_lr: float | None = None,
-) -> None:
+def check_compatible(module: Any, *, reference: object, value: object, value_lr: float | None) -> None:
     """Refuse settings of a run that its algorithm cannot use, and warn of those that do nothing.
 
     Args:
-        algorithm: of the run, its lengths in tokens.
-        generation: how responses are drawn.
-        selection: of prompts and groups.
-        engine: that draws them.
+        module: of the RL stage, with its parts.
+        reference: source of the reference; None if it is the policy at the start.
         value: start of the value network.
         value_lr: its learning rate.
 
@@ -52,6 +40,7 @@ def check_compatible(
         ValueError: responses to one prompt are compared, and there is one of each; or something is set for a value
             network that is not trained; or the next prompts are drawn before it is known which they are.
     """
+    algorithm, generation = module.algorithm, module.generation
     of_value = [name for name, setting in {"value": value, "value_lr": value_lr}.items() if setting is not None]
     if of_value and not algorithm.needs_value:
         raise ValueError(
@@ -70,7 +59,13 @@ def check_compatible(
             "`DynamicSampling` looks for prompts whose responses score differently, but each prompt gets one: set "
             "`generation.samples_per_prompt` to at least 2, or `algorithm.dynamic_sampling` to null"
         )
-    if selection.selects and engine.overlaps:
+    if isinstance(module.reward, ZeroReward) and reference is None and algorithm.ptx_coef == 0:
+        warnings.warn(
+            "`ZeroReward` leaves the KL to the reference to be learned from, and the reference is the policy as it "
+            "starts: name a teacher, `reference.path`",
+            stacklevel=3,
+        )
+    if module.selection.selects and module.engine.overlaps:
         raise ValueError(
             "the engine's `overlap` draws the next prompts before this rollout's scores say which they are: set it to "
             "false, or leave out `algorithm.dynamic_sampling` and `curriculum`"

@@ -63,7 +63,7 @@ class Objective:
         """KL(π_old‖π_θ) per action, by k3 at the samples of π_old (PPO §4)."""
         old = piece.rollout
         log_ratio = algorithm.level.log_ratio(self.logprobs(piece), old.logprobs, old.response_mask)
-        return MeanMetrics.of({"policy/kl_old": k3(-log_ratio)}, piece.action_mask)
+        return MeanMetrics.of({"policy/kl_old": k3(-log_ratio)}, piece.action_mask, only_where_counted=True)
 
     def logprobs(self, piece: Experience) -> Tensor:
         """log π_θ of each response token, (B, R), nats."""

@@ -113,8 +113,8 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             max_new_tokens=self.generation.max_new_tokens,
             sampled_elsewhere=self.engine.is_external,
         )
-        self.selection = Selection(self.algorithm.dynamic_sampling, curriculum, partial(further_prompts, self))
-        check_compatible(self.algorithm, self.generation, self.selection, self.engine, value=value, value_lr=value_lr)
+        self.selection = Selection(self.algorithm, curriculum, partial(further_prompts, self))
+        check_compatible(self, reference=reference, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from lightning_rlhf.core import Curriculum, DynamicSampling
+from lightning_rlhf.core import Algorithm, Curriculum
 from lightning_rlhf.rewards import Scores
 from lightning_rlhf.rollout.pass_rates import PassRates
 from lightning_rlhf.rollout.responder import Responder
@@ -46,13 +46,13 @@ class Selection:
     Further batches are counted, and the count is saved: a run that is killed while it draws them repeats the step.
 
     Args:
-        dynamic: draws until enough groups teach; None learns from every group.
+        algorithm: whose dynamic sampling draws until enough groups teach; without it every group is learned from.
         curriculum: lets prompts rest; None draws every prompt.
         further: source of further batches.
     """
 
-    def __init__(self, dynamic: DynamicSampling | None, curriculum: Curriculum | None, further: Further) -> None:
-        self.dynamic = dynamic
+    def __init__(self, algorithm: Algorithm, curriculum: Curriculum | None, further: Further) -> None:
+        self.algorithm, self.dynamic = algorithm, algorithm.dynamic_sampling
         self.rates = PassRates(curriculum)
         self.further = further
         self._taken = 0
@@ -149,9 +149,7 @@ class Selection:
 
     def _teaches(self, group: Group) -> bool:
         """Return True if a group is learned from."""
-        if self.dynamic is None:
-            return True
-        return bool(self.dynamic.teaches(group.raw, torch.zeros(len(group.raw), dtype=torch.int64)).any())
+        return self.dynamic is None or self.algorithm.teaches(group.raw, group.scores.objectives)
 
 
 def _everything(responder: Responder, step: Step, score: Score) -> ScoredRollout:

@@ -69,6 +69,15 @@ def test_response_without_a_score_takes_no_part():
     assert found.advantages.squeeze(1).tolist() == [0.0, -1.0, 1.0, 0.0, 0.0, 0.0]
 
 
+def test_response_that_a_part_scores_alone_is_left_out():
+    """Of its group the part has no other score to compare with."""
+    scores = torch.tensor([1.0, 0.0, 2.0, torch.nan, 5.0, torch.nan], dtype=torch.float64)
+    found = PerReward(estimator=GroupAdvantage(scale=NoScale()), scale=NoScale()).summed(
+        scores.view(1, 6, 1), torch.ones(1, dtype=torch.float64), ONE, groups=GROUPS, all_sum=local
+    )
+    assert found.advantages.squeeze(1).tolist() == [0.0, -1.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_part_that_no_response_has_a_score_for():
     scores = torch.full((1, 6, 1), torch.nan, dtype=torch.float64)
     found = PerReward().summed(scores, torch.ones(1, dtype=torch.float64), ONE, groups=GROUPS, all_sum=local)

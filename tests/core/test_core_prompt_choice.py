@@ -5,21 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_rlhf.core import DAPO, Algorithm, Curriculum, DynamicSampling
+from lightning_rlhf.core import DAPO, GDPO, Algorithm, Curriculum, DynamicSampling
+from lightning_rlhf.types import Objectives
 
 
 def test_group_teaches_if_its_scores_differ():
-    groups = torch.tensor([0, 1, 0, 1, 2, 2])
-    scores = torch.tensor([1.0, 0.1, 0.0, 0.1, 0.3, 0.3])
-    assert DynamicSampling().teaches(scores, groups).tolist() == [True, False, True, False, False, False]
+    assert Algorithm().teaches(torch.tensor([1.0, 0.0, 1.0]))
+    assert not Algorithm().teaches(torch.tensor([0.1, 0.1, 0.1]))
 
 
 def test_equal_scores_that_float32_cannot_average_do_not_teach():
     """The mean of three times 0.1 is not 0.1 in float32: a tolerance of 0 on the spread would keep the group."""
-    scores = torch.full((3,), 0.1)
-    assert not DynamicSampling().teaches(scores, torch.zeros(3, dtype=torch.int64)).any()
-    nearly = torch.tensor([0.1, 0.1, 0.1 + 1e-8], dtype=torch.float64)
-    assert DynamicSampling().teaches(nearly, torch.zeros(3, dtype=torch.int64)).all()
+    assert not Algorithm().teaches(torch.full((3,), 0.1))
+    assert Algorithm().teaches(torch.tensor([0.1, 0.1, 0.1 + 1e-8], dtype=torch.float64))
+
+
+def test_parts_that_cancel_teach_where_each_is_credited_alone():
+    """Parts 1·[.1, 0, .1, 0] and .1·[0, 1, 0, 1] have one total, and GDPO's advantages of both are not 0."""
+    scores = torch.tensor([[0.1, 0.0], [0.0, 1.0], [0.1, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    total = (scores @ weights).round(decimals=12)
+    assert GDPO().teaches(total, Objectives(scores, weights))
+    assert not DAPO().teaches(total, Objectives(scores, weights))
+    silent = torch.tensor([[0.1, torch.nan], [0.1, 3.0]], dtype=torch.float64)
+    assert not GDPO().teaches(silent[:, 0], Objectives(silent, weights))
 
 
 def test_pass_rate_by_hand():

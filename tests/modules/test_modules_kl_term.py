@@ -471,7 +471,10 @@ def test_spread_equals_hand_values():
     rho = {"policy/ratio": 2.0, "policy/ratio_square": 5.0}
     for w, ess in (([1.0, 1.0, 4.0], 2 / 3), ([1.0, 0.0], 1 / 2), ([1e17] * 3, 1.0), ([0.0] * 3, 0.0)):
         moments = {"policy/sampler_ratio": mean(w), "policy/sampler_ratio_square": mean([x**2 for x in w])}
+        moments |= {"objective/raw_scores": 1.0, "objective/raw_scores_square": 5.0}
         stats = with_spread(rho | moments | {"lr": 0.5})
+        assert stats.pop("objective/raw_scores") == 1.0
+        assert stats.pop("objective/raw_scores_std") == 2.0
         assert stats == {
             "policy/ratio": 2.0,
             "policy/ratio_var": 1.0,

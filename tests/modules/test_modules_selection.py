@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from lightning_rlhf import PPOModule, PromptDataModule, SamplingParams, UpdateSchedule
 from lightning_rlhf.callbacks import RunCheckpoint
-from lightning_rlhf.core import DAPO, ConstantSchedule, Curriculum, DynamicSampling, SoftOverlong
+from lightning_rlhf.core import DAPO, ConstantSchedule, Curriculum, DynamicSampling, KLPen, SoftOverlong
 from lightning_rlhf.engines import LocalEngine
 from lightning_rlhf.rewards import Reward
 from lightning_rlhf.rollout.scored import divided, joined
@@ -175,6 +175,16 @@ def test_nothing_teaches_and_nothing_moves(make_run):
         assert step["filter/batches"] == 3
         assert step["filter/pass_rate"] == 0
         assert all(value == value for value in step.values())
+
+
+def test_rollouts_that_teach_nothing_leave_an_adaptive_penalty_alone(make_run):
+    """A KL of 0 over no action is no sign that the penalty is too high."""
+    algorithm = DAPO(shaping=(), surrogate=KLPen(coef=1.0), dynamic_sampling=DynamicSampling(batches=1))
+    flat, seen, _, _ = make_run(None, algorithm=algorithm, reward=Chosen(set()))
+    assert flat.algorithm.surrogate.coef == 1.0
+    assert {step["policy/kl_old"] for step in seen.steps} == {0.0}
+    moved, _, _, _ = make_run(None, algorithm=algorithm)
+    assert moved.algorithm.surrogate.coef != 1.0
 
 
 def test_divided_rollout_joins_to_itself(make_run):

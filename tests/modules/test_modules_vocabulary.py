@@ -228,3 +228,8 @@ def test_advantages_of_zero_are_no_reason_to_warn_where_another_term_teaches(mak
     assert "the advantages of all" not in caplog.text
     make_run(Algorithm(beta=0.0), rollouts=1)
     assert "the advantages of all" in caplog.text
+
+
+def test_student_without_a_teacher_is_told(make_run):
+    with pytest.warns(UserWarning, match="name a teacher"):
+        make_run(OnPolicyDistillation(), rollouts=1)
