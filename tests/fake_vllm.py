@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -251,5 +250,12 @@ def vllm_installed() -> Iterator[type[TrainerEngine]]:
     modules[names[-1]].NCCLTrainerInitInfo = InitInfo
     modules[names[-1]].NCCLTrainerWeightTransferEngine = TrainerEngine
     modules[names[-2]].nccl_engine = modules[names[-1]]
-    with mock.patch.dict(sys.modules, modules):
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(modules)
+    try:
         yield TrainerEngine
+    finally:  # these alone: what was imported meanwhile must not be imported a second time
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
