@@ -108,7 +108,6 @@ def table(bench: Bench) -> Table:
             extract=to("last_number"),
             seconds=to(1e-6, by=patience),
         ),
-        ),
         ModuleReward: case(scores, {"module": bench.scorer}, module=to(bench.other_scorer)),
         RegexMatch: case(of_text, {"pattern": r"(\d+)"}, pattern=to(r"is (\d+)"), column=to("answer")),
         TimedReward: case(scores, {"reward": words}, reward=to(letters), seconds=to(0.05, by=in_time, reward=slowly)),
