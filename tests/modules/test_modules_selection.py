@@ -29,6 +29,7 @@ class Chosen(Reward):
         self.teaching, self.same = teaching, same
         self._fails_at, self._calls = fails_at, 0
         self._seen: list[list[str]] = []
+        self._drawn: list[tuple[int, torch.Tensor]] = []
 
     def __call__(self, rollout, rows):
         self._calls += 1
@@ -38,7 +39,9 @@ class Chosen(Reward):
         tokens = rollout.tokens[:, rollout.prompt_width :]
         last = tokens.gather(1, rollout.lengths[:, None] - 1).squeeze(1)
         teaches = torch.tensor([row["prompt"] in self.teaching for row in rows])
-        return torch.where(teaches, (last % 7).double(), torch.full(last.shape, self.same, dtype=torch.float64))
+        scores = torch.where(teaches, (last % 7).double(), torch.full(last.shape, self.same, dtype=torch.float64))
+        self._drawn.append((int(rollout.lengths.sum()), scores))
+        return scores
 
 
 class Rollouts(Callback):
@@ -108,16 +111,19 @@ def test_without_dynamic_sampling_flat_groups_are_learned_from(make_run):
 
 
 def test_logged_numbers_are_those_of_everything_drawn(make_run):
+    """Counted by the reward, which sees every batch."""
     module, seen, _, _ = make_run(DynamicSampling(batches=3))
-    calls = iter(module.reward._seen)
+    calls = iter(module.reward._drawn)
     for step in seen.steps:
-        prompts = [prompt for _ in range(int(step["filter/batches"])) for prompt in next(calls)[::K]]
-        assert 1 <= step["filter/batches"] <= 3
-        teaching = [prompt in module.reward.teaching for prompt in prompts]
-        assert step["filter/pass_rate"] <= sum(teaching) / len(teaching)  # a group that may teach can score alike
-        learned = min(round(step["filter/pass_rate"] * len(prompts)), 4) * K
-        assert step["filter/tokens_per_response"] == pytest.approx(step["filter/tokens"] / learned)
-        assert step["filter/tokens"] > step["objective/response_length"] * learned or step["filter/batches"] == 1
+        drawn = [next(calls) for _ in range(int(step["filter/batches"]))]
+        assert 1 <= len(drawn) <= 3
+        scores = torch.cat([scores for _, scores in drawn]).view(-1, K)
+        teaching = sum(len(set(group.tolist())) > 1 for group in scores)
+        tokens = sum(count for count, _ in drawn)
+        assert step["filter/pass_rate"] == pytest.approx(teaching / len(scores))
+        assert step["filter/tokens"] == tokens
+        assert step["filter/tokens_per_response"] == pytest.approx(tokens / (min(teaching, 4) * K))
+        assert step["filter/raw_scores"] == pytest.approx(float(scores.mean()))
     assert next(calls, None) is None
 
 
