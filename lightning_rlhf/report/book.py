@@ -15,11 +15,13 @@ from lightning_rlhf.report.frontier import frontier
 from lightning_rlhf.report.page import Section, page
 from lightning_rlhf.report.runs import Run, read_runs
 from lightning_rlhf.report.samples import columns_of, pairs
+from lightning_rlhf.report.shares import shares
 
 PAGE, NUMBERS = "report.html", "report.csv"
 Draft = Callable[[Sequence[Run]], Figure | Missing]
 RL: tuple[Draft, ...] = (
     learning.REWARD,
+    shares,
     learning.KL,
     frontier,
     learning.LENGTH,
@@ -28,6 +30,8 @@ RL: tuple[Draft, ...] = (
     learning.TOKEN_ENTROPY,
     learning.CLIPPED,
     learning.KL_OLD,
+    learning.LEARNED_FROM,
+    learning.DRAWN,
     learning.PRETRAINING,
     learning.GRADIENTS,
     learning.length_bias,

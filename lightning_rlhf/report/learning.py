@@ -97,6 +97,24 @@ TOKEN_ENTROPY = Quantity(
     caption="Under the weights that sample, mean over tokens: does not depend on length.",
     remedy=f"needs policy/entropy_avg in {_LOG}",
 )
+LEARNED_FROM = Quantity(
+    name="learned_from",
+    title="Groups learned from",
+    y="share of drawn groups",
+    line=("filter/pass_rate",),
+    span=(0.0, 1.0),
+    caption="The others were all right or all wrong and were drawn for nothing, or their prompts rest.",
+    remedy="needs filter/pass_rate, from `--model.algorithm.dynamic_sampling` or a `--model.curriculum`",
+)
+DRAWN = Quantity(
+    name="drawn",
+    title="Tokens drawn for a response",
+    y="response tokens per response learned from",
+    line=("filter/tokens_per_response",),
+    span=(0.0, None),
+    caption="What was drawn in all, over what is learned from: above the response length by what the filter drops.",
+    remedy="needs filter/tokens_per_response, from `--model.algorithm.dynamic_sampling` or a `--model.curriculum`",
+)
 PRETRAINING = Quantity(
     name="pretraining",
     title="Pretraining loss",

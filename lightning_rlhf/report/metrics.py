@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_rlhf.report.lines import text_lines
 
-EVALUATIONS = ("eval/", "test/")
-"""Prefixes of names measured on held-out data, after the step of their row."""
+EVALUATIONS = ("eval/", "test/", "eval@", "test@")
+"""Prefixes of names measured on held-out data, after the step of their row; behind the `@` stands the set's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,12 @@ class Metrics:
     def __getitem__(self, name: str) -> Series:
         """Return the series of a name, empty if nothing was logged under it."""
         return self.series.get(name, Series())
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the held-out sets that have one."""
+        found = (re.match(r"(?:eval|test)@([^/]+)/", name) for name in self.series)
+        return tuple(dict.fromkeys(match[1] for match in found if match))
 
     def first(self, *names: str) -> Series:
         """Return the series of the first name that was logged."""

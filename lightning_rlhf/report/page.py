@@ -15,7 +15,7 @@ from lightning_rlhf.report.glossary import meaning
 from lightning_rlhf.report.header import facts
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.settings import differing
-from lightning_rlhf.report.summary import ROWS, Change, changes
+from lightning_rlhf.report.summary import Change, changes, rows_of
 from lightning_rlhf.report.verdict import number, verdict
 from lightning_rlhf.text.escape import html
 
@@ -111,7 +111,7 @@ def _summary(runs: Sequence[Run]) -> str:
             f'<td title="{html(_keys(what, per_run))}: {html(meaning(names[0]))}">{html(what)}</td>',
             [_move(of_run.get(what)) for of_run in per_run],
         )
-        for what, names, _ in ROWS
+        for what, names, _ in {row[0]: row for run in runs for row in rows_of(run)}.values()
         if any(what in of_run for of_run in per_run)
     ]
     if not rows:

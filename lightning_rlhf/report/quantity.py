@@ -8,6 +8,7 @@ from statistics import fmean
 
 from lightning_rlhf.report.figure import Figure, Line, Mark, Missing, Points
 from lightning_rlhf.report.metrics import Series
+from lightning_rlhf.report.palette import color
 from lightning_rlhf.report.runs import Run
 from lightning_rlhf.report.statistics import Interval, by_iteration, smoothed, thinned
 
@@ -81,7 +82,27 @@ class Quantity:
             bars = _intervals(points, tested, self.interval)
             label = names[1] if line or alone else run.name
             marks.append(Points(label=label, x=points.x, y=points.y, color=run.color, intervals=bars))
+        return marks + self._named_sets(run, alone=alone)
+
+    def _named_sets(self, run: Run, *, alone: bool) -> list[Mark]:
+        """Rings of each held-out set with a name, in colors of their own where there is one run."""
+        marks: list[Mark] = []
+        for place, (name, responses) in enumerate(run.sets.items(), start=1):
+            columns = responses.column(self.column) if self.column else {}
+            logged = run.metrics.first(*(of_set(key, name) for key in self.points))
+            points = thinned(by_iteration(columns, fmean) or logged)
+            if points:
+                label = name if alone else f"{run.name}, {name}"
+                bars = _intervals(points, columns, self.interval)
+                hue = color(place) if alone else run.color
+                marks.append(Points(label=label, x=points.x, y=points.y, color=hue, intervals=bars))
         return marks
+
+
+def of_set(key: str, name: str) -> str:
+    """Return the logged name of a held-out number for a set with a name: `eval/kl` → `eval@NAME/kl`."""
+    stage, _, number = key.partition("/")
+    return f"{stage}@{name}/{number}" if name else key
 
 
 def line_of(

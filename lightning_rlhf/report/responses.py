@@ -69,7 +69,7 @@ def read_rollouts(paths: Sequence[Path]) -> Responses:
 
 
 def read_samples(paths: Sequence[Path]) -> Mapping[str, Responses]:
-    """Read the held-out responses by stage, `val` or `test`.
+    """Read the held-out responses by stage, `val` or `test`, those of a named set by `val@NAME` or `test@NAME`.
 
     Args:
         paths: of files, oldest first.
@@ -80,7 +80,8 @@ def read_samples(paths: Sequence[Path]) -> Mapping[str, Responses]:
     stages: dict[str, Responses] = {}
     for where, row in _lines(paths):
         _check(where, row, {"iteration": int, "score": float, "stage": str, "index": int})
-        stages.setdefault(row["stage"], Responses()).add(row)
+        held_out = f"{row['stage']}@{row['set']}" if row.get("set") else row["stage"]
+        stages.setdefault(held_out, Responses()).add(row)
     return stages
 
 

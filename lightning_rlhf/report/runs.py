@@ -23,7 +23,7 @@ class Run:
         color: in figures and tables.
         metrics: of `metrics.csv`.
         rollouts: of `rollouts.jsonl`; empty if there is none.
-        samples: of `samples.jsonl`, by stage; empty if there is none.
+        samples: of `samples.jsonl`, by stage, or stage and set; empty if there is none.
         settings: of `config.yaml` or `hparams.yaml`, dotted key → value.
         written: times of its first settings and last metrics, seconds since 1970; None if a file is missing.
         notes: for the report's readers, on files that were joined or left out.
@@ -42,6 +42,14 @@ class Run:
     def held_out(self) -> Responses:
         """Samples of validation, or else of the test."""
         return self.samples.get("val") or self.samples.get("test") or Responses()
+
+    @property
+    def sets(self) -> Mapping[str, Responses]:
+        """Samples of each named held-out set, by its name; empty where there are metrics alone."""
+        names = dict.fromkeys([*self.metrics.sets, *(key.partition("@")[2] for key in self.samples if "@" in key)])
+        return {
+            name: self.samples.get(f"val@{name}") or self.samples.get(f"test@{name}") or Responses() for name in names
+        }
 
     @property
     def is_reward_model(self) -> bool:

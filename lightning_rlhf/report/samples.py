@@ -35,17 +35,25 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
     """First and last evaluation of each run, without duplicates between runs."""
     evaluations: dict[str, tuple[list[str], str, dict[str, Sample]]] = {}
     for run in runs:
-        rows = run.held_out.rows
-        for iteration in run.held_out.ends if rows else ():
+        for iteration, rows in _ends(run).items():
             when = "before training" if iteration == 0 else f"after {iteration} rollouts"
-            samples = _by_prompt(rows[iteration])
+            samples = _by_prompt(rows)
             said = json.dumps([when, [(key, row.get("response"), row["score"]) for key, row in samples.items()]])
             evaluations.setdefault(said, ([], when, samples))[0].append(run.name)
-    alone = [run.name for run in runs if run.held_out.rows]
+    alone = [run.name for run in runs if _ends(run)]
     return [
         Column(when if names == alone else f"{', '.join(names)}, {when}", samples)
         for names, when, samples in evaluations.values()
     ]
+
+
+def _ends(run: Run) -> dict[int, list[Sample]]:
+    """Lines of the first and last evaluation of all held-out sets, by iteration."""
+    ends: dict[int, list[Sample]] = {}
+    for responses in (run.held_out, *run.sets.values()):
+        for iteration in responses.ends if responses.rows else ():
+            ends.setdefault(iteration, []).extend(responses.rows[iteration])
+    return dict(sorted(ends.items()))
 
 
 def _by_prompt(rows: Sequence[Sample]) -> dict[str, Sample]:
