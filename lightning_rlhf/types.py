@@ -125,8 +125,9 @@ class Rollout:
 
     Attributes:
         tokens: prompt and response, (B, P + R), int64.
-        attention_mask: real tokens of both, (B, P + R), bool.
-        response_mask: tokens the policy chose, the end token included, (B, R), bool; True is a prefix of the row.
+        attention_mask: real tokens of both, an environment's included, (B, P + R), bool.
+        response_mask: tokens the policy chose, end tokens included, (B, R), bool. True is a prefix of the row, or has
+            holes, which an environment wrote.
         ended: the response closed with an end token, (B,), bool.
         prompt_index: which prompt of the batch each response answers, (B,), int64.
         logprobs: log π_old(token | before), (B, R), nats, 0 where `response_mask` is False.
@@ -134,6 +135,7 @@ class Rollout:
         ref_logprobs: log π_ref of the same tokens, (B, R), nats.
         entropy: of the next-token distribution that each token was drawn from, (B, R), nats.
         values: V(state before each token), (B, R); zeros where there is no value network.
+        rewards: what an environment gave after each token, (B, R), reward units; None without one.
         logprobs_with_grad: `logprobs` with the graph they came by, where the only update goes on from it; else None.
     """
 
@@ -147,6 +149,7 @@ class Rollout:
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    rewards: Tensor | None = None
     logprobs_with_grad: Tensor | None = None
 
     @property
@@ -156,8 +159,30 @@ class Rollout:
 
     @property
     def lengths(self) -> Tensor:
-        """Response lengths in tokens, end token included, (B,)."""
+        """Tokens that the policy chose in each response, end tokens included, (B,)."""
         return self.response_mask.sum(1)
+
+    @property
+    def extents(self) -> Tensor:
+        """Tokens of each response with what an environment wrote in it, (B,): `lengths` without one."""
+        return self.attention_mask[:, self.prompt_width :].sum(1)
+
+    @property
+    def spans(self) -> Tensor:
+        """Number of spans that the policy wrote in each response, (B,): turns of a dialogue."""
+        before = torch.cat([torch.zeros_like(self.response_mask[:, :1]), self.response_mask[:, :-1]], 1)
+        return (self.response_mask & ~before).sum(1)
+
+    @property
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """Columns of the response at which its last span begins and ends, (B,) each: all of it without an environment.
+
+        A span is what the policy wrote without interruption; the end is exclusive.
+        """
+        columns = torch.arange(self.response_mask.shape[1], device=self.tokens.device)
+        stop = torch.where(self.response_mask, columns + 1, 0).amax(1)
+        foreign = ~self.response_mask & (columns < stop.unsqueeze(1))
+        return torch.where(foreign, columns + 1, 0).amax(1), stop
 
     @property
     def prompt_lengths(self) -> Tensor:
@@ -170,7 +195,7 @@ class Rollout:
     def select(self, index: Tensor) -> Rollout:
         """Select the sequences at `index`, (b,), int64; drops columns of only padding."""
         first = self.prompt_width - max(int(self.prompt_lengths[index].max()), 1)
-        width = max(int(self.lengths[index].max()), 1)
+        width = max(int(self.extents[index].max()), 1)
         cut = {
             "tokens": slice(first, self.prompt_width + width),
             "attention_mask": slice(first, self.prompt_width + width),
@@ -251,9 +276,9 @@ class Outcome:
     name: str = ""
 
     def tokens(self) -> list[list[int]]:
-        """Token ids of each response, end token included."""
-        rows, lengths = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.lengths.tolist()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        """Token ids of each response, end token included, with what an environment wrote in it."""
+        rows, extents = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.extents.tolist()
+        return [row[:extent] for row, extent in zip(rows, extents, strict=True)]
 
     def numbers(self) -> list[dict[str, Any]]:
         """Return the numbers of each response, ready for JSON: None replaces non-finite ones.

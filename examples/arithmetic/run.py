@@ -20,13 +20,13 @@ HERE, RUN = Path(__file__).parent, Path("runs/arithmetic")
 CONFIGS = HERE.parent.parent / "configs"
 SEEDS = (0, 1, 2)
 METHODS = {
-    "grpo": ["--trainer.max_steps=50"],
-    "dynamic": ["--trainer.max_steps=30", "--model.algorithm.dynamic_sampling.batches=4"],
+    "grpo": ["--trainer.max_steps=40"],
+    "dynamic": ["--trainer.max_steps=25", "--model.algorithm.dynamic_sampling.batches=4"],
 }
 """Flags of each method; the second draws up to four batches a rollout."""
 
 
-def train(method: str, seed: int) -> None:
+def train(method: str, seed: int, precision: str) -> None:
     """Run one method with one seed in this process."""
     sys.path[:0] = [str(HERE), str(HERE.parent / "quickstart")]
     from ingredients import smollm2
@@ -38,17 +38,17 @@ def train(method: str, seed: int) -> None:
     policy = [f"--model.policy.path={gguf.parent}", f"--model.policy.gguf_file={gguf.name}"]
     data = [f"--data.{part}={path}" for part, path in files.items()]
     configs = [f"--config={CONFIGS / 'grpo.yaml'}", f"--config={HERE / 'arithmetic.yaml'}"]
-    given = [f"--run={RUN / f'{method}-{seed}'}", f"--seed_everything={seed}"]
+    given = [f"--run={RUN / f'{method}-{seed}'}", f"--seed_everything={seed}", f"--trainer.precision={precision}"]
     lightning_rlhf(["fit", *configs, *given, *policy, *data, *METHODS[method]])
 
 
-def started(method: str, seed: int) -> None:
+def started(method: str, seed: int, precision: str) -> None:
     """Run one method with one seed in a process of its own, on one core."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     folder = RUN / f"{method}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--method", method, "--seed", str(seed)]
+    command = [sys.executable, __file__, "--method", method, "--seed", str(seed), "--precision", precision]
     with (folder / "console.txt").open("w") as console:
         subprocess.run(command, env=environment, stdout=console, stderr=subprocess.STDOUT, check=True)
     print(f"{method}, seed {seed}: done", flush=True)
@@ -75,13 +75,14 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--precision", default="bf16-mixed", help="32-true is faster on a CPU without bfloat16 units")
     given = parser.parse_args()
     if given.method:
-        train(given.method, given.seed)
+        train(given.method, given.seed, given.precision)
         return
     jobs = [(method, seed) for method in METHODS for seed in SEEDS]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(lambda job: started(*job), jobs))
+        list(pool.map(lambda job: started(*job, given.precision), jobs))
     write([{"method": method, "seed": seed} | point for method, seed in jobs for point in curve(method, seed)])
 
 

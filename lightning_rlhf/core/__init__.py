@@ -42,7 +42,14 @@ from lightning_rlhf.core.kl_term import (
     penalized_rewards,
 )
 from lightning_rlhf.core.klpen import KLPen
-from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel, TokenLevel
+from lightning_rlhf.core.level import (
+    ActionLevel,
+    GeometricLevel,
+    GeometricTokenLevel,
+    SequenceLevel,
+    SpanLevel,
+    TokenLevel,
+)
 from lightning_rlhf.core.logprobs import full_precision, next_token_loss, token_logprobs
 from lightning_rlhf.core.majority import majority_at_k
 from lightning_rlhf.core.masked import AllSum, local, masked_mean, masked_sum, masked_variance, whiten
@@ -181,6 +188,7 @@ __all__ = [
     "SamplerWeights",
     "Schedule",
     "SequenceLevel",
+    "SpanLevel",
     "SeqMeanTokenSum",
     "Shaping",
     "SoftOverlong",

@@ -115,6 +115,8 @@ class GAE(AdvantageEstimator):
     """Generalized advantage estimation (Schulman et al. 2016; PPO eqs. 11-12).
 
     δₜ = rₜ + γ·V(sₜ₊₁) − V(sₜ);  Âₜ = δₜ + γλ·Âₜ₊₁;  R̂ₜ = Âₜ + V(sₜ)
+
+    t counts actions: what an environment wrote between two of them takes no step and is not discounted.
     """
 
     gamma: float = 1.0
@@ -133,15 +135,15 @@ class GAE(AdvantageEstimator):
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, all_sum: AllSum
     ) -> AdvantagesAndReturns:
-        """Compute Âₜ by a backward sweep; the state after the last action is worth 0."""
+        """Compute Âₜ by a backward sweep over actions; the state after the last one is worth 0."""
         advantages = torch.zeros_like(rewards)
         following = torch.zeros_like(rewards[:, 0])
         next_value = torch.zeros_like(rewards[:, 0])
         for t in reversed(range(rewards.shape[1])):
             delta = rewards[:, t] + self.gamma * next_value - values[:, t]
-            following = torch.where(mask[:, t], delta + self.gamma * self.lam * following, 0.0)
-            next_value = torch.where(mask[:, t], values[:, t], 0.0)
-            advantages[:, t] = following
+            following = torch.where(mask[:, t], delta + self.gamma * self.lam * following, following)
+            next_value = torch.where(mask[:, t], values[:, t], next_value)
+            advantages[:, t] = torch.where(mask[:, t], following, 0.0)
         return AdvantagesAndReturns(advantages, torch.where(mask, advantages + values, torch.zeros_like(values)))
 
 

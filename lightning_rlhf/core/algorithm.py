@@ -207,7 +207,8 @@ class Algorithm(Adaptive):
         mask = self.level.mask(rollout.response_mask)
         kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
         charged = self.kl_term.in_reward(kl_ref)
-        rewards = penalized_rewards(scores, charged, mask, coef=self.kl.coef)
+        given = None if rollout.rewards is None else self.level.total(rollout.rewards, rollout.response_mask)
+        rewards = penalized_rewards(scores, charged, mask, coef=self.kl.coef, given=given)
         penalties = penalized_rewards(torch.zeros_like(scores), charged, mask, coef=self.kl.coef)
         values = self.level.state_value(rollout.values, rollout.response_mask)
         place: Any = {"groups": rollout.prompt_index, "all_sum": all_sum}

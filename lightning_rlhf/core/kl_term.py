@@ -14,7 +14,9 @@ from lightning_rlhf.core.level import ActionLevel
 from lightning_rlhf.core.surrogate import importance_ratio
 
 
-def penalized_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: float) -> Tensor:
+def penalized_rewards(
+    scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: float, given: Tensor | None = None
+) -> Tensor:
     """Per-action reward: −β·kl, plus the score on the last action (Ouyang et al. 2022, eq. 2).
 
     rₜ = −β (log π_old(aₜ|sₜ) − log π_ref(aₜ|sₜ)) + 1[t = last] · r_φ(x, y)
@@ -26,6 +28,8 @@ def penalized_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: flo
         kl_ref: log π_old − log π_ref of each action, (B, T), nats.
         mask: actions that count, (B, T), bool, at least one per row.
         coef: β ≥ 0.
+        given: what an environment gave for each action, (B, T), reward units: it stays there, and the last action gets
+            the rest of the score. None gives all of it to the last one.
 
     Returns:
         rewards, (B, T), 0 where masked; their sum over T is the bandit's reward.
@@ -40,7 +44,9 @@ def penalized_rewards(scores: Tensor, kl_ref: Tensor, mask: Tensor, *, coef: flo
         )
     steps = torch.arange(mask.shape[1], device=mask.device)
     last = steps == torch.where(mask, steps, -1).amax(1, keepdim=True)
-    rewards = -coef * kl_ref + torch.where(last, scores.to(kl_ref.dtype).unsqueeze(1), 0.0)
+    earlier = torch.zeros_like(kl_ref) if given is None else torch.where(last | ~mask, 0.0, given.to(kl_ref.dtype))
+    rest = scores.to(kl_ref.dtype).unsqueeze(1) - earlier.sum(1, keepdim=True)
+    rewards = -coef * kl_ref + torch.where(last, rest, earlier)
     return torch.where(mask, rewards, torch.zeros_like(rewards))
 
 

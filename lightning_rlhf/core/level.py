@@ -101,6 +101,46 @@ class SequenceLevel(ActionLevel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanLevel(ActionLevel):
+    """One action per span of a dialogue with an environment: a turn, T = R.
+
+    A span is what the policy wrote without interruption, and its action stands at its last token. A response without
+    interruption is one action, as under `SequenceLevel`.
+    """
+
+    def mask(self, response: Tensor) -> Tensor:
+        """Mask that is True at the last token of each span."""
+        follows = torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], 1)
+        return response & ~follows
+
+    def total(self, x: Tensor, response: Tensor) -> Tensor:
+        """Sum Σ_t x over each span, at its last token."""
+        span = _span_numbers(response)
+        sums = x.new_zeros(len(x), x.shape[1] + 1).scatter_add(1, span, torch.where(response, x, torch.zeros_like(x)))
+        return torch.where(self.mask(response), sums.gather(1, span), torch.zeros_like(sums[:, :1]))
+
+    def state_value(self, values: Tensor, response: Tensor) -> Tensor:
+        """Value V before the first token of each span, at its last token."""
+        before = torch.cat([torch.zeros_like(response[:, :1]), response[:, :-1]], 1)
+        opening = torch.where(response & ~before, values, torch.zeros_like(values))
+        return self.total(opening, response)
+
+    def spread(self, x: Tensor, response: Tensor) -> Tensor:
+        """Divide a quantity of each action equally over the tokens of its span, (B, R)."""
+        span = _span_numbers(response)
+        empty = x.new_zeros(len(x), x.shape[1] + 1)
+        sizes = empty.scatter_add(1, span, response.to(x.dtype)).clamp(min=1)
+        share = empty.scatter_add(1, span, torch.where(self.mask(response), x, torch.zeros_like(x))) / sizes
+        return torch.where(response, share.gather(1, span), torch.zeros_like(x))
+
+
+def _span_numbers(response: Tensor) -> Tensor:
+    """Number of the span of each token, (B, R), int64, from 1; tokens between two spans have that of the one before."""
+    before = torch.cat([torch.zeros_like(response[:, :1]), response[:, :-1]], 1)
+    return (response & ~before).long().cumsum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeometricLevel(SequenceLevel):
     """Whole response with its ratio normalized by its length (GSPO; Zheng et al. 2025, eq. 7).
 

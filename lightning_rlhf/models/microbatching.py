@@ -19,7 +19,7 @@ def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list
     Returns:
         row numbers, int64, that together are 0 to B − 1.
     """
-    prompt, response, group = (x.tolist() for x in (rollout.prompt_lengths, rollout.lengths, rollout.prompt_index))
+    prompt, response, group = (x.tolist() for x in (rollout.prompt_lengths, rollout.extents, rollout.prompt_index))
     longest: dict[int, int] = {}
     for row, name in enumerate(group):
         longest[name] = max(longest.get(name, 0), prompt[row] + response[row])

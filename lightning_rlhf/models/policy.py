@@ -107,9 +107,13 @@ class PolicyModel(nn.Module):
             rollout: B responses.
             temperature: τ the logits are divided by.
         """
-        width = rollout.response_mask.shape[1]
         return self(
-            rollout.tokens, rollout.attention_mask, width=width, temperature=temperature, groups=rollout.prompt_index
+            rollout.tokens,
+            rollout.attention_mask,
+            width=rollout.response_mask.shape[1],
+            wanted=rollout.response_mask,
+            temperature=temperature,
+            groups=rollout.prompt_index,
         )
 
     def response_predictions(self, rollout: Rollout) -> Predictions:

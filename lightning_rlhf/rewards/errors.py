@@ -59,7 +59,7 @@ def scored_or_told(
 def _written(reward: Reward, rollout: Rollout, rows: Sequence[Row], path: Path) -> str:
     """Write the prompts and responses to a file and return a sentence with its path."""
     tokens = rollout.tokens[:, rollout.prompt_width :].tolist()
-    responses: list[Any] = [row[:length] for row, length in zip(tokens, rollout.lengths.tolist(), strict=True)]
+    responses: list[Any] = [row[:length] for row, length in zip(tokens, rollout.extents.tolist(), strict=True)]
     if reward.tokenizer is not None:
         responses = texts_of(responses, reward.tokenizer)
     try:

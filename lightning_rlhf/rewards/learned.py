@@ -124,7 +124,7 @@ class LearnedReward(TextReward):
             return rollout.tokens
         encoder, policy = Encoder(own), Encoder(given)
         tokens, width = rollout.tokens, rollout.prompt_width
-        last = (width + rollout.lengths - 1).unsqueeze(1)
+        last = (width + rollout.extents - 1).unsqueeze(1)
         ends, ended = tokens.gather(1, last).flatten().tolist(), rollout.ended.tolist()
         prompts = zip(tokens[:, :width].tolist(), rollout.prompt_lengths.tolist(), strict=True)
         for i, (columns, length) in enumerate(prompts):

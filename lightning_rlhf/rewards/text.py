@@ -29,9 +29,10 @@ class EverythingBut(Container[str]):
 
 
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decode the responses of a rollout with `texts_of`."""
+    """Decode the responses of a rollout with `texts_of`; of a dialogue with an environment the last span."""
     texts = rollout.tokens[:, rollout.prompt_width :].tolist()
-    return texts_of([row[:length] for row, length in zip(texts, rollout.lengths.tolist(), strict=True)], tokenizer)
+    spans = zip(texts, *(columns.tolist() for columns in rollout.answers), strict=True)
+    return texts_of([row[start:stop] for row, start, stop in spans], tokenizer)
 
 
 def texts_of(responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -15,8 +15,8 @@ from lightning_rlhf.rewards.reward import Scores
 from lightning_rlhf.rollout.ahead import keys_of
 from lightning_rlhf.types import Objectives, PromptBatch, Rollout, Row
 
-OF_RESPONSES = ("response_mask", "ended", "sampler_logprobs", "entropy")
-"""Fields of a rollout that a group keeps beside the tokens; the others are measured later."""
+OF_RESPONSES = ("response_mask", "ended", "sampler_logprobs", "entropy", "rewards")
+"""Fields of a rollout that a group keeps beside the tokens, those it has; the others are measured later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +61,14 @@ class Group:
     Attributes:
         prompt: that is answered.
         tokens: of the responses, (k, R), int64.
+        real: of these, (k, R), bool: the policy's and an environment's.
         responses: their `OF_RESPONSES`, (k, …) each.
         scores: of the responses, (k,).
     """
 
     prompt: Prompt
     tokens: Tensor
+    real: Tensor
     responses: dict[str, Tensor]
     scores: Scores
 
@@ -102,11 +104,15 @@ def divided(batch: PromptBatch, rollout: Rollout, scores: Scores, *, places: Seq
         places: of the prompts among all that are drawn for a rollout.
     """
     samples = len(rollout) // len(batch.tokens)
+    kept = {name: getattr(rollout, name) for name in OF_RESPONSES}
+    present = {name: part for name, part in kept.items() if part is not None}
+    first = rollout.attention_mask[::samples, : rollout.prompt_width]
     return [
         Group(
-            prompt=prompt,
+            prompt=prompt._replace(tokens=rollout.tokens[i * samples, : rollout.prompt_width][first[i]].cpu()),
             tokens=rollout.tokens[rows, rollout.prompt_width :].cpu(),
-            responses={name: getattr(rollout, name)[rows].cpu() for name in OF_RESPONSES},
+            real=rollout.attention_mask[rows, rollout.prompt_width :].cpu(),
+            responses={name: part[rows].cpu() for name, part in present.items()},
             scores=_of_rows(scores, rows),
         )
         for i, prompt in enumerate(prompts_of(batch, places))
@@ -118,13 +124,16 @@ def joined(groups: Sequence[Group], *, device: torch.device) -> tuple[PromptBatc
     """Put the groups of B prompts together, padded to the longest prompt and response; nothing is measured yet."""
     batch = batch_of([group.prompt for group in groups], device=device)
     index = torch.arange(len(groups), device=device).repeat_interleave(len(groups[0].tokens))
-    width = max(int(group.responses["response_mask"].sum(1).max()) for group in groups)
-    tokens = _stacked([group.tokens for group in groups], width).to(device)
-    parts = {name: _stacked([group.responses[name] for group in groups], width).to(device) for name in OF_RESPONSES}
+    width = max(int(group.real.sum(1).max()) for group in groups)
+    tokens, real = (
+        _stacked(part, width).to(device) for part in zip(*((g.tokens, g.real) for g in groups), strict=True)
+    )
+    names = groups[0].responses
+    parts = {name: _stacked([group.responses[name] for group in groups], width).to(device) for name in names}
     unknown = torch.zeros_like(parts["sampler_logprobs"])
     rollout = Rollout(
         tokens=torch.cat([batch.tokens[index], tokens], 1),
-        attention_mask=torch.cat([batch.mask[index], parts["response_mask"]], 1),
+        attention_mask=torch.cat([batch.mask[index], real], 1),
         prompt_index=index,
         logprobs=unknown,
         ref_logprobs=unknown,
@@ -134,7 +143,7 @@ def joined(groups: Sequence[Group], *, device: torch.device) -> tuple[PromptBatc
     return batch, rollout, _all_of([group.scores for group in groups], device)
 
 
-def _stacked(parts: list[Tensor], width: int) -> Tensor:
+def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
     """Stack numbers of tokens, cut or padded with 0 to `width`; numbers of responses as they are."""
     if parts[0].ndim == 1:
         return torch.cat(parts)
