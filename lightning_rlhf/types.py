@@ -276,7 +276,7 @@ class Outcome:
     name: str = ""
 
     def tokens(self) -> list[list[int]]:
-        """Token ids of each response, end token included, with what an environment wrote in it."""
+        """Token ids of each response with its end token and what an environment wrote in it."""
         rows, extents = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.extents.tolist()
         return [row[:extent] for row, extent in zip(rows, extents, strict=True)]
 

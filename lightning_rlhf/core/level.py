@@ -135,7 +135,10 @@ class SpanLevel(ActionLevel):
 
 
 def _span_numbers(response: Tensor) -> Tensor:
-    """Number of the span of each token, (B, R), int64, from 1; tokens between two spans have that of the one before."""
+    """Number the spans of each row from 1, (B, R).
+
+    A token between two spans has the number of the one before.
+    """
     before = torch.cat([torch.zeros_like(response[:, :1]), response[:, :-1]], 1)
     return (response & ~before).long().cumsum(1)
 

@@ -47,8 +47,8 @@ class Metrics:
     @property
     def sets(self) -> tuple[str, ...]:
         """Names of the held-out sets that have one."""
-        found = (re.match(r"(?:eval|test)@([^/]+)/", name) for name in self.series)
-        return tuple(dict.fromkeys(match[1] for match in found if match))
+        matches = (re.match(r"(?:eval|test)@([^/]+)/", name) for name in self.series)
+        return tuple(dict.fromkeys(match[1] for match in matches if match))
 
     def first(self, *names: str) -> Series:
         """Return the series of the first name that was logged."""

@@ -69,7 +69,9 @@ def read_rollouts(paths: Sequence[Path]) -> Responses:
 
 
 def read_samples(paths: Sequence[Path]) -> Mapping[str, Responses]:
-    """Read the held-out responses by stage, `val` or `test`, those of a named set by `val@NAME` or `test@NAME`.
+    """Read the held-out responses by stage: `val` or `test`.
+
+    Those of a held-out set with a name are below `val@NAME` or `test@NAME`.
 
     Args:
         paths: of files, oldest first.

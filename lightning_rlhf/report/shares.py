@@ -16,22 +16,22 @@ _NAMES = re.compile(r"(eval|test)(?:@([^/]+))?/((?:pass|majority)_at_\d+|win_rat
 
 
 def share_names(run: Run) -> dict[str, str]:
-    """Return the logged names of pass@k, majority@k and win rate by label, of all held-out sets.
+    """Return the logged names of the shares of all held-out sets by label.
 
     A name of the test stands only where there is none of the validation.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for stage in ("eval", "test"):
         for name in run.metrics.series:
             match = _NAMES.fullmatch(name)
             if match and match[1] == stage:
                 share = match[3].replace("_at_", "@").replace("_", " ")
-                found.setdefault(f"{share}, {match[2]}" if match[2] else share, name)
-    return found
+                names.setdefault(f"{share}, {match[2]}" if match[2] else share, name)
+    return names
 
 
 def shares(runs: Sequence[Run]) -> Figure | Missing:
-    """Compose the figure of pass@k, majority@k and win rate over a run, with intervals of 95 % confidence."""
+    """Compose the figure of the shares of prompts over a run with their 95 % confidence."""
     marks: list[Mark] = []
     for run in runs:
         for place, (label, name) in enumerate(share_names(run).items()):

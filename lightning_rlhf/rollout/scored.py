@@ -146,7 +146,7 @@ def joined(groups: Sequence[Group], *, device: torch.device) -> tuple[PromptBatc
 def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
     """Stack numbers of tokens, cut or padded with 0 to `width`; numbers of responses as they are."""
     if parts[0].ndim == 1:
-        return torch.cat(parts)
+        return torch.cat(list(parts))
     return torch.cat([pad(part[:, :width], (0, max(width - part.shape[1], 0))) for part in parts])
 
 
