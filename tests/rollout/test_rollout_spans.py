@@ -79,9 +79,9 @@ def test_text_reward_reads_the_last_span(make_tokenizer):
 
 
 def test_microbatches_have_room_for_the_environment():
-    pieces = pieces_of(rollout(), rows=None, tokens=9)
+    pieces = pieces_of(rollout(), rows=None, tokens=16)
     assert sorted(torch.cat(pieces).tolist()) == [0, 1, 2, 3]
-    assert pieces[0].tolist() == [0]  # 3 + 6 tokens, of which the policy chose 4
+    assert pieces[0].tolist() == [0]  # with row 1 it is 2 · (3 + 6) tokens, of which the policy chose 2 · (3 + 4)
 
 
 def test_groups_keep_what_the_environment_wrote():
