@@ -25,7 +25,12 @@ ROOMS: list[dict[str, str]] = [
     {"modules": "SFT, reward model, RL as LightningModules", "callbacks": "checks, checkpoints, guards, export"},
     {"evaluation": "win rate, best of n, gold reward", "report": "a page from a run's logs"},
     {"rollout": "prompts to responses and scores; order of updates", "data": "files of text to batches of tokens"},
-    {"engines": "draw tokens", "rewards": "score responses", "distributed": "the processes of a run"},
+    {
+        "engines": "draw tokens",
+        "environments": "answer turns",
+        "rewards": "score responses",
+        "distributed": "the processes of a run",
+    },
     {"models": "networks: policy, scalar head, adapters"},
     {"text": "messages, templates, token ids, what ends a response"},
     {"core": "the mathematics: torch only", "folders": "looks into a folder before it is loaded"},

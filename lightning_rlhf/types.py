@@ -136,6 +136,7 @@ class Rollout:
         entropy: of the next-token distribution that each token was drawn from, (B, R), nats.
         values: V(state before each token), (B, R); zeros where there is no value network.
         rewards: what an environment gave after each token, (B, R), reward units; None without one.
+        failed: the environment failed, so that nothing is learned from the response, (B,), bool; None without one.
         logprobs_with_grad: `logprobs` with the graph they came by, where the only update goes on from it; else None.
     """
 
@@ -150,6 +151,7 @@ class Rollout:
     entropy: Tensor
     values: Tensor
     rewards: Tensor | None = None
+    failed: Tensor | None = None
     logprobs_with_grad: Tensor | None = None
 
     @property
@@ -174,7 +176,7 @@ class Rollout:
         return (self.response_mask & ~before).sum(1)
 
     @property
-    def answers(self) -> tuple[Tensor, Tensor]:
+    def last_span(self) -> tuple[Tensor, Tensor]:
         """Columns of the response at which its last span begins and ends, (B,) each: all of it without an environment.
 
         A span is what the policy wrote without interruption; the end is exclusive.

@@ -107,7 +107,7 @@ def _activations(trainer: Trainer, module: Any, dtype: torch.dtype) -> int:
     texts = round(responses * getattr(data, "pretrain_ratio", 0.0)) if module.algorithm.ptx_coef else 0
     sizes = [0]
     if prompt is not None:
-        tokens = _tokens(updates, rows=responses, width=prompt + module.generation.max_new_tokens)
+        tokens = _tokens(updates, rows=responses, width=prompt + module.collector.sampler.longest)
         sizes.append(sum(_kept(network, tokens, dtype) for network in networks))
     if text is not None and texts:
         sizes.append(_kept(networks[0], _tokens(updates, rows=texts, width=text), dtype))

@@ -27,13 +27,16 @@ def observed(rollout: Rollout, scores: Scores, *, score: str = "scores") -> dict
         scores: (B,), reward units.
         score: what the score is called.
     """
-    return {
+    terms = {
         "kl": (rollout.logprobs - rollout.ref_logprobs).sum(1),
         "entropy": -rollout.logprobs.sum(1),
         "response_length": rollout.lengths.to(scores.total),
         "eos_rate": rollout.ended.to(scores.total),
         score: scores.total,
     }
+    if rollout.failed is not None:
+        terms |= {"turns": rollout.spans.to(scores.total), "failed": rollout.failed.to(scores.total)}
+    return terms
 
 
 def observed_parts(scores: Scores, *, score: str = "scores", mask: Tensor | None = None) -> MeanMetrics:
@@ -174,8 +177,12 @@ class Evaluation:
         rollout = responder.respond(batch, samples=1, stream=stream, iteration=batch_idx)
         scores = responder.score(rollout, batch, iteration=batch_idx)
         here.batches += 1
-        here.metrics += MeanMetrics.of(observed(rollout, scores, score="reward"), batch.is_real)
-        here.metrics += observed_parts(scores, score="reward", mask=batch.is_real)
+        terms = observed(rollout, scores, score="reward")
+        failed = terms.pop("failed", None)
+        counted = batch.is_real if rollout.failed is None else batch.is_real & ~rollout.failed
+        here.metrics += MeanMetrics.of(terms, counted)
+        here.metrics += MeanMetrics.of({} if failed is None else {"failed": failed}, batch.is_real)
+        here.metrics += observed_parts(scores, score="reward", mask=counted)
         here.panel.prompts(responder, batch, batch_idx, rollout, scores)
         return outcome_of(rollout, scores, batch)
 

@@ -20,7 +20,7 @@ from lightning_rlhf.core import (
     Whitened,
 )
 from lightning_rlhf.core.checks import check_not_negative
-from lightning_rlhf.rewards import ZeroReward
+from lightning_rlhf.rewards import EnvironmentReward, ZeroReward
 from lightning_rlhf.types import PromptBatch
 
 WIDEST_GEOMETRIC_BOUND = 0.05
@@ -70,7 +70,8 @@ def check_compatible(module: Any, *, reference: object, value: object, value_lr:
             "the engine's `overlap` draws the next prompts before this rollout's scores say which they are: set it to "
             "false, or leave out `algorithm.dynamic_sampling` and `curriculum`"
         )
-    for rule in algorithm.rules:
+    _check_environment(module)
+    for rule in algorithm.rules if module.environment is None else ():
         _warn_of_length(rule, generation.max_new_tokens)
     if isinstance(algorithm.level, GeometricLevel | GeometricTokenLevel):
         for never in _idle_bounds(algorithm.surrogate):
@@ -79,6 +80,25 @@ def check_compatible(module: Any, *, reference: object, value: object, value_lr:
                 "epsilon=3e-4, epsilon_high=4e-4",
                 stacklevel=3,
             )
+
+
+def _check_environment(module: Any) -> None:
+    """Refuse what does not go together with an environment, or not without one."""
+    if module.environment is None:
+        if isinstance(module.reward, EnvironmentReward):
+            raise ValueError(
+                "`EnvironmentReward` is what an environment gives, and there is none: set "
+                "`environment`=Episodes(factory=...), or take another reward"
+            )
+        return
+    if module.engine.overlaps:
+        raise ValueError("the engine's `overlap` draws single responses ahead, no episodes: set it to false")
+    against = [evaluator.name for evaluator in module.evaluation.panel.given if evaluator.reference_samples]
+    if against:
+        raise ValueError(
+            f"`evaluations`: {', '.join(against)} compare with responses of the reference, which plays no episodes "
+            "with an `environment`: leave them out"
+        )
 
 
 def check_further(module: LightningModule, *, needed: bool) -> None:

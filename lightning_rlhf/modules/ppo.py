@@ -34,14 +34,23 @@ from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.training_signal import TrainingSignal
 from lightning_rlhf.rewards import Reward, Scores, as_reward
-from lightning_rlhf.rollout import Collector, UpdateSchedule
+from lightning_rlhf.rollout import Collector, Episodes, UpdateSchedule
 from lightning_rlhf.rollout.clock import Clock, cost
 from lightning_rlhf.rollout.responder import Responder
 from lightning_rlhf.rollout.scored import ScoredRollout
 from lightning_rlhf.rollout.selection import Selection, Step
 from lightning_rlhf.types import Experience, Outcome, PPOBatch, PromptBatch, Rollout, TextBatch
 
-DECISIVE = ("algorithm", "generation", "updates", "reference_dtype", "value_lr", "schedule", "curriculum")
+DECISIVE = (
+    "algorithm",
+    "generation",
+    "environment",
+    "updates",
+    "reference_dtype",
+    "value_lr",
+    "schedule",
+    "curriculum",
+)
 """Arguments in which a resumed run must agree with its checkpoint."""
 
 
@@ -70,6 +79,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         evaluations: what validation and test measure beside reward and KL: `WinRate`, `BestOfN`, `GoldReward`, ...
         engine: draws the responses; None is the decode loop of this process.
         curriculum: lets prompts rest that are always or never solved; None draws every prompt.
+        environment: answers the policy's turns, so that a response is a dialogue; None takes one turn.
 
     Attributes:
         iteration: rollouts that were learned from.
@@ -99,6 +109,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         evaluations: Sequence[Evaluator] = (),
         engine: Engine | None = None,
         curriculum: Curriculum | None = None,
+        environment: Episodes | None = None,
     ) -> None:
         check_arguments(PPOModule, locals())
         super().__init__()
@@ -110,9 +121,10 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         self.reward = as_reward(reward)
         self.algorithm = algorithm.for_run(
             learned_reward=self.reward.is_learned,
-            max_new_tokens=self.generation.max_new_tokens,
+            max_new_tokens=self.generation.max_new_tokens if environment is None else environment.tokens,
             sampled_elsewhere=self.engine.is_external,
         )
+        self.environment, self.evaluation = environment, Evaluation(evaluations)
         self.selection = Selection(self.algorithm, curriculum, partial(further_prompts, self))
         check_compatible(self, reference=reference, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
@@ -129,7 +141,6 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         self.value: ScalarModel | None = None
         self.responder: Responder = None  # type: ignore[assignment]  # until `configure_model`
         self.ranks = Ranks(self)
-        self.evaluation = Evaluation(evaluations)
         self.clock, self.signal = Clock(), TrainingSignal()
         self.outcome: Outcome | None = None
         self._changed: list[Difference] = []
@@ -170,6 +181,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             generation=self.generation,
             updates=self.updates,
             clock=self.clock,
+            episodes=None if self.environment is None else (self.environment, self.tokenizer),
             agree=partial(strategies.most_passes, self),
             keeps_graph=not self.algorithm.needs_vocabulary,
         )
@@ -321,15 +333,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters and the rollout drawn ahead, with what has adapted or moved."""
-        self._changed = resume.check_resumable(self, checkpoint, resume.of_all_processes(self._settings, self._trainer))
-        state = resume.with_changes(checkpoint["rlhf"], self._changed)
-        self.iteration, self.episodes = state["iteration"], state["episodes"]
-        self.algorithm = self.algorithm.restored(state["algorithm"])
-        self.selection.restore(state.get("selection", {}))
-        self._ahead = state.get("ahead", {})
-        if state.get("reference"):
-            self.configure_model()
-            self.reference.restore(state["reference"])
+        self._changed, self._ahead = resume.restored(self, checkpoint, self._settings)
 
     def teardown(self, stage: str) -> None:
         """Release what the engine holds."""

@@ -95,6 +95,33 @@ def saved(module: Any, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def restored(
+    module: Any, checkpoint: dict[str, Any], settings: dict[str, Any]
+) -> tuple[list[Difference], dict[str, Any]]:
+    """Restore what `saved` kept to a module of the RL stage.
+
+    Args:
+        module: of the RL stage.
+        checkpoint: as loaded.
+        settings: the module's arguments as plain values.
+
+    Returns:
+        the settings that changed, and the state of the rollout drawn ahead.
+
+    Raises:
+        ValueError: as of `check_resumable`.
+    """
+    changed = check_resumable(module, checkpoint, of_all_processes(settings, module._trainer))
+    state = with_changes(checkpoint["rlhf"], changed)
+    module.iteration, module.episodes = state["iteration"], state["episodes"]
+    module.algorithm = module.algorithm.restored(state["algorithm"])
+    module.selection.restore(state.get("selection", {}))
+    if state.get("reference"):
+        module.configure_model()
+        module.reference.restore(state["reference"])
+    return changed, state.get("ahead", {})
+
+
 def check_resumable(module: LightningModule, checkpoint: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Raise if a checkpoint cannot be resumed with these settings, and return the settings that changed.
 

@@ -55,6 +55,8 @@ OBJECTIVE = (
     Entry("objective/entropy", "mean −log π_old(y∣x) of a response", "nats"),
     Entry("objective/response_length", "mean tokens of a response, its end token included", "tokens"),
     Entry("objective/eos_rate", "share of responses that ended", "1"),
+    Entry("objective/turns", "mean turns of the policy in an episode, with an environment", "1"),
+    Entry("objective/failed", "share of episodes whose environment failed; they are not learned from", "1"),
     Entry("objective/uncounted", "`masks`: share of responses that a mask took out of all losses", "1"),
     Entry("objective/flat_groups", "share of responses whose group all scored the same; 0 without groups", "1"),
 )
@@ -124,6 +126,8 @@ HELD_OUT = (
     Entry("eval/entropy", "as `objective/entropy`", "nats"),
     Entry("eval/response_length", "as `objective/response_length`", "tokens"),
     Entry("eval/eos_rate", "as `objective/eos_rate`", "1"),
+    Entry("eval/turns", "as `objective/turns`", "1"),
+    Entry("eval/failed", "as `objective/failed`", "1"),
     Entry("eval/ptx_loss", "mean −log π(token) of the held-out texts", "nats/token"),
 )
 EVALUATIONS = (

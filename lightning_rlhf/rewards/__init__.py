@@ -2,6 +2,7 @@
 
 from lightning_rlhf.rewards.chat import ChatModel
 from lightning_rlhf.rewards.composed import EnsembleReward, WeightedReward
+from lightning_rlhf.rewards.environment import EnvironmentReward
 from lightning_rlhf.rewards.judge import Judge, PairwiseJudge
 from lightning_rlhf.rewards.learned import LearnedReward
 from lightning_rlhf.rewards.patterns import Format, RegexMatch
@@ -15,6 +16,7 @@ from lightning_rlhf.rewards.zero import ZeroReward
 __all__ = [
     "ChatModel",
     "EnsembleReward",
+    "EnvironmentReward",
     "Format",
     "FunctionReward",
     "Judge",

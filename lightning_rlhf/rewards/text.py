@@ -31,7 +31,7 @@ class EverythingBut(Container[str]):
 def decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Decode the responses of a rollout with `texts_of`; of a dialogue with an environment the last span."""
     texts = rollout.tokens[:, rollout.prompt_width :].tolist()
-    spans = zip(texts, *(columns.tolist() for columns in rollout.answers), strict=True)
+    spans = zip(texts, *(columns.tolist() for columns in rollout.last_span), strict=True)
     return texts_of([row[start:stop] for row, start, stop in spans], tokenizer)
 
 

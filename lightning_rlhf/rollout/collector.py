@@ -6,9 +6,11 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.engine import Engine
@@ -17,6 +19,8 @@ from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rewards.reward import Reward
 from lightning_rlhf.rollout.clock import Clock
+from lightning_rlhf.rollout.episode_sampler import EpisodeSampler
+from lightning_rlhf.rollout.episodes import Episodes
 from lightning_rlhf.rollout.old_logprobs import OldLogprobs, Situation, choose
 from lightning_rlhf.rollout.sampler import Sampler
 from lightning_rlhf.rollout.updates import Agree, UpdateSchedule, alone
@@ -43,6 +47,7 @@ class Collector:
         generation: how responses are drawn.
         updates: what learns from the rollout; its microbatches are also how it is measured.
         clock: takes the seconds of each phase.
+        episodes: what answers the policy, and the policy's tokenizer; None for single responses.
         agree: how many pieces every process must measure its rollout in.
         keeps_graph: whether the only update may go on from the pass that measures log π_old.
     """
@@ -59,6 +64,7 @@ class Collector:
         generation: SamplingParams,
         updates: UpdateSchedule,
         clock: Clock | None = None,
+        episodes: tuple[Episodes, PreTrainedTokenizerBase | None] | None = None,
         agree: Agree = alone,
         keeps_graph: bool = True,
     ) -> None:
@@ -72,7 +78,11 @@ class Collector:
         self.agree = agree
         self.keeps_graph = keeps_graph
         self.clock = clock or Clock()
-        self.sampler = Sampler(policy, engine, ranks=ranks, generation=generation, clock=self.clock)
+        place: dict[str, Any] = {"ranks": ranks, "generation": generation, "clock": self.clock}
+        if episodes is None:
+            self.sampler = Sampler(policy, engine, **place)
+        else:
+            self.sampler = EpisodeSampler(policy, engine, episodes=episodes[0], tokenizer=episodes[1], **place)
         self._named: set[OldLogprobs] = set()
 
     @property
@@ -133,10 +143,8 @@ class Collector:
             following: prompts of the next step, for an engine that draws ahead.
         """
         if batch > 0:
-            stream = f"train/{batch}"
-            return self.sampler.draw(prompts, samples, stream=stream, iteration=iteration).rollout(prompts)
-        sampled = self.sampler.collect(prompts, samples, iteration=iteration, following=following)
-        return sampled.rollout(prompts)
+            return self.sampler.rollout(prompts, samples, stream=f"train/{batch}", iteration=iteration)
+        return self.sampler.collect(prompts, samples, iteration=iteration, following=following)
 
     def measure(self, rollout: Rollout) -> Rollout:
         """Add log π_old by the source of `updates`, log π_ref and V to a rollout to train on."""
@@ -156,7 +164,7 @@ class Collector:
             stream: names the random numbers; those of `train` are the training's.
             iteration: which rollout of that stream.
         """
-        rollout = self.sampler.draw(prompts, samples, stream=stream, iteration=iteration).rollout(prompts)
+        rollout = self.sampler.rollout(prompts, samples, stream=stream, iteration=iteration)
         pieces = self.updates.split(rollout, self.agree)
         return self._measured(rollout, pieces, choose(None, self._situation(one_step=False, epochs=0)))
 

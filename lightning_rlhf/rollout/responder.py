@@ -16,6 +16,7 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.rewards.errors import scored_or_told
 from lightning_rlhf.rewards.reward import Reward, Scores
 from lightning_rlhf.rollout.collector import Collector
+from lightning_rlhf.rollout.scored import of_others
 from lightning_rlhf.types import PromptBatch, Rollout
 
 STREAM = "reference"
@@ -92,8 +93,7 @@ class Responder:
     def sample(self, prompts: PromptBatch, *, samples: int, stream: str, iteration: int) -> Rollout:
         """Sample B·k responses for evaluation without measuring them; arguments as of `respond`."""
         self._check(prompts)
-        drawn = self.collector.sampler.draw(prompts, samples, stream=stream, iteration=iteration)
-        return drawn.rollout(prompts)
+        return self.collector.sampler.rollout(prompts, samples, stream=stream, iteration=iteration)
 
     def respond_as_reference(self, prompts: PromptBatch, *, samples: int, iteration: int) -> Rollout:
         """Sample responses of the reference (see `reference_rollout`)."""
@@ -116,7 +116,7 @@ class Responder:
         """
         with self.collector.clock.phase("reward"):
             scores = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
-        raw = scores.total.detach().to(rollout.logprobs)
+        raw = of_others(rollout, scores.total.detach().to(rollout.logprobs))
         shaped = (algorithm or self.algorithm).shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
         return scores._replace(total=shaped, raw=raw)
 
@@ -133,6 +133,6 @@ class Responder:
         """Raise ValueError before anything is sampled if the prompts are too long or lack a column."""
         if prompts.rows:
             self.collector.reward.check_columns({name for row in prompts.rows for name in row})
-        longest = prompts.tokens.shape[1] + self.collector.generation.max_new_tokens
-        limits = "the data's `max_prompt_tokens` or `max_new_tokens`"
+        longest = prompts.tokens.shape[1] + self.collector.sampler.longest
+        limits = "the data's `max_prompt_tokens`, or `max_new_tokens` (of an episode: `environment.tokens`)"
         check_length(self.collector.policy.network, longest, limits=limits)

@@ -13,7 +13,7 @@ from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models import PolicyModel
 from lightning_rlhf.rollout.ahead import Ahead
 from lightning_rlhf.rollout.clock import Clock
-from lightning_rlhf.types import PromptBatch
+from lightning_rlhf.types import PromptBatch, Rollout
 
 
 class Sampler:
@@ -42,6 +42,11 @@ class Sampler:
         engine.attach(ranks)
         self._outdated = True
 
+    @property
+    def longest(self) -> int:
+        """Most tokens after a prompt."""
+        return self.generation.max_new_tokens
+
     def outdate(self, version: int | None = None) -> None:
         """Note that the policy's weights have changed, or may have.
 
@@ -54,7 +59,7 @@ class Sampler:
     @torch.no_grad()
     def collect(
         self, prompts: PromptBatch, samples: int, *, iteration: int, following: PromptBatch | None = None
-    ) -> Sampled:
+    ) -> Rollout:
         """Return the responses of a training step, and begin with those of the next if the engine draws ahead.
 
         Those of rollout n + 1 are drawn by the weights of rollout n, before its update.
@@ -78,7 +83,11 @@ class Sampler:
             self._load()
             version = self.version
             self.ahead.start(lambda: self._drawn(request, version), following, iteration=iteration + 1)
-        return sampled
+        return sampled.rollout(prompts)
+
+    def rollout(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Rollout:
+        """Return a rollout of `draw`, whose log-probs and values are not yet measured."""
+        return self.draw(prompts, samples, stream=stream, iteration=iteration).rollout(prompts)
 
     @torch.no_grad()
     def draw(self, prompts: PromptBatch, samples: int, *, stream: str, iteration: int) -> Sampled:

@@ -15,7 +15,7 @@ from lightning_rlhf.rewards.reward import Scores
 from lightning_rlhf.rollout.ahead import keys_of
 from lightning_rlhf.types import Objectives, PromptBatch, Rollout, Row
 
-OF_RESPONSES = ("response_mask", "ended", "sampler_logprobs", "entropy", "rewards")
+OF_RESPONSES = ("response_mask", "ended", "sampler_logprobs", "entropy", "rewards", "failed")
 """Fields of a rollout that a group keeps beside the tokens, those it has; the others are measured later."""
 
 
@@ -76,6 +76,28 @@ class Group:
     def raw(self) -> Tensor:
         """Scores before shaping, (k,), reward units."""
         return self.scores.total if self.scores.raw is None else self.scores.raw
+
+
+def of_others(rollout: Rollout, scores: Tensor) -> Tensor:
+    """Replace the score of an episode whose environment failed by the mean of the others of its group.
+
+    No baseline then moves for it. Where all of a group failed, the mean is that of this process's episodes.
+
+    Args:
+        rollout: B responses.
+        scores: of these, (B,), reward units.
+    """
+    if rollout.failed is None or not rollout.failed.any():
+        return scores
+    well = ~rollout.failed
+    place = rollout.prompt_index
+    groups = scores.new_zeros(2, int(place.max()) + 1)
+    groups[0].index_add_(0, place[well], scores[well])
+    groups[1].index_add_(0, place[well], torch.ones_like(scores[well]))
+    total, count = groups
+    everywhere = scores[well].mean() if well.any() else scores.new_zeros(())
+    means = torch.where(count > 0, total / count.clamp(min=1), everywhere)
+    return torch.where(well, scores, means[place])
 
 
 def prompts_of(batch: PromptBatch, places: Sequence[int]) -> list[Prompt]:

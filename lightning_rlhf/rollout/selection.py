@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 
 from lightning_rlhf.core import Algorithm, Curriculum
 from lightning_rlhf.rewards import Scores
@@ -94,7 +95,7 @@ class Selection:
             prompts=prompts,
             rollout=responder.measure(rollout),
             scores=scores,
-            learned=learned[rollout.prompt_index],
+            learned=learned[rollout.prompt_index] & _sound(rollout),
             metrics=stats,
         )
 
@@ -159,9 +160,15 @@ def _everything(responder: Responder, step: Step, score: Score) -> ScoredRollout
         prompts=step.prompts,
         rollout=rollout,
         scores=score(rollout, step.prompts),
-        learned=torch.ones(len(rollout), dtype=torch.bool, device=rollout.tokens.device),
+        learned=_sound(rollout),
         metrics={},
     )
+
+
+def _sound(rollout: Rollout) -> Tensor:
+    """Responses that may be learned from, (B,), bool: all but those whose environment failed."""
+    everything = torch.ones(len(rollout), dtype=torch.bool, device=rollout.tokens.device)
+    return everything if rollout.failed is None else ~rollout.failed
 
 
 def _draw(responder: Responder, step: Step, score: Score, *, first: int) -> list[Group]:

@@ -184,6 +184,10 @@ class Encoder:
         """Id of the end token that a response to this prompt is taught."""
         return self.end if self.prompt_role is None and isinstance(prompt, str) else self.turn_end
 
+    def inside(self, text: str) -> Tokens:
+        """Encode a text that stands inside a dialogue, without opening and end tokens."""
+        return self._encode(text, special=False)
+
     def document(self, text: str) -> Tokens:
         """Encode a pretraining document with the tokenizer's opening tokens and one end token."""
         return self._ended(self._opened(text))

@@ -154,5 +154,5 @@ def test_cut_keeps_what_the_environment_wrote():
 
 
 def test_the_answer_is_the_last_span():
-    start, stop = rollout().answers
+    start, stop = rollout().last_span
     assert list(zip(start.tolist(), stop.tolist(), strict=True)) == [spans[-1] for spans in SPANS]

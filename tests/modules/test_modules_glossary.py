@@ -26,11 +26,13 @@ from lightning_rlhf.core import (
     MaskTruncated,
 )
 from lightning_rlhf.engines import SamplingParams, VLLMServer
+from lightning_rlhf.environments import Done, Environment
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, PreferenceModule, RewardModule, SFTModule
 from lightning_rlhf.report.glossary import GLOSSARY, find, table
 from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.rollout import Episodes
 from lightning_rlhf.types import ComparisonBatch
 
 ENDS = list(range(10))
@@ -62,6 +64,13 @@ class Data(LightningDataModule):
 
     def further_prompts(self, number):
         return next(iter(self.train_dataloader()))["prompts"]
+
+
+class Once(Environment):
+    """Ends after one turn."""
+
+    def step(self, text, tool_calls):
+        return Done()
 
 
 def judge(prompts, first, second):
@@ -100,6 +109,7 @@ def modules(make_lm, make_scorer, make_tokenizer, tmp_path_factory):
         "gae": ppo(policy=ModelSource(path=folder), advantage=GAE()),
         "klpen": ppo(surrogate=KLPen(), advantage=BanditAdvantage(), masks=MaskTruncated()),
         "served": ppo(engine=VLLMServer(urls=[FakeVLLM(make_lm(end=ENDS)).url])),
+        "episodes": ppo(environment=Episodes(factory=Once, tokens=8)),
         "dapo": ppo(
             advantage=GroupAdvantage(),
             dynamic_sampling=DynamicSampling(),
@@ -123,7 +133,7 @@ def data(as_loader, left_padded, right_padded):
     )
     found = {
         name: ([{"prompts": prompts, "pretrain": texts}], held_out)
-        for name in ("ppo", "gae", "klpen", "served", "grpo", "dapo")
+        for name in ("ppo", "gae", "klpen", "served", "grpo", "dapo", "episodes")
     }
     found |= {"sft": ([texts], as_loader([texts])), "reward": ([ranked], [as_loader([ranked]), as_loader([texts])])}
     found |= {"preference": ([ranked], as_loader([ranked]))}

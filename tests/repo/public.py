@@ -7,7 +7,18 @@ from importlib import import_module
 
 from lightning_rlhf import types
 
-ROOMS = ("callbacks", "core", "data", "engines", "evaluation", "models", "modules", "rewards", "rollout")
+ROOMS = (
+    "callbacks",
+    "core",
+    "data",
+    "engines",
+    "environments",
+    "evaluation",
+    "models",
+    "modules",
+    "rewards",
+    "rollout",
+)
 
 
 def classes_of(room: str) -> dict[str, type]:

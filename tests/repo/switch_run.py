@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from peft import LoraConfig
 from switch_bench import Bench
+from switch_episodes import Talk
 from switch_harness import Observer, Table, case, to
 from switch_rewards import letters, words
 from torch import Tensor
@@ -66,7 +67,7 @@ from lightning_rlhf.engines import LocalEngine, Request, Sampled, SamplingParams
 from lightning_rlhf.evaluation import AlignmentTax, BestOfN, GoldReward, MajorityAtK, PassAtK, WinRate
 from lightning_rlhf.models import ModelSource
 from lightning_rlhf.modules import PPOModule, PreferenceModule, RewardModule, SFTModule
-from lightning_rlhf.rollout import RecomputedLogprobs, UpdateSchedule
+from lightning_rlhf.rollout import Episodes, RecomputedLogprobs, UpdateSchedule
 from lightning_rlhf.rollout.pass_rates import PassRates
 
 SGD, SLOW = (partial(torch.optim.SGD, lr=lr) for lr in (0.05, 0.01))
@@ -267,6 +268,7 @@ def _rl(bench: Bench) -> Table:
             evaluations=to([WinRate()], by=evaluated),
             engine=to(Greedy()),
             curriculum=to(Curriculum(), by=resting),
+            environment=to(Episodes(factory=Talk, tokens=20)),
         ),
         UpdateSchedule: case(
             updates(weights),

@@ -9,6 +9,7 @@ import pytest
 import switch_core
 import switch_data
 import switch_engines
+import switch_episodes
 import switch_judges
 import switch_models
 import switch_rewards
@@ -34,7 +35,8 @@ def table(tmp_path_factory, make_lm, make_scorer, make_tokenizer, left_padded, r
         left_padded=left_padded,
         right_padded=right_padded,
     )
-    rooms = (switch_models, switch_rewards, switch_judges, switch_data, switch_run, switch_engines, switch_serve)
+    rooms = (switch_models, switch_rewards, switch_judges, switch_data, switch_run, switch_engines, switch_episodes)
+    rooms += (switch_serve,)
     areas = [area.table(bench) for area in rooms]
     return {kind: case for area in (switch_core.TABLE, *areas) for kind, case in area.items()}
 
