@@ -172,13 +172,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_module(tokenizer):
-    def make(network, *, flip: float = 1.0, beta: float = BETA, lr: float = 0.02, **options) -> PPOModule:
+    def make(
+        network, *, flip: float = 1.0, beta: float = BETA, lr: float = 0.02, samples: int = 1, **options
+    ) -> PPOModule:
         return PPOModule(
             **gathered(
                 policy=network,
                 reward=EnvironmentReward(),
                 tokenizer=tokenizer,
-                generation=SamplingParams(max_new_tokens=LENGTH),
+                generation=SamplingParams(max_new_tokens=LENGTH, samples_per_prompt=samples),
                 environment=Episodes(factory=partial(Game, flip), tokens=8, patience=30),
                 beta=FixedKL(coef=beta),
                 shaping=(),
@@ -194,11 +196,11 @@ def make_module(tokenizer):
 def gap_closed(make_lm, make_module, make_trainer, left_padded, as_loader):
     """Trains; the share of the way from J(π_ref) to J* that is gone."""
 
-    def run(*, rollouts: int = 40, rows: int = 256, width: int = 16, **options) -> float:
-        network = make_lm("gpt2", vocab=5, width=width, initializer_range=0.15)
+    def run(*, rollouts: int = 40, episodes: int = 256, **options) -> float:
+        network = make_lm("gpt2", vocab=5, initializer_range=0.15)
         reference = copy.deepcopy(network).double().eval()
-        module = make_module(network, schedule=LinearSchedule(), **options)
-        batch = left_padded([PROMPTS[i % 2] for i in range(rows)], rows=[{"prompt": TEXTS[i % 2]} for i in range(rows)])
+        module = make_module(network, schedule=LinearSchedule(), samples=episodes // 2, **options)
+        batch = left_padded(PROMPTS, rows=[{"prompt": text} for text in TEXTS])
         make_trainer(max_epochs=1).fit(module, as_loader([{"prompts": batch}] * rollouts))
         with torch.no_grad():
             before, after = path_logprobs(reference), path_logprobs(module.policy.network.eval())
