@@ -59,6 +59,10 @@ class Environment(ABC):
     of its own, so that slow ones do not wait for each other.
     """
 
+    seed: int = 0
+    """Number of the episode, 0 to 2³¹ − 1, set before `reset`: an environment that takes its random numbers from it
+    does the same in a run that is repeated or resumed, on any number of processes."""
+
     def reset(self, row: Row) -> str | Sequence[Message] | None:
         """Begin the episode.
 

@@ -90,7 +90,7 @@ class EpisodeSampler(Sampler):
         ]
         with self.clock.phase("generate"), Stage(seconds=self.episodes.seconds) as stage:
             for episode in played:
-                self._begin(episode, stage)
+                self._begin(episode, stage, stream=stream, iteration=iteration)
             while not self.ranks.all(not any(episode.is_open for episode in played)):
                 self._advance(played, prompts, samples, stage, stream=stream, iteration=iteration)
             for episode in played:
@@ -99,11 +99,14 @@ class EpisodeSampler(Sampler):
         self._check_failures(played)
         return rollout_of(played, prompts, pad=self.policy.end_tokens[0], dtype=self._dtype)
 
-    def _begin(self, episode: Episode, stage: Stage) -> None:
+    def _begin(self, episode: Episode, stage: Stage, *, stream: str, iteration: int) -> None:
         """Build the environment and have it open the episode."""
+        place: dict[str, Any] = {"iteration": iteration, "rows": [episode.place], "length": 1}
+        number = row_uniforms(seed=self.generation.seed or 0, stream=f"{stream}/environment", **place)
 
         def opened() -> Any:
             environment = episode.environment = self.episodes.factory()
+            environment.seed = int(number * 2**31)
             observed = environment.reset(episode.row)
             if inspect.isawaitable(observed):
                 return _opening(observed, environment)

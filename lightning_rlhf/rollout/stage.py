@@ -16,8 +16,8 @@ from typing import Any, Self
 class Stage:
     """Runner of calls, each in a thread of its own; what they await runs in one event loop.
 
-    It is a context: its loop ends with it. A call that hangs is left behind, in a thread that does not keep the process
-    alive.
+    It is a context: its loop ends once the calls are over that began before its end. A call that hangs is left behind
+    in a thread that does not keep the process alive.
 
     Args:
         seconds: most wall time of a call.
@@ -26,6 +26,7 @@ class Stage:
     def __init__(self, *, seconds: float) -> None:
         self.seconds = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._begun: list[Future[Any]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -33,12 +34,19 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        loop, begun = self._loop, self._begun
+
+        def end() -> None:
+            wait(begun, timeout=self.seconds)
+            if loop is not None:
+                loop.call_soon_threadsafe(loop.stop)
+
+        threading.Thread(target=end, daemon=True).start()
 
     def start(self, call: Callable[[], Any]) -> Call:
         """Begin a call; what it returns is awaited if it can be."""
         future: Future[Any] = Future()
+        self._begun.append(future)
         loop = self._running()
 
         def work() -> None:

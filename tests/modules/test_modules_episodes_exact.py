@@ -95,14 +95,12 @@ def rewards_of(path: Path) -> tuple[float, float]:
 class Game(Environment):
     """Throws a coin after the first turn and pays after the second."""
 
-    coin = random.Random(5)
-
     def __init__(self, flip: float = 1.0) -> None:
         self.first, self.last = tables(flip)
         self.heard: list[list[int]] = []
 
     def reset(self, row):
-        self.prompt = TEXTS.index(row["prompt"])
+        self.prompt, self.coin = TEXTS.index(row["prompt"]), random.Random(self.seed)
 
     def step(self, text, tool_calls):
         self.heard.append([*(WORDS[word] for word in text.split()), 0])
