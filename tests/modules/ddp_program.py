@@ -6,6 +6,7 @@ A global batch is the same on any number of processes. `ddp_host` starts them.
 from __future__ import annotations
 
 import os
+import random
 import signal
 from contextlib import nullcontext
 from functools import partial
@@ -71,7 +72,10 @@ from lightning_rlhf.core import (
     Whitened,
     WorstReward,
 )
+from lightning_rlhf.environments import Done, Environment, Reply
 from lightning_rlhf.models.replica import whole_tensor
+from lightning_rlhf.rewards import EnvironmentReward
+from lightning_rlhf.rollout import Episodes
 
 COSTS = ("time/", "throughput/", "memory/")  # of this machine, now: no two runs agree
 ADAM = partial(torch.optim.Adam, lr=0.01, eps=1e-3)
@@ -385,6 +389,46 @@ def resumed(folder: Path, devices: int) -> dict:
         ema = EMA(decay=0.5)
         found[name] = run(module, data, devices, callbacks=[] if strategy in WITHOUT_EMA else [ema], **options)
         found[name] |= {"kl": module.algorithm.kl.coef, "n": module.episodes, "average": ema.state_dict()["average"]}
+    return found
+
+
+class Dice(Environment):
+    """Answers by the dice, up to three times; now and then it falls off the table."""
+
+    def reset(self, row):
+        self.dice, self.turns = random.Random(self.seed), 0
+        return self.dice.choice([None, " x", " x y"])
+
+    def step(self, text, tool_calls):
+        self.turns += 1
+        if self.dice.random() < 0.08:
+            raise OSError("the dice fell off the table")
+        if self.turns == 3 or self.dice.random() < 0.3:
+            return Done(float(len(text) % 3))
+        return Reply(self.dice.choice([" v", " v w", " z z z"]), 0.25)
+
+
+def episodes(folder: Path, devices: int) -> dict:
+    """Two epochs of dialogues without a stop, and with one."""
+    path, found = str(folder / f"episodes-{strategy}.ckpt"), {}
+    for name, options in {
+        "whole": {"max_epochs": 2},
+        "first": {"max_epochs": 1, "checkpoint": path},
+        "resumed": {"max_epochs": 2, "ckpt_path": path},
+    }.items():
+        module = PPOModule(
+            policy=source(folder, "lm"),
+            reward=EnvironmentReward(),
+            algorithm=Algorithm(advantage=GroupAdvantage(scale=NoScale()), level=TokenLevel(), beta=0.2),
+            generation=SamplingParams(max_new_tokens=4, samples_per_prompt=3),
+            environment=Episodes(factory=Dice, tokens=20, failures=0.5, patience=30.0),
+            optimizer=ADAM,
+            schedule=ConstantSchedule(),
+        )
+        data = PromptDataModule(
+            train=str(folder / "prompts.jsonl"), val=str(folder / "prompts.jsonl"), batch_size=4 // devices
+        )
+        found[name] = run(module, data, devices, **options) | {"n": module.episodes}
     return found
 
 

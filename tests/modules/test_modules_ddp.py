@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 LAYERS = 1  # test_modules_fsdp2.py has networks of two
 SCARCE = "scarce,scarce_sft,scarce_ppo,scarce_labels"
-NAMES = f"ppo,gae,lora,resumed,moving,sft,reward,preference,cached,labels,{SCARCE},grouped,selected,distilled"
+NAMES = f"ppo,gae,lora,resumed,episodes,moving,sft,reward,preference,cached,labels,{SCARCE},grouped,selected,distilled"
 JOBS = [
     f"one:1:{NAMES}:120",
     f"ddp:2:{NAMES}:120",
@@ -52,6 +52,21 @@ def test_two_processes_log_what_one_logs(outcomes, strategy, name):
             {k: v for k, v in a.items() if not k.startswith("eval/")},
             {k: v for k, v in b.items() if not k.startswith("eval/")},
         )
+
+
+def test_two_processes_play_the_episodes_of_one(outcomes, strategy):
+    """With random environments, some of which fail; a run that is resumed plays those of one that was not stopped."""
+    one, two = outcomes("episodes", strategy)
+    for name in ("whole", "resumed"):
+        assert one[name]["n"] == two[name]["n"]
+        assert float((one[name]["weights"] - two[name]["weights"]).abs().max()) < 1e-9
+        for a, b in zip(one[name]["steps"], two[name]["steps"], strict=True):
+            assert_same_numbers(a, b)
+    for run in (one, two):
+        assert torch.equal(run["whole"]["weights"], run["resumed"]["weights"])
+        assert max(step["objective/failed"] for step in run["whole"]["steps"]) > 0
+        assert max(step["objective/turns"] for step in run["whole"]["steps"]) > 1
+        assert not torch.equal(run["whole"]["weights"], run["first"]["weights"])
 
 
 @pytest.mark.parametrize("name", ["ppo", "lora", "sft", "reward", "preference"])
