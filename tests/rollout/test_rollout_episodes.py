@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 
 from lightning_rlhf import PPOModule, SamplingParams
+from lightning_rlhf.engines import VLLMServer
 from lightning_rlhf.environments import Done, Environment, Reply
 from lightning_rlhf.rewards import EnvironmentReward, ZeroReward
 from lightning_rlhf.rollout import Episodes
@@ -49,6 +51,7 @@ def play(make_lm, toy_tokenizer, left_padded) -> Callable[..., tuple[PPOModule, 
         rows: Any = None,
         length: int = 6,
         kind: str = "llama",
+        server: bool = False,
         **limits: Any,
     ) -> tuple[PPOModule, Rollout]:
         network = make_lm(kind, end=ENDS).eval()
@@ -57,6 +60,7 @@ def play(make_lm, toy_tokenizer, left_padded) -> Callable[..., tuple[PPOModule, 
             ZeroReward() if factory is None else EnvironmentReward(),
             tokenizer=toy_tokenizer,
             generation=SamplingParams(max_new_tokens=length, samples_per_prompt=SAMPLES),
+            engine=VLLMServer(urls=[FakeVLLM(network).url]) if server else None,
             environment=None
             if factory is None
             else Episodes(factory=factory, **{"tokens": 40, "patience": 30} | limits),
@@ -94,6 +98,15 @@ def test_one_turn_is_the_single_response_to_the_bit(play):
     assert torch.equal(episodes.tokens[episodes.attention_mask], single.tokens[single.attention_mask])
     assert torch.equal(episodes.rewards.sum(1), torch.where(single.ended, 10.0, 0.0))
     assert single.rewards is None
+
+
+def test_turns_are_drawn_by_a_vllm_server(play):
+    """Whose log-probs the trainer confirms, of every turn in its context."""
+    module, rollout = play(Echo, kind="gpt2", server=True)
+    assert int(rollout.spans.max()) > 1
+    torch.testing.assert_close(rollout.sampler_logprobs, rollout.logprobs, rtol=0, atol=1e-4)
+    assert rollout.logprobs[rollout.response_mask].all()
+    module.teardown("fit")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
