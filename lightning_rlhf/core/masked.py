@@ -16,6 +16,15 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
+def at_least_one(mask: Tensor) -> Tensor:
+    """Let the first entry count of a row in which none does, (B, R), bool.
+
+    An episode that failed before its first turn keeps its score by it, which the baselines of others read.
+    """
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return mask | (first & ~mask.any(1, keepdim=True))
+
+
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum x over the entries that count; masked entries have no influence, even NaN.
 

@@ -21,7 +21,7 @@ from lightning_rlhf.core import (
 )
 from lightning_rlhf.engines import VLLMServer
 from lightning_rlhf.environments import Done, Environment, Reply
-from lightning_rlhf.rewards import EnvironmentReward
+from lightning_rlhf.rewards import EnvironmentReward, Scores
 from lightning_rlhf.rollout import Episodes
 from lightning_rlhf.rollout.scored import of_others
 from lightning_rlhf.types import PromptBatch
@@ -31,14 +31,19 @@ PROMPTS = [[12, 13, 14], [10], [11, 15]]
 
 
 class Falls(Environment):
-    """Cannot be opened for the rows that say so; answers twice and pays."""
+    """Cannot be opened for the rows that say so, for some by the seed; answers twice and pays."""
 
     def reset(self, row):
-        if row["falls"]:
+        self.turns, self.row = 0, row
+        if row["when"] == "opened":
+            self.fall()
+
+    def fall(self):
+        if self.row["falls"] is True or self.seed % 3 == self.row["falls"]:
             raise OSError("no table")
-        self.turns = 0
 
     def step(self, text, tool_calls):
+        self.fall()
         self.turns += 1
         return Done(float(len(text))) if self.turns == 3 else Reply(" x", 0.5)
 
@@ -55,7 +60,9 @@ class Biased(EnvironmentReward):
 
 @pytest.fixture
 def batch(left_padded) -> PromptBatch:
-    return left_padded(PROMPTS, rows=[{"prompt": "c d e", "falls": i == 0} for i in range(3)])
+    return left_padded(
+        PROMPTS, rows=[{"prompt": "c d e", "falls": True if i == 0 else None, "when": "opened"} for i in range(3)]
+    )
 
 
 @pytest.fixture
@@ -83,19 +90,41 @@ ALGORITHMS = {
 }
 
 
+@pytest.mark.parametrize("when", ["opened", "asked"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_fails_is_not_learned_from(make_module, make_trainer, as_loader, batch, recorder, algorithm):
+def test_what_fails_is_not_learned_from(make_module, make_trainer, as_loader, batch, recorder, algorithm, when):
     """No number of a failed episode reaches the gradient: the update is the same whatever its score."""
     weights = []
     for bias in (0.0, 100.0):
         module = make_module(algorithm=ALGORITHMS[algorithm], reward=Biased(bias))
-        make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": batch}] * 2))
+        rows = [{"prompt": "c d e", "falls": falls, "when": when} for falls in (1, 2, None)]
+        make_trainer(callbacks=[recorder]).fit(module, as_loader([{"prompts": batch._replace(rows=rows)}] * 2))
         weights.append(torch.cat([p.detach().flatten() for p in module.policy.parameters()]))
-        assert recorder.steps[-1]["objective/failed"] == pytest.approx(1 / 3)
-        assert module.outcome.advantages[:3].tolist() == [0.0] * 3
-        assert module.outcome.advantages[3:].any()
+        failed = module.outcome.rollout.failed
+        assert recorder.steps[-1]["objective/failed"] == pytest.approx(float(failed.double().mean()))
+        assert 0 < int(failed[:6].sum()) < 6
+        assert not module.outcome.advantages[failed].any()
+        assert module.outcome.advantages[~failed].any()
     assert weights[0].isfinite().all()
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("algorithm", ["leave_one_out", "grpo"])
+def test_baseline_is_that_of_the_episodes_that_did_not_fail(make_module, batch, algorithm):
+    """Whether the failed one has a turn or none: the mean of the group is that of the others."""
+    module = make_module(algorithm=replace(ALGORITHMS[algorithm], beta=0.0))
+    module.configure_model()
+    rows = [{"prompt": "c d e", "falls": None, "when": "opened"}] * 3
+    rollout = module.responder.collect(batch._replace(rows=rows), samples=3, iteration=0)
+    scores = torch.tensor([90.0, 2.0, 5.0] * 3, dtype=torch.float64)
+    failed = torch.tensor([True, False, False] * 3)
+    mask = rollout.response_mask & (torch.arange(9) != 3).unsqueeze(1)
+    rollout = replace(rollout, failed=failed, response_mask=mask, rewards=torch.zeros_like(rollout.logprobs))
+    total = of_others(rollout, scores)
+    experience = module.credit(rollout, Scores(total, {}))
+    others = experience.advantages[~failed].sum(1) / experience.action_mask[~failed].sum(1)
+    whole = {"leave_one_out": [-2.25, 2.25], "grpo": [-1.5 / (1.5 + 1e-4), 1.5 / (1.5 + 1e-4)]}[algorithm]
+    torch.testing.assert_close(others, torch.tensor(whole * 3, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 def test_score_of_a_failed_episode_is_that_of_the_others_of_its_group(make_module, batch):
