@@ -35,14 +35,34 @@ from lightning_rlhf.rollout.episode import Episode
 from lightning_rlhf.rollout.episode_rollout import rollout_of
 from lightning_rlhf.types import Experience, PromptBatch, Rollout
 
-BETA, LENGTH = 0.6, 2
+BETA = 0.6
 WORDS = {"</s>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
 PROMPTS = [[2, 3, 1], [4, 2]]
 TEXTS = ["b c a", "d b"]
-ENDED = [[0], *([a, 0] for a in range(1, 5))]
-CUT = [[a, b] for a in range(1, 5) for b in range(1, 5)]  # no end token: the environment is not asked
-TURNS = ENDED + CUT
 REPLIES = [3, 4]
+
+
+class Rules(NamedTuple):
+    """Turns of a game: five that the environment answers, and those without an end token, of which it is not asked."""
+
+    ended: list[list[int]]
+    cut: list[list[int]]
+    ends: list[int]
+
+    @property
+    def turns(self) -> list[list[int]]:
+        return self.ended + self.cut
+
+    def heard(self, text: str) -> list[int]:
+        """The turn with this text."""
+        words = [WORDS[word] for word in text.split()]
+        return next(turn for turn in self.ended if [token for token in turn if token] == words)
+
+
+WORD = Rules([[a] for a in range(5)], [], list(range(5)))
+"""Any word is a turn."""
+TWO = Rules([[0], *([a, 0] for a in range(1, 5))], [[a, b] for a in range(1, 5) for b in range(1, 5)], [0])
+"""A turn is up to two tokens, and 0 ends it."""
 
 
 class Path(NamedTuple):
@@ -55,20 +75,20 @@ class Path(NamedTuple):
     chance: float
 
 
-def chance(prompt: int, first: list[int], reply: int) -> float:
-    """P(reply | first turn): the environment throws a coin whose bias depends on what it heard."""
-    of_c = [0.3, 0.8, 0.5, 0.1, 0.65][ENDED.index(first)]
+def chance(prompt: int, first: int, reply: int) -> float:
+    """P(reply | first turn): the environment throws a coin whose bias depends on which turn it heard."""
+    of_c = [0.3, 0.8, 0.5, 0.1, 0.65][first]
     of_c = of_c if prompt == 0 else 1 - of_c
     return of_c if reply == REPLIES[0] else 1 - of_c
 
 
-def every_path() -> list[Path]:
+def every_path(rules: Rules) -> list[Path]:
     paths = []
     for prompt in range(2):
-        paths += [Path(prompt, first, None, [], 1.0) for first in CUT]
+        paths += [Path(prompt, first, None, [], 1.0) for first in rules.cut]
         paths += [
-            Path(prompt, first, reply, second, chance(prompt, first, reply))
-            for first, reply, second in itertools.product(ENDED, REPLIES, TURNS)
+            Path(prompt, rules.ended[first], reply, second, chance(prompt, first, reply))
+            for first, reply, second in itertools.product(range(5), REPLIES, rules.turns)
         ]
     return paths
 
@@ -81,40 +101,39 @@ def tables(flip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return flip * 0.5 * first, flip * last
 
 
-def rewards_of(path: Path) -> tuple[float, float]:
+def rewards_of(path: Path, rules: Rules) -> tuple[float, float]:
     """Rewards of the two turns."""
     if path.reply is None:
         return 0.0, 0.0
     first, last = tables()
-    place = path.prompt, ENDED.index(path.first)
-    if path.second not in ENDED:
+    place = path.prompt, rules.ended.index(path.first)
+    if path.second not in rules.ended:
         return float(first[place]), 0.0
-    return float(first[place]), float(last[(*place, REPLIES.index(path.reply), ENDED.index(path.second))])
+    return float(first[place]), float(last[(*place, REPLIES.index(path.reply), rules.ended.index(path.second))])
 
 
 class Game(Environment):
     """Throws a coin after the first turn and pays after the second."""
 
-    def __init__(self, flip: float = 1.0) -> None:
-        self.first, self.last = tables(flip)
-        self.heard: list[list[int]] = []
+    def __init__(self, rules: Rules, flip: float = 1.0) -> None:
+        self.rules, (self.first, self.last) = rules, tables(flip)
+        self.heard: list[int] = []
 
     def reset(self, row):
         self.prompt, self.coin = TEXTS.index(row["prompt"]), random.Random(self.seed)
 
     def step(self, text, tool_calls):
-        self.heard.append([*(WORDS[word] for word in text.split()), 0])
-        place = self.prompt, ENDED.index(self.heard[0])
+        self.heard.append(self.rules.ended.index(self.rules.heard(text)))
         if len(self.heard) == 1:
-            self.reply = REPLIES[self.coin.random() >= chance(self.prompt, self.heard[0], REPLIES[0])]
-            return Reply({3: "c", 4: "d"}[self.reply], float(self.first[place]))
-        return Done(float(self.last[(*place, REPLIES.index(self.reply), ENDED.index(self.heard[1]))]))
+            self.reply = int(self.coin.random() >= chance(self.prompt, self.heard[0], REPLIES[0]))
+            return Reply("cd"[self.reply], float(self.first[self.prompt, self.heard[0]]))
+        return Done(float(self.last[self.prompt, self.heard[0], self.reply, self.heard[1]]))
 
 
-def path_logprobs(network) -> torch.Tensor:
+def path_logprobs(network, rules: Rules) -> torch.Tensor:
     """Σ log π of the policy's tokens of every path, one unpadded pass of the plain network at a time."""
     table = []
-    for path in every_path():
+    for path in every_path(rules):
         ids = [*PROMPTS[path.prompt], *path.first, *([] if path.reply is None else [path.reply]), *path.second]
         logits = network(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         start = len(PROMPTS[path.prompt])
@@ -123,39 +142,37 @@ def path_logprobs(network) -> torch.Tensor:
     return torch.stack(table)
 
 
-def objective_value(logp: torch.Tensor, logp_ref: torch.Tensor, beta: float = BETA) -> torch.Tensor:
+def objective_value(logp: torch.Tensor, logp_ref: torch.Tensor, rules: Rules) -> torch.Tensor:
     """J = E[r − β·log(π/π_ref)] over prompts, turns and coins."""
-    chances = torch.tensor([path.chance for path in every_path()], dtype=torch.float64)
-    rewards = torch.tensor([sum(rewards_of(path)) for path in every_path()], dtype=torch.float64)
-    return (chances * logp.exp() * (rewards - beta * (logp - logp_ref))).sum() / 2
+    chances = torch.tensor([path.chance for path in every_path(rules)], dtype=torch.float64)
+    rewards = torch.tensor([sum(rewards_of(path, rules)) for path in every_path(rules)], dtype=torch.float64)
+    return (chances * logp.exp() * (rewards - BETA * (logp - logp_ref))).sum() / 2
 
 
-def optimum(network) -> float:
+def optimum(network, rules: Rules) -> float:
     """J*: β·log Σ_y π_ref(y)·exp(Q(y)/β) at each turn, where Q is the mean over the coin of what follows."""
     total = 0.0
     first_turns, last = tables()
+    nothing = torch.zeros(len(rules.cut), dtype=torch.float64)
     for prompt in range(2):
         values = []
-        for first in TURNS:
-            value = torch.zeros((), dtype=torch.float64)
-            if first in ENDED:
-                value = first_turns[prompt, ENDED.index(first)]
-                for reply in REPLIES:
-                    context = [*PROMPTS[prompt], *first, reply]
-                    pays = last[prompt, ENDED.index(first), REPLIES.index(reply)]
-                    ends = torch.cat([pays, torch.zeros(len(CUT), dtype=torch.float64)])
-                    follows = BETA * (turn_logprobs(network, context) + ends / BETA).logsumexp(0)
-                    value = value + chance(prompt, first, reply) * follows
+        for first, turn in enumerate(rules.ended):
+            value = first_turns[prompt, first]
+            for i, reply in enumerate(REPLIES):
+                context = [*PROMPTS[prompt], *turn, reply]
+                rewards = torch.cat([last[prompt, first, i], nothing])
+                follows = BETA * (turn_logprobs(network, context, rules) + rewards / BETA).logsumexp(0)
+                value = value + chance(prompt, first, reply) * follows
             values.append(value)
-        whole = turn_logprobs(network, PROMPTS[prompt]) + torch.stack(values) / BETA
+        whole = turn_logprobs(network, PROMPTS[prompt], rules) + torch.cat([torch.stack(values), nothing]) / BETA
         total += float(BETA * whole.logsumexp(0))
     return total / 2
 
 
-def turn_logprobs(network, context: list[int]) -> torch.Tensor:
-    """log π(turn | context) of every turn, (21,)."""
+def turn_logprobs(network, context: list[int], rules: Rules) -> torch.Tensor:
+    """log π(turn | context) of every turn."""
     table = []
-    for turn in TURNS:
+    for turn in rules.turns:
         logits = network(input_ids=torch.tensor([context + turn])).logits[0].log_softmax(-1)
         table.append(sum(logits[len(context) + i - 1, token] for i, token in enumerate(turn)))
     return torch.stack(table)
@@ -170,17 +187,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_module(tokenizer):
-    def make(
-        network, *, flip: float = 1.0, beta: float = BETA, lr: float = 0.02, samples: int = 1, **options
-    ) -> PPOModule:
+    def make(network, rules: Rules, *, flip: float = 1.0, samples: int = 1, lr: float = 0.02, **options) -> PPOModule:
         return PPOModule(
             **gathered(
                 policy=network,
                 reward=EnvironmentReward(),
                 tokenizer=tokenizer,
-                generation=SamplingParams(max_new_tokens=LENGTH, samples_per_prompt=samples),
-                environment=Episodes(factory=partial(Game, flip), tokens=8, patience=30),
-                beta=FixedKL(coef=beta),
+                generation=SamplingParams(max_new_tokens=len(rules.turns[-1]), samples_per_prompt=samples),
+                environment=Episodes(factory=partial(Game, rules, flip), tokens=8, patience=30),
+                beta=FixedKL(coef=BETA),
                 shaping=(),
                 optimizer=partial(torch.optim.Adam, lr=lr, eps=1e-8),
                 **({"updates": UpdateSchedule(epochs=2, minibatch=64, max_grad_norm=None)} | options),
@@ -194,16 +209,16 @@ def make_module(tokenizer):
 def gap_closed(make_lm, make_module, make_trainer, left_padded, as_loader):
     """Trains; the share of the way from J(π_ref) to J* that is gone."""
 
-    def run(*, rollouts: int = 40, episodes: int = 256, **options) -> float:
-        network = make_lm("gpt2", vocab=5, initializer_range=0.15)
+    def run(*, rollouts: int, episodes: int = 512, **options) -> float:
+        network = make_lm("gpt2", vocab=5, end=WORD.ends, initializer_range=0.15)
         reference = copy.deepcopy(network).double().eval()
-        module = make_module(network, schedule=LinearSchedule(), samples=episodes // 2, **options)
+        module = make_module(network, WORD, schedule=LinearSchedule(), samples=episodes // 2, **options)
         batch = left_padded(PROMPTS, rows=[{"prompt": text} for text in TEXTS])
         make_trainer(max_epochs=1).fit(module, as_loader([{"prompts": batch}] * rollouts))
         with torch.no_grad():
-            before, after = path_logprobs(reference), path_logprobs(module.policy.network.eval())
-            best = optimum(reference)
-        start, end = (float(objective_value(logp, before)) for logp in (before, after))
+            before, after = path_logprobs(reference, WORD), path_logprobs(module.policy.network.eval(), WORD)
+            best = optimum(reference, WORD)
+        start, end = (float(objective_value(logp, before, WORD)) for logp in (before, after))
         assert end <= best + 1e-12
         return (end - start) / (best - start)
 
@@ -212,30 +227,32 @@ def gap_closed(make_lm, make_module, make_trainer, left_padded, as_loader):
 
 @pytest.mark.slow
 def test_two_turns_reach_the_optimum(gap_closed):
-    assert gap_closed(surrogate=Clip()) > 0.97
+    assert gap_closed(surrogate=Clip(), rollouts=40) > 0.97
 
 
 def test_two_turns_on_flipped_rewards_move_away(gap_closed):
     assert gap_closed(surrogate=Clip(), flip=-1.0, rollouts=6) < 0
 
 
-def played(network, reference) -> Rollout:
+def played(network, reference, rules: Rules) -> Rollout:
     """Every path once, as episodes; the numbers are those of plain passes."""
     episodes = []
-    for place, path in enumerate(every_path()):
+    for place, path in enumerate(every_path(rules)):
         episode = Episode(place=place, prompt=place, row={})
         episode.open(PROMPTS[path.prompt])
-        for turn, reply, reward in zip((path.first, path.second), (path.reply, None), rewards_of(path), strict=True):
+        for turn, reply, reward in zip(
+            (path.first, path.second), (path.reply, None), rewards_of(path, rules), strict=True
+        ):
             if turn:
                 episode.add_turn(turn, [0.0] * len(turn), [0.0] * len(turn))
                 episode.give(reward)
             if reply is not None:
                 episode.add_reply([reply])
-        episode.state = "done" if path.second in ENDED else "truncated"
+        episode.state = "done" if path.second in rules.ended else "truncated"
         episodes.append(episode)
     tokens = torch.zeros(len(episodes), 3, dtype=torch.long)
     mask = torch.zeros(len(episodes), 3, dtype=torch.bool)
-    for i, path in enumerate(every_path()):
+    for i, path in enumerate(every_path(rules)):
         prompt = PROMPTS[path.prompt]
         tokens[i, 3 - len(prompt) :], mask[i, 3 - len(prompt) :] = torch.tensor(prompt), True
     batch = PromptBatch(tokens, mask, torch.ones(len(episodes), dtype=torch.bool), [{}] * len(episodes))
@@ -265,16 +282,16 @@ def exact(make_lm, make_module):
     def make(**options):
         network = make_lm("gpt2", vocab=5, seed=1, initializer_range=0.15)
         reference = make_lm("gpt2", vocab=5, seed=2, initializer_range=0.15).double().eval()
-        module = make_module(network, advantage=BanditAdvantage(), **options)
+        module = make_module(network, TWO, advantage=BanditAdvantage(), **options)
         module.configure_model()
         module.double()
-        rollout = played(network.eval(), reference)
-        logp = path_logprobs(network)
+        rollout = played(network.eval(), reference, TWO)
+        logp = path_logprobs(network, TWO)
         with torch.no_grad():
-            logp_ref = path_logprobs(reference)
+            logp_ref = path_logprobs(reference, TWO)
         parameters = list(network.parameters())
-        expected = torch.autograd.grad(objective_value(logp, logp_ref), parameters)
-        chances = torch.tensor([path.chance for path in every_path()], dtype=torch.float64)
+        expected = torch.autograd.grad(objective_value(logp, logp_ref, TWO), parameters)
+        chances = torch.tensor([path.chance for path in every_path(TWO)], dtype=torch.float64)
         return module, rollout, chances * logp.detach().exp() / 2, parameters, expected
 
     return make
@@ -301,9 +318,9 @@ def test_gradient_is_that_of_the_objective(exact, surrogate, level):
 def test_gradient_with_one_bit_of_the_mask_flipped_is_not(exact):
     """An environment's token that counts as the policy's: 1 of 452 rows."""
     module, rollout, *rest = exact(surrogate=Clip())
-    i = next(i for i, path in enumerate(every_path()) if path.reply is not None and path.second in ENDED)
+    i = next(i for i, path in enumerate(every_path(TWO)) if path.reply is not None and path.second in TWO.ended)
     mask = rollout.response_mask.clone()
-    mask[i, len(every_path()[i].first)] = True
+    mask[i, len(every_path(TWO)[i].first)] = True
     assert furthest(module, replace(rollout, response_mask=mask), *rest) > 1e-5
 
 

@@ -425,3 +425,49 @@ def test_arithmetic_trains_and_its_curve_is_read(
     plot = load_of("arithmetic", "plot", monkeypatch)
     plot.plot([{"method": method, "seed": 0} | point for point in (first, second)], Path("curves.png"))
     assert Path("curves.png").stat().st_size > 1000
+
+
+# Calculator
+
+
+def test_calculator_computes_and_refuses_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = load_of("calculator", "problems", monkeypatch)
+    assert [problems.calculator(text) for text in ("347 * 28", "-(3 + 4) / 2", "0.1 + 0.2")] == ["9716", "-3.5", "0.3"]
+    for text in ("__import__('os')", "2 ** 9", "'a' * 3", "1 +", "1 " * 60):
+        with pytest.raises((ValueError, SyntaxError)):
+            problems.calculator(text)
+    said = ["It is 9,716.", "12 and 9716", "9716 or 12", "none", "-9716"]
+    assert problems.correct([""] * 5, said, answer=["9716"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_problems_of_the_calculator_are_split(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = load_of("calculator", "problems", monkeypatch)
+    files = {name: read_rows(str(path)) for name, path in problems.prepare(Path("data"), seed=0).items()}
+    assert {name: len(rows) for name, rows in files.items()} == {"demonstrations": 96, "val": 60, "train": 2000}
+    assert {row["expression"] for row in files["train"]}.isdisjoint(row["expression"] for row in files["val"])
+    assert all(problems.calculator(row["expression"]) == row["answer"] for row in files["train"])
+    shown = "".join(row["prompt"][0]["content"] for row in files["demonstrations"])
+    assert "boxes" not in shown
+    assert "boxes" in "".join(row["prompt"] for row in files["train"])
+
+
+def test_calculator_trains_and_its_curve_is_read(
+    tiny: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The example's config on a tiny network, which calls nothing: every episode has one turn, and each is scored."""
+    problems = load_of("calculator", "problems", monkeypatch)
+    monkeypatch.syspath_prepend(EXAMPLES / "arithmetic")
+    run = runpy.run_path(str(EXAMPLES / "calculator" / "run.py"))
+    files = problems.prepare(Path("data"), seed=0)
+    config = EXAMPLES.parent / "configs" / "grpo.yaml"
+    words = [f"--config={config}", f"--config={EXAMPLES / 'calculator' / 'calculator.yaml'}", "--data.prompt_role=null"]
+    words += [f"--model.policy.path={tiny.policy}", "--model.environment.prompt_role=null"]
+    words += [f"--data.{part}={files[part]}" for part in ("train", "val")]
+    main(["validate", *words, "--run=runs/calculator/before-0"])
+    main(["fit", *words, "--run=runs/calculator/seed-0", "--trainer.max_steps=1", "--trainer.limit_train_batches=1"])
+    before, after = run["curve"](0)
+    assert (before["rollouts"], after["rollouts"]) == (0, 1)
+    assert before["minutes"] == 0 < after["minutes"]
+    assert before["turns"] == after["turns"] == 1
+    run["plot"]([{"seed": seed} | point for seed in run["SEEDS"] for point in (before, after)], Path("curves.png"))
+    assert Path("curves.png").stat().st_size > 1000
