@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -252,6 +253,20 @@ class Experience:
         return replace(self, action_mask=self.action_mask & rows[:, None])
 
 
+class Turn(NamedTuple):
+    """Part of an episode that one side wrote.
+
+    Attributes:
+        is_policy: whether the policy wrote it, or the environment.
+        tokens: its ids.
+        reward: what the environment gave for it, reward units; 0 for an environment's.
+    """
+
+    is_policy: bool
+    tokens: list[int]
+    reward: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Scored responses for callbacks: a rollout or a batch of an evaluation.
@@ -282,6 +297,13 @@ class Outcome:
         rows, extents = self.rollout.tokens[:, self.rollout.prompt_width :].tolist(), self.rollout.extents.tolist()
         return [row[:extent] for row, extent in zip(rows, extents, strict=True)]
 
+    def turns(self) -> list[list[Turn]]:
+        """Turns of each response in their order, of the policy and of the environment; one without an environment."""
+        rollout = self.rollout
+        rewards = torch.zeros_like(rollout.logprobs) if rollout.rewards is None else rollout.rewards
+        columns = zip(self.tokens(), rollout.response_mask.tolist(), rewards.tolist(), strict=True)
+        return [_turns(ids, own[: len(ids)], given[: len(ids)]) for ids, own, given in columns]
+
     def numbers(self) -> list[dict[str, Any]]:
         """Return the numbers of each response, ready for JSON: None replaces non-finite ones.
 
@@ -295,3 +317,10 @@ class Outcome:
         lists = {name: column.tolist() for name, column in columns.items()}
         finite = {name: [x if math.isfinite(x) else None for x in values] for name, values in lists.items()}
         return [dict(zip(finite, row, strict=True)) for row in zip(*finite.values(), strict=True)]
+
+
+def _turns(ids: list[int], own: list[bool], rewards: list[float]) -> list[Turn]:
+    """Divide a response where the writer changes."""
+    bounds = [0, *(i for i in range(1, len(ids)) if own[i] != own[i - 1]), len(ids)]
+    parts = [slice(*pair) for pair in pairwise(bounds) if pair[0] < pair[1]]
+    return [Turn(own[part.start], ids[part], sum(rewards[part])) for part in parts]

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.rewards.text import texts_of
-from lightning_rlhf.types import Outcome
+from lightning_rlhf.types import Outcome, Turn
 
 
 class RolloutLog(FileCallback):
@@ -19,7 +19,9 @@ class RolloutLog(FileCallback):
     After a resume the lines of rollouts that the checkpoint does not know are cut off first. A line has `iteration`
     (rollouts before it), `episode` (responses before it), `prompt`, `response`, `tokens`, `length`, `ended`,
     `raw_score` (before shaping), `score`, `score/NAME` (parts), `kl`, `entropy`, `advantage` and `row`, the other
-    columns of the prompt's record. In the stages without rollouts it does nothing.
+    columns of the prompt's record. With an environment it also has `failed` and `turns`, each with `role` (`policy` or
+    `environment`), `text`, `tokens` (their number) and the `reward` of the policy's. In the stages without rollouts it
+    does nothing.
 
     Args:
         folder: None is the trainer's `default_root_dir`.
@@ -48,13 +50,31 @@ def _lines(trainer: Trainer, module: Any, outcome: Outcome) -> Iterator[Keyed]:
     samples = module.samples_per_prompt
     tokens = outcome.tokens()
     before, groups = module.episodes - world * len(outcome.rollout), outcome.rollout.prompt_index.tolist()
-    said = zip(outcome.rows, responses(module, tokens), tokens, outcome.numbers(), strict=True)
-    for i, (row, response, ids, numbers) in enumerate(said):
+    said = zip(outcome.rows, responses(module, tokens), tokens, outcome.numbers(), turns(module, outcome), strict=True)
+    for i, (row, response, ids, numbers, episode) in enumerate(said):
         place = (groups[i] * world + trainer.global_rank) * samples + i % samples
         opening = {"iteration": module.iteration - 1, "episode": before + place}
         text = {"prompt": row.get("prompt"), "response": response, "tokens": ids}
         rest = {name: value for name, value in row.items() if name != "prompt"}
-        yield (place,), opening | text | numbers | {"row": rest}
+        yield (place,), opening | text | numbers | episode | {"row": rest}
+
+
+def turns(module: Any, outcome: Outcome) -> list[dict[str, Any]]:
+    """Describe the turns of each episode for a log; nothing of a single response."""
+    if outcome.rollout.failed is None:
+        return [{} for _ in outcome.rows]
+    episodes, failed = outcome.turns(), outcome.rollout.failed.tolist()
+    texts = iter(responses(module, [turn.tokens for episode in episodes for turn in episode]))
+    return [
+        {"failed": failure, "turns": [_turn(turn, next(texts)) for turn in episode]}
+        for episode, failure in zip(episodes, failed, strict=True)
+    ]
+
+
+def _turn(turn: Turn, text: str | None) -> dict[str, Any]:
+    role = "policy" if turn.is_policy else "environment"
+    described = {"role": role, "text": text, "tokens": len(turn.tokens)}
+    return described | ({"reward": turn.reward} if turn.is_policy else {})
 
 
 def responses(module: Any, tokens: list[list[int]]) -> Sequence[str | None]:

@@ -68,9 +68,10 @@ class RolloutProgress(Callback):
             pl_module.collector.engine.watch = None  # validation has a bar of its own
             _describe(trainer, self._left(trainer, pl_module))
 
-    def _tell(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
+    def _tell(self, trainer: Trainer, module: Any, progress: Progress) -> None:
         speed = progress.tokens / max(progress.seconds, 1e-9)
-        responses = f"{progress.done}/{progress.total} responses, {speed:.0f} tokens/s"
+        status: str = module.collector.sampler.status(progress.done, progress.total)
+        responses = f"{status}, {speed:.0f} tokens/s"
         _describe(trainer, ", ".join(filter(None, [responses, self._left(trainer, module)])))
 
     def _left(self, trainer: Trainer, module: LightningModule) -> str:

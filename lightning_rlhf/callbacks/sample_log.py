@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_rlhf.callbacks.rollout_log import responses
+from lightning_rlhf.callbacks.rollout_log import responses, turns
 from lightning_rlhf.callbacks.run_file import FileCallback, Keyed, RunFile
 from lightning_rlhf.callbacks.sample_table import show
 from lightning_rlhf.types import PromptBatch
@@ -23,7 +23,8 @@ class SampleLog(FileCallback):
     A new run first answers the whole validation set, so that there is a state before training (`iteration` 0) to
     compare with. The random numbers of a prompt are the same each time. A line has `iteration` (rollouts trained so
     far), `stage` (`val` or `test`), `index` (which held-out prompt), `prompt`, `response`, `length`, `ended`,
-    `raw_score`, `score`, `score/NAME`, `kl` and `entropy`. A test replaces the lines of an earlier one; `validate` by
+    `raw_score`, `score`, `score/NAME`, `kl` and `entropy`, and of an episode `failed` and `turns` as in
+    `rollouts.jsonl`. A test replaces the lines of an earlier one; `validate` by
     itself writes nothing. Loggers that have tables, TensorBoard's and W&B's, get the first prompts before and after.
 
     Args:
@@ -118,13 +119,15 @@ class SampleLog(FileCallback):
         outcome = module.outcome
         if outcome is None:
             return
-        said = zip(outcome.rows, responses(module, outcome.tokens()), outcome.numbers(), strict=True)
+        texts = responses(module, outcome.tokens())
+        said = zip(outcome.rows, texts, outcome.numbers(), turns(module, outcome), strict=True)
         counts = outcome.is_real.tolist()
-        for i, (row, response, numbers) in enumerate(said):
+        for i, (row, response, numbers, episode) in enumerate(said):
             if counts[i]:
                 key = (loader, batch_idx, i, trainer.global_rank)  # the order of the file, dealt out to the processes
                 held_out = {"set": outcome.name} if outcome.name else {}
-                self._taken.append((key, held_out | {"prompt": row.get("prompt"), "response": response} | numbers))
+                text = {"prompt": row.get("prompt"), "response": response}
+                self._taken.append((key, held_out | text | numbers | episode))
 
     def _write(self, trainer: Trainer, module: Any, stage: str) -> None:
         records, self._taken = self.file.gathered(trainer, self._taken), []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from jsonargparse.typing import PositiveInt
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.cli.comparison import Comparison
@@ -25,6 +26,8 @@ from lightning_rlhf.types import Rollout
 
 NEEDED = {"prompt": (str, list), "tokens": list, "ended": bool, "raw_score": (int, float), "iteration": int}
 """Columns of `rollouts.jsonl` that are read and their types."""
+WRITERS = ("policy", "environment")
+"""Roles of the turns of an episode."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -85,7 +88,7 @@ class Rescorer:
             _check(record, NEEDED if self.encoder else NEEDED | {"response": str})
         lines = [record.row for record in records]
         if self.texts is not None:
-            self.texts.known = {tuple(line["tokens"]): line["response"] for line in lines}
+            self.texts.known = dict(map(_last_text, lines))
         rows = [{"prompt": line["prompt"]} | (line.get("row") or {}) for line in lines]
         scores = self.reward.scored(self._rollout(lines), rows)
         return scores.complete(rows, source=type(self.reward).__name__).tolist()
@@ -95,20 +98,23 @@ class Rescorer:
         prompts = [list(self.encoder.prompt(line["prompt"])) if self.encoder else [] for line in lines]
         pad = self.encoder.pad if self.encoder else 0
         responses = [line["tokens"] for line in lines]
-        before, width = (max(map(len, part)) for part in (prompts, responses))
+        before, width = max(map(len, prompts)), max(1, *map(len, responses))
         rows = [
             [pad] * (before - len(p)) + p + r + [pad] * (width - len(r))
             for p, r in zip(prompts, responses, strict=True)
         ]
+        own, given = (_padded(part, width) for part in zip(*map(_turns, lines), strict=True))
         place = torch.arange(before + width)
         first = torch.tensor([before - len(p) for p in prompts]).unsqueeze(1)
         last = torch.tensor([before + len(r) for r in responses]).unsqueeze(1)
         real = ((place >= first) & (place < last)).to(self.device)
         nothing = torch.zeros(len(lines), width, device=self.device)
+        has_turns = any("turns" in line for line in lines)
+        failed = torch.tensor([bool(line.get("failed")) for line in lines], device=self.device)
         return Rollout(
             tokens=torch.tensor(rows, dtype=torch.long, device=self.device),
             attention_mask=real,
-            response_mask=real[:, before:],
+            response_mask=real[:, before:] & own.bool().to(self.device),
             ended=torch.tensor([line["ended"] for line in lines], device=self.device),
             prompt_index=torch.arange(len(lines), device=self.device),
             logprobs=nothing,
@@ -116,7 +122,36 @@ class Rescorer:
             ref_logprobs=nothing,
             entropy=nothing,
             values=nothing,
+            **({"rewards": given.to(self.device), "failed": failed} if has_turns else {}),
         )
+
+
+def _turns(line: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return for each token of a response whether the policy wrote it, and its reward."""
+    if "turns" not in line:
+        return [1.0] * len(line["tokens"]), [0.0] * len(line["tokens"])
+    own: list[float] = []
+    rewards: list[float] = []
+    for turn in line["turns"]:
+        own += [float(turn["role"] == "policy")] * turn["tokens"]
+        rewards += [0.0] * (turn["tokens"] - 1) + [turn.get("reward", 0.0)]
+    return own, rewards
+
+
+def _padded(rows: Sequence[list[float]], width: int) -> Tensor:
+    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows])
+
+
+def _last_text(line: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Return the ids and the text that a reward reads: of the policy's last turn, or of all."""
+    if "turns" not in line:
+        return tuple(line["tokens"]), line["response"]
+    stops = list(accumulate(turn["tokens"] for turn in line["turns"]))
+    spoken = [pair for pair in zip(line["turns"], stops, strict=True) if pair[0]["role"] == "policy"]
+    if not spoken:
+        return (), ""
+    turn, stop = spoken[-1]
+    return tuple(line["tokens"][stop - turn["tokens"] : stop]), turn["text"]
 
 
 class LoggedTexts:
@@ -180,8 +215,21 @@ def _check(record: Located, needed: dict[str, Any]) -> None:
             raise ValueError(
                 f"{record.where}: `{name}` is {value!r:.80}, not what RolloutLog writes there: give a rollouts.jsonl"
             )
-    if not record.row["tokens"] or not all(type(token) is int and token >= 0 for token in record.row["tokens"]):
+    tokens, turns = record.row["tokens"], record.row.get("turns")
+    if turns is not None and not _are_turns(turns, len(tokens)):
+        raise ValueError(f"{record.where}: `turns` is {turns!r:.80}, not what RolloutLog writes there")
+    if not (tokens or record.row.get("failed")) or not all(type(token) is int and token >= 0 for token in tokens):
         raise ValueError(f"{record.where}: `tokens` must be at least one token id: got {record.row['tokens']!r:.80}")
+
+
+def _are_turns(turns: Any, count: int) -> bool:
+    """Return True if `turns` has the form that the log gives them, for so many tokens."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return False
+    numbers = [turn.get("tokens") for turn in turns]
+    if not all(type(number) is int and number > 0 for number in numbers) or sum(numbers) != count:
+        return False
+    return all(isinstance(turn.get("text"), str | None) and turn.get("role") in WRITERS for turn in turns)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ RL: tuple[Draft, ...] = (
     frontier,
     learning.LENGTH,
     learning.ENDED,
+    learning.TURNS,
+    learning.FAILED,
     learning.ENTROPY,
     learning.TOKEN_ENTROPY,
     learning.CLIPPED,

@@ -67,6 +67,25 @@ LENGTH = Quantity(
     caption="Mean length. Bands and bars: the middle 80 % of responses, where they were logged.",
     remedy=f"needs objective/response_length in {_LOG}, or rollouts.jsonl",
 )
+TURNS = Quantity(
+    name="turns",
+    title="Turns",
+    y="turns of the policy",
+    line=("objective/turns",),
+    points=("eval/turns", "test/turns"),
+    caption="Mean turns of the policy in an episode.",
+    remedy=f"needs objective/turns in {_LOG}",
+)
+FAILED = Quantity(
+    name="failed",
+    title="Failed environments",
+    y="share of episodes",
+    line=("objective/failed",),
+    points=("eval/failed", "test/failed"),
+    span=(0.0, 1.0),
+    caption="Nothing is learned from these episodes.",
+    remedy=f"needs objective/failed in {_LOG}",
+)
 ENDED = Quantity(
     name="ended",
     title="Responses that end",

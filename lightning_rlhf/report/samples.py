@@ -122,12 +122,23 @@ def _side(number: int, title: str, sample: Sample | None) -> str:
     facts += ["cut off"] * (sample.get("ended") is False)
     parts = [f"{name[6:]} {sample[name]:.3g}" for name in sample if name[:6] == "score/" and _is_number(sample[name])]
     facts += [html(part) for part in parts]
-    text = sample.get("response")
+    facts += ["environment failed"] * (sample.get("failed") is True)
+    text, turns = sample.get("response"), sample.get("turns")
     shown = _cut(text) if isinstance(text, str) else "<i>no text: the run had no tokenizer</i>"
+    if isinstance(turns, list) and isinstance(text, str):
+        shown = "".join(_turn(turn) for turn in turns if isinstance(turn, dict))
     return (
         f'<div class="side" data-column="{number}"><header>{html(title)}<span>{" · ".join(facts)}</span></header>'
         f'<div class="text">{shown}</div></div>'
     )
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    """Compose a turn of an episode with its writer and reward."""
+    reward = turn.get("reward")
+    given = f' <i class="faint">{reward:+.3g}</i>' if _is_number(reward) and reward else ""
+    writer = "environment" if turn.get("role") == "environment" else "policy"
+    return f'<p class="{writer}"><b>{writer}</b>{given} {_cut(str(turn.get("text")))}</p>'
 
 
 def _prompt(prompt: Any) -> str:

@@ -53,12 +53,19 @@ class EpisodeSampler(Sampler):
         self.continuation = Continuation(Encoder(tokenizer, prompt_role=episodes.prompt_role))
         self._dtype = torch.float32  # of the engine's log-probs
         self._same_prompts = False
+        self._played: list[Episode] = []
         self._refused: ValueError | None = None
 
     @property
     def longest(self) -> int:
         """Most tokens after a prompt, of the policy and the environment."""
         return self.episodes.tokens
+
+    def status(self, done: int, total: int) -> str:
+        """Describe how many episodes are over, and which turn is drawn of those that go on."""
+        going = [episode for episode in self._played if episode.is_open]
+        turn = max((len(episode.drawn) for episode in going), default=0) + 1
+        return f"{len(self._played) - len(going)}/{len(self._played)} episodes, turn {turn}, {done}/{total} drawn"
 
     def collect(
         self, prompts: PromptBatch, samples: int, *, iteration: int, following: PromptBatch | None = None
@@ -88,6 +95,7 @@ class EpisodeSampler(Sampler):
             for prompt in range(len(prompts.tokens))
             for i in range(samples)
         ]
+        self._played = played
         with self.clock.phase("generate"), Stage(seconds=self.episodes.seconds) as stage:
             for episode in played:
                 self._begin(episode, stage, stream=stream, iteration=iteration)

@@ -47,6 +47,15 @@ class Sampler:
         """Most tokens after a prompt."""
         return self.generation.max_new_tokens
 
+    def status(self, done: int, total: int) -> str:
+        """Describe how far a rollout is, for a progress bar.
+
+        Args:
+            done: responses that the engine has drawn of those it was asked for last.
+            total: those.
+        """
+        return f"{done}/{total} responses"
+
     def outdate(self, version: int | None = None) -> None:
         """Note that the policy's weights have changed, or may have.
 
