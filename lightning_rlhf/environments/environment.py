@@ -70,7 +70,8 @@ class Environment(ABC):
             row: raw record of the prompt.
 
         Returns:
-            what follows the prompt before the policy's first turn; None for nothing.
+            what follows the prompt before the policy's first turn: messages, or a text, which is appended to the
+                user's message that the prompt ends with; None for nothing.
         """
         return None
 
@@ -107,6 +108,20 @@ def as_reply(answer: Any) -> Reply | Done:
     if not math.isfinite(reward):
         raise ValueError(f"an environment must give a finite reward: got {reward}")
     return Done(reward) if isinstance(reply, Done) else Reply(as_messages(reply.messages), reward)
+
+
+def as_opening(given: Any) -> str | list[Message]:
+    """Return what `reset` gave as a text, which is empty for None, or as messages.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a text holds half of a surrogate pair, which no tokenizer takes.
+    """
+    if given is None or isinstance(given, str):
+        text = given or ""
+        text.encode()
+        return text
+    return as_messages(given)
 
 
 def as_messages(given: Any) -> list[Message]:

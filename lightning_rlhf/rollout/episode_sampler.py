@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lightning_rlhf.engines.engine import Request
 from lightning_rlhf.engines.generation import row_uniforms
-from lightning_rlhf.environments.environment import Done, Environment, Message, Reply, as_messages, as_reply
+from lightning_rlhf.environments.environment import Done, Environment, Message, Reply, as_opening, as_reply
 from lightning_rlhf.environments.tool_calls import call_format
 from lightning_rlhf.rewards.text import texts_of
 from lightning_rlhf.rollout.episode import Episode
@@ -118,7 +118,7 @@ class EpisodeSampler(Sampler):
             observed = environment.reset(episode.row)
             if inspect.isawaitable(observed):
                 return _opening(observed, environment)
-            return ([] if observed is None else as_messages(observed)), environment.schemas()
+            return as_opening(observed), environment.schemas()
 
         episode.call = stage.start(opened)
 
@@ -160,7 +160,7 @@ class EpisodeSampler(Sampler):
             self._refused = error
 
     def _open(
-        self, episode: Episode, observed: list[Message], schemas: list[dict[str, Any]], prompts: PromptBatch
+        self, episode: Episode, observed: str | list[Message], schemas: list[dict[str, Any]], prompts: PromptBatch
     ) -> None:
         """Write the opening: the prompt's own ids, or the prompt anew with what the environment adds."""
         own = prompts.tokens[episode.prompt][prompts.mask[episode.prompt]].tolist()
@@ -168,8 +168,7 @@ class EpisodeSampler(Sampler):
         given = {name: episode.row[name] for name in ("tools", "chat_template_kwargs") if episode.row.get(name)}
         arguments = {**given.pop("chat_template_kwargs", {}), **given}
         episode.arguments = arguments | ({"tools": schemas} if schemas else {})
-        before = self.continuation.dialogue(prompt)
-        episode.dialogue = [*before, *observed] if before else []
+        episode.dialogue = self.continuation.opened(prompt, observed)
         if not observed and not schemas:
             episode.open(own)
             return
@@ -288,10 +287,9 @@ class EpisodeSampler(Sampler):
         self.ranks.agree(problem)
 
 
-async def _opening(observed: Any, environment: Environment) -> tuple[list[Message], list[dict[str, Any]]]:
+async def _opening(observed: Any, environment: Environment) -> tuple[str | list[Message], list[dict[str, Any]]]:
     """Await what `reset` returns."""
-    messages = await observed
-    return ([] if messages is None else as_messages(messages)), environment.schemas()
+    return as_opening(await observed), environment.schemas()
 
 
 def _filler(prompts: PromptBatch) -> Episode:

@@ -22,12 +22,12 @@ class Continuation:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def opening(self, prompt: Prompt, observed: Sequence[Message], arguments: Mapping[str, Any]) -> Tokens:
+    def opening(self, prompt: Prompt, observed: str | Sequence[Message], arguments: Mapping[str, Any]) -> Tokens:
         """Encode a prompt with what an environment adds to it, up to the start of the first answer.
 
         Args:
             prompt: a text or messages.
-            observed: messages after it.
+            observed: messages after it, or a text that its last message goes on with.
             arguments: of the row for the chat template, such as `tools`.
 
         Raises:
@@ -36,8 +36,25 @@ class Continuation:
         if not observed:
             return self.encoder.prompt(prompt, arguments)
         if self._is_text(prompt):
-            return self.encoder.prompt(str(prompt) + _joined(observed), arguments)
-        return self.encoder.prompt([*self.dialogue(prompt), *observed], arguments)
+            added = observed if isinstance(observed, str) else _joined(observed)
+            return self.encoder.prompt(str(prompt) + added, arguments)
+        return self.encoder.prompt(self.opened(prompt, observed), arguments)
+
+    def opened(self, prompt: Prompt, observed: str | Sequence[Message]) -> list[Message]:
+        """Return the messages of a prompt with what an environment adds to it; none if it is plain text.
+
+        Args:
+            prompt: a text or messages.
+            observed: messages after it, or a text: the user's message that the prompt ends with goes on with it, since
+                many templates take no two of a user's in a row.
+        """
+        before = self.dialogue(prompt)
+        if not before or not isinstance(observed, str):
+            return [*before, *observed] if before else []
+        last = before[-1]
+        if last["role"] != "user":
+            return [*before, *([{"role": "user", "content": observed}] if observed else [])]
+        return [*before[:-1], last | {"content": str(last["content"]) + observed}]
 
     def between(
         self,

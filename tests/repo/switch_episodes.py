@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from switch_bench import ENDS, Bench
 from switch_harness import Table, case, to
 
 from lightning_rlhf import PPOModule, SamplingParams
-from lightning_rlhf.environments import Done, Environment, Reply, ToolCall, ToolEnvironment
+from lightning_rlhf.data.reasoning_gym import ReasoningGymRows, read_reasoning_gym
+from lightning_rlhf.environments import (
+    Done,
+    Environment,
+    OpenEnvironment,
+    ReasoningGymEnvironment,
+    Reply,
+    ToolCall,
+    ToolEnvironment,
+    TRLEnvironment,
+)
 from lightning_rlhf.rewards import EnvironmentReward
 from lightning_rlhf.rollout import Episodes
 from lightning_rlhf.rollout.episode_sampler import EpisodeError
@@ -131,7 +143,86 @@ def table(bench: Bench) -> Table:
             prompt_role=to("user", by=opened, factory=lambda: Talk(opening=" x")),
         ),
         ToolEnvironment: case(answers, {"tools": [add]}, tools=to([add, double]), described=to(False)),
+        TRLEnvironment: case(answers, {"factory": Adds}, factory=to(Doubles), described=to(False)),
+        OpenEnvironment: case(
+            sent,
+            {"url": "http://127.0.0.1:9"},
+            url=to("http://127.0.0.1:10", by=refused),
+            action=to("text"),
+            observation=to("door"),
+            columns=to(["level"]),
+        ),
+        ReasoningGymEnvironment: case(
+            graded,
+            {"seconds": 60.0},
+            attempts=to(1),
+            extract=to("last_number"),
+            seconds=to(1e-6, by=graded, attempts=1, extract="last_number"),
+        ),
     }
+
+
+class Adds:
+    """A class as TRL takes it."""
+
+    def reset(self, **columns: Any) -> None: ...
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first.
+            b: the second.
+        """
+        return a + b
+
+
+class Doubles(Adds):
+    def double(self, a: int) -> int:
+        """Double a number.
+
+        Args:
+            a: the number.
+        """
+        return 2 * a
+
+
+class Parrot:
+    """A client that tells what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    async def reset(self, **given: Any) -> Any:
+        self.sent.append(given)
+        return SimpleNamespace(observation={"message": "hear", "door": "red"}, reward=None, done=False)
+
+    async def step(self, action: Any) -> Any:
+        self.sent.append(action)
+        return SimpleNamespace(observation={"message": "hear", "door": "red"}, reward=0.5, done=False)
+
+
+def sent(environment: OpenEnvironment) -> Any:
+    environment.client = Parrot()
+
+    async def play() -> list[Any]:
+        return [await environment.reset({"level": 3}), await environment.step("go", [])]
+
+    return [asyncio.run(play()), environment.client.sent]
+
+
+def refused(environment: OpenEnvironment) -> str:
+    try:
+        asyncio.run(environment.reset({}))
+    except ConnectionError as error:
+        return str(error)
+    return ""
+
+
+def graded(environment: ReasoningGymEnvironment) -> Any:
+    row = next(iter(read_reasoning_gym(ReasoningGymRows(task="chain_sum", size=3)))).row
+    environment.reset(row)
+    return [environment.step(f"it is {row['answer']}", [])]
 
 
 def add(a: int, b: int) -> int:

@@ -31,7 +31,7 @@ RECORDS = {
     "PromptBatch",
     "Rollout",
 }
-RECORDS |= {"Done", "Objectives", "Reply", "ToolCall", "SamplerWeights", "Scores", "TextBatch"}
+RECORDS |= {"Done", "Objectives", "Reply", "ToolCall", "Turn", "SamplerWeights", "Scores", "TextBatch"}
 """Public classes that hold what flows and set nothing: their fields are data, not arguments."""
 ROUNDING = 1e-9
 """Runs are in float64: what two orders of adding differ by is far below, what an argument does far above."""
