@@ -225,7 +225,7 @@ class EpisodeSampler(Sampler):
             stream: names the random numbers.
             iteration: which rollout of that stream.
         """
-        if not ready and not self._needs_all:
+        if self.ranks.all(not ready) if self._needs_all else not ready:
             return
         asked = ready or [_filler(prompts)]
         groups = [asked[i : i + samples] for i in range(0, len(asked), samples)]
