@@ -1,59 +1,104 @@
-"""Environment on an OpenEnv server."""
+"""Environment on a server of OpenEnv."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.environments.environment import Answer, Done, Environment, Reply, ToolCall
 from lightning_rlhf.types import Row
 
+LONGEST = 86400.0
+"""Most seconds that the client waits for a message: `Episodes.seconds` is the limit."""
+
 
 class OpenEnvironment(Environment):
-    """Environment of a running OpenEnv server, with a session of its own for each episode.
+    """Environment that a running server of OpenEnv plays, in one session for each episode.
 
-    A turn is sent as an action `{action: text}`, and a text field of the observation is what the policy reads; an
-    observation without it is read as JSON. Rewards are those of the steps. The server must take as many sessions as
-    episodes are played at once (`create_fastapi_app(..., max_concurrent_envs=N)`).
+    The server gets the episode's `seed` at `reset` if its environment takes one, and `step` with each turn. Its rewards
+    are those of the turns, None is 0. It must allow as many sessions at once as a rollout has episodes
+    (`create_fastapi_app(..., max_concurrent_envs=...)`). No code of the server's runs here.
 
     Args:
         url: of the server, `http://` or `ws://`.
-        action: field of an action that takes the turn's text.
-        observation: field of an observation that holds a text.
-        columns: columns of the row that are given to the server's `reset`, beside `seed`.
-
-    Raises:
-        ImportError: `openenv-core` is not installed.
+        action: field of the action that is the text of a turn; or a function from the text to all fields.
+        observation: field of the observation that the policy reads; or a function from its fields to the text.
+        columns: of the row, given to the server's `reset` by name; they must be JSON.
     """
 
     def __init__(
-        self, url: str, action: str = "message", observation: str = "message", columns: Sequence[str] = ()
+        self,
+        url: str,
+        action: str | Callable[[str], dict[str, Any]] = "message",
+        observation: str | Callable[[Mapping[str, Any]], str] = "message",
+        columns: Sequence[str] = (),
     ) -> None:
-        try:
-            from openenv.core.generic_client import GenericEnvClient
-        except ImportError as error:
-            message = "OpenEnvironment needs OpenEnv: pip install 'lightning-rlhf[openenv]', or openenv-core alone"
-            raise ImportError(message) from error
-        self.client: Any = GenericEnvClient(base_url=url, mode="simulation")
-        self.action, self.observation, self.columns = action, observation, tuple(columns)
+        self.url, self.action, self.observation, self.columns = url, action, observation, tuple(columns)
+        self._client: Any = None
 
     async def reset(self, row: Row) -> str | None:  # type: ignore[override]
-        """Begin a session with the episode's seed, and return the text of the first observation."""
-        given = {name: row[name] for name in self.columns if name in row}
-        result = await self.client.reset(seed=self.seed, **given)
+        """Open the session and return the first observation, None if it is empty.
+
+        Raises:
+            ImportError: `openenv-core` is not installed.
+            ConnectionError: there is no server, or it has no session left.
+            RuntimeError: the server failed, or has no session left.
+            ValueError: the row lacks a column, or the observation has no such field of text.
+        """
+        if missing := [name for name in self.columns if name not in row]:
+            raise ValueError(f"a row has no column {', '.join(missing)}, only {sorted(row)}: see `columns`")
+        self._client = _client(self.url)
+        result = await self._begun({name: row[name] for name in self.columns})
         return self._text(result.observation) or None
 
     async def step(self, text: str, tool_calls: Sequence[ToolCall]) -> Answer:  # type: ignore[override]
-        """Send a turn, and return the observation or the end."""
-        result = await self.client.step({self.action: text})
-        reward = float(result.reward or 0.0)
+        """Send a turn and return the observation with its reward, or the end.
+
+        Raises:
+            RuntimeError: the server failed, or refused the action.
+            ValueError: the observation has no such field of text.
+        """
+        action = {self.action: text} if isinstance(self.action, str) else self.action(text)
+        result = await self._client.step(action)
+        reward = 0.0 if result.reward is None else float(result.reward)
         return Done(reward) if result.done else Reply(self._text(result.observation), reward)
 
     async def close(self) -> None:  # type: ignore[override]
         """End the session."""
-        await self.client.disconnect()
+        if self._client is not None:
+            await self._client.close()
 
-    def _text(self, observation: Any) -> str:
-        text = observation.get(self.observation) if isinstance(observation, dict) else observation
-        return text if isinstance(text, str) else json.dumps(observation, ensure_ascii=False)
+    async def _begun(self, columns: dict[str, Any]) -> Any:
+        """Return what the server's `reset` gives."""
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            return await self._client.reset(seed=self.seed, **columns)
+        except ConnectionClosed as error:  # it says why only to a client that reads before it writes
+            raise ConnectionError(
+                f"{self.url} closed the session as it began: it may have none left, so raise its `max_concurrent_envs` "
+                "to the episodes of a rollout"
+            ) from error
+
+    def _text(self, observation: Mapping[str, Any]) -> str:
+        if not isinstance(self.observation, str):
+            return self.observation(observation)
+        text = observation.get(self.observation)
+        if not isinstance(text, str):
+            kinds = {name: type(value).__name__ for name, value in observation.items()}
+            raise ValueError(
+                f"an observation has no text {self.observation!r}, only {kinds}: set `observation` to a field or a "
+                "function"
+            )
+        return text
+
+
+def _client(url: str) -> Any:
+    """Return a client of the server, which connects at its first message."""
+    try:
+        from openenv.core.generic_client import GenericEnvClient
+    except ImportError as error:
+        raise ImportError(
+            "OpenEnvironment needs openenv-core: pip install 'lightning-rlhf[openenv]', or openenv-core alone"
+        ) from error
+    return GenericEnvClient(url, message_timeout_s=LONGEST)

@@ -54,12 +54,15 @@ class ToolEnvironment(Environment):
             return f"error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
         try:
             inspect.signature(tool).bind(**call.arguments)
-            result = tool(**call.arguments)
-            if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+            result = settled(tool(**call.arguments))
             return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
         except Exception as error:  # a tool is the user's: whatever it raises is told to the policy
             return f"error: {type(error).__name__}: {error}"
+
+
+def settled(result: Any) -> Any:
+    """Return what a function of the user's gave, awaited if it can be."""
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
 async def _awaited(result: Any) -> Any:

@@ -7,11 +7,10 @@ import json
 
 import pytest
 import torch
+from says import Says
 from templates import tokenizer
 
 from lightning_rlhf import PPOModule, SamplingParams
-from lightning_rlhf.engines import Engine
-from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.environments import Done, ToolCall, ToolEnvironment
 from lightning_rlhf.environments.tool_calls import CallFormat, call_format
 from lightning_rlhf.rollout import Episodes
@@ -119,28 +118,6 @@ def test_schemas_are_those_of_transformers():
     assert schema["function"]["name"] == "add"
     assert schema["function"]["parameters"]["properties"]["a"] == {"type": "integer", "description": "the first."}
     assert ToolEnvironment([add], described=False).schemas() == []
-
-
-class Says(Engine):
-    """Draws given turns, one after the other."""
-
-    is_external = False
-
-    def __init__(self, read, turns: list[str]) -> None:
-        self.turns = [[*read(turn, add_special_tokens=False).input_ids, Encoder(read).turn_end] for turn in turns]
-        self.asked: list[list[int]] = []
-
-    def load(self, policy, version):
-        return
-
-    def generate(self, request):
-        ids = self.turns[len(self.asked)]
-        self.asked.append(request.prompts.tokens[0][request.prompts.mask[0]].tolist())
-        tokens = torch.zeros(1, request.params.max_new_tokens, dtype=torch.long)
-        tokens[0, : len(ids)] = torch.tensor(ids)
-        mask = torch.arange(tokens.shape[1]).unsqueeze(0) < len(ids)
-        numbers = torch.where(mask, -1.0, 0.0)
-        return Sampled(tokens, mask, torch.tensor([True]), numbers, -numbers, mask.long() * 0)
 
 
 @pytest.mark.parametrize("family", ["hermes", "dated"])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+import sys
 import time
+import types
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from switch_bench import ENDS, Bench
 from switch_harness import Table, case, to
 
 from lightning_rlhf import PPOModule, SamplingParams
-from lightning_rlhf.data.reasoning_gym import ReasoningGymRows, read_reasoning_gym
 from lightning_rlhf.environments import (
     Done,
     Environment,
@@ -27,6 +29,10 @@ from lightning_rlhf.environments import (
 from lightning_rlhf.rewards import EnvironmentReward
 from lightning_rlhf.rollout import Episodes
 from lightning_rlhf.rollout.episode_sampler import EpisodeError
+
+ENTRY = json.dumps(
+    {"task": "chain_sum", "config": {}, "entry": {"question": "", "answer": "7", "metadata": {}}},
+)
 
 
 class Talk(Environment):
@@ -129,6 +135,35 @@ def table(bench: Bench) -> Table:
         calls = [ToolCall("add", {"a": 1, "b": 2}), ToolCall("double", {"a": 4})]
         return [environment.step("", calls), environment.schemas()]
 
+    def served(environment: OpenEnvironment) -> Any:
+        """On a server that answers with what it was sent."""
+
+        async def asked() -> Any:
+            return [await environment.reset({"level": "hard"}), await environment.step("a", [])]
+
+        package = types.ModuleType("openenv.core.generic_client")
+        package.__dict__["GenericEnvClient"] = Mirror
+        closed = types.ModuleType("websockets.exceptions")
+        closed.__dict__["ConnectionClosed"] = ConnectionError
+        with patch.dict(sys.modules, {package.__name__: package, closed.__name__: closed}):
+            return asyncio.run(asked())
+
+    def counted(environment: TRLEnvironment) -> Any:
+        opening = environment.reset({"start": 4})
+        answers = [environment.step("", calls) for calls in ([ToolCall("count", {})], [])]
+        return [opening, answers, environment.schemas()]
+
+    def graded(environment: ReasoningGymEnvironment) -> Any:
+        """What three wrong answers and a right one in a sentence are answered; no more after the end."""
+        environment.reset({"reasoning_gym": ENTRY})
+        answers = (environment.step(text, []) for text in ("8", "it is 7", "8", "7"))
+        said: list[Any] = []
+        for answer in answers:
+            said.append(answer)
+            if isinstance(answer, Done):
+                break
+        return said
+
     return {
         Episodes: case(
             rollout,
@@ -142,87 +177,66 @@ def table(bench: Bench) -> Table:
             failures=to(0.9, by=outcome, factory=Broken),
             prompt_role=to("user", by=opened, factory=lambda: Talk(opening=" x")),
         ),
-        ToolEnvironment: case(answers, {"tools": [add]}, tools=to([add, double]), described=to(False)),
-        TRLEnvironment: case(answers, {"factory": Adds}, factory=to(Doubles), described=to(False)),
         OpenEnvironment: case(
-            sent,
-            {"url": "http://127.0.0.1:9"},
-            url=to("http://127.0.0.1:10", by=refused),
-            action=to("text"),
-            observation=to("door"),
+            served,
+            {"url": "ws://one"},
+            url=to("ws://other"),
+            action=to("word"),
+            observation=to("text"),
             columns=to(["level"]),
         ),
         ReasoningGymEnvironment: case(
             graded,
-            {"seconds": 60.0},
+            {"attempts": 4, "seconds": 60.0},
             attempts=to(1),
             extract=to("last_number"),
-            seconds=to(1e-6, by=graded, attempts=1, extract="last_number"),
+            seconds=to(1e-6),
         ),
+        TRLEnvironment: case(
+            counted, {"factory": Counter}, factory=to(Backwards), reward=to(shown), described=to(False)
+        ),
+        ToolEnvironment: case(answers, {"tools": [add]}, tools=to([add, double]), described=to(False)),
     }
 
 
-class Adds:
-    """A class as TRL takes it."""
+class Mirror:
+    """OpenEnv's client of a server that answers with what it was sent."""
 
-    def reset(self, **columns: Any) -> None: ...
+    def __init__(self, url: str, message_timeout_s: float) -> None:
+        self.url = url
 
-    def add(self, a: int, b: int) -> int:
-        """Add two numbers.
+    async def reset(self, seed: int, **columns: Any) -> Any:
+        return self.answer(columns)
 
-        Args:
-            a: the first.
-            b: the second.
-        """
-        return a + b
+    async def step(self, action: dict[str, Any]) -> Any:
+        return self.answer(action)
 
-
-class Doubles(Adds):
-    def double(self, a: int) -> int:
-        """Double a number.
-
-        Args:
-            a: the number.
-        """
-        return 2 * a
+    def answer(self, sent: dict[str, Any]) -> Any:
+        heard = f"{self.url} {sent}"
+        return types.SimpleNamespace(observation={"message": heard, "text": heard[::-1]}, reward=1.0, done=False)
 
 
-class Parrot:
-    """A client that tells what was sent."""
+class Counter:
+    """As TRL's `environment_factory` takes it."""
 
-    def __init__(self) -> None:
-        self.sent: list[Any] = []
+    by = 1
 
-    async def reset(self, **given: Any) -> Any:
-        self.sent.append(given)
-        return SimpleNamespace(observation={"message": "hear", "door": "red"}, reward=None, done=False)
+    def reset(self, start: int) -> str:
+        self.number = start
+        return f"from {start}"
 
-    async def step(self, action: Any) -> Any:
-        self.sent.append(action)
-        return SimpleNamespace(observation={"message": "hear", "door": "red"}, reward=0.5, done=False)
-
-
-def sent(environment: OpenEnvironment) -> Any:
-    environment.client = Parrot()
-
-    async def play() -> list[Any]:
-        return [await environment.reset({"level": 3}), await environment.step("go", [])]
-
-    return [asyncio.run(play()), environment.client.sent]
+    def count(self) -> int:
+        """Count one further."""
+        self.number += self.by
+        return self.number
 
 
-def refused(environment: OpenEnvironment) -> str:
-    try:
-        asyncio.run(environment.reset({}))
-    except ConnectionError as error:
-        return str(error)
-    return ""
+class Backwards(Counter):
+    by = -1
 
 
-def graded(environment: ReasoningGymEnvironment) -> Any:
-    row = next(iter(read_reasoning_gym(ReasoningGymRows(task="chain_sum", size=3)))).row
-    environment.reset(row)
-    return [environment.step(f"it is {row['answer']}", [])]
+def shown(counter: Counter) -> float:
+    return float(counter.number)
 
 
 def add(a: int, b: int) -> int:

@@ -30,3 +30,21 @@ def test_a_step_of_ppo(ppo, workplace: Path, word: str, arguments: list[str]):
         means = [row["objective/raw_scores"] for row in csv.DictReader(file) if row.get("objective/raw_scores")]
     assert means
     assert all(0 <= float(mean) <= 1 for mean in means)
+
+
+def test_a_step_of_ppo_on_episodes(ppo, workplace: Path):
+    """The environment of the questions, named in words as well, whose random policy is told that it is wrong."""
+    words = ppo(model__reward__path=None, data__train=ROWS % "train", data__val=ROWS % "val")
+    factory = "--model.environment.factory={class_path: ReasoningGymEnvironment, init_args: {attempts: 3, seconds: 60}}"
+    settings = [
+        factory,
+        "--model.reward=EnvironmentReward",
+        "--model.environment.turns=2",
+        "--model.generation.max_new_tokens=24",
+    ]
+    cli = main(["fit", *words, *settings, "--trainer.limit_train_batches=1"])
+    assert cli.trainer.global_step > 0
+    with next(workplace.rglob("metrics.csv")).open() as file:
+        turns = [float(row["objective/turns"]) for row in csv.DictReader(file) if row.get("objective/turns")]
+    assert turns
+    assert max(turns) > 1
