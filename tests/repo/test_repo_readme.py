@@ -37,7 +37,10 @@ BROUGHT = {
     "texts.jsonl": "texts",
 }
 """Files that commands name and no command writes, by what stands for them in `Tiny`."""
-PROJECT = "def judge(prompts, first, second, **columns):\n    return [0.5] * len(first)\n"
+PROJECT = (
+    "def judge(prompts, first, second, **columns):\n    return [0.5] * len(first)\n"
+    "def population(city: str) -> int:\n    return len(city)\n"
+)
 """The reader's own module, `my_project`."""
 TRAINER = {"fit", "validate", "test", "predict"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
