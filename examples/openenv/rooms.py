@@ -1,8 +1,9 @@
-"""A text game of three rooms on OpenEnv's server: say the door that the voice names, and nothing else."""
+"""A text game of three rooms on OpenEnv's server: say the color of the door that the voice names."""
 
 from __future__ import annotations
 
 import random
+import re
 import sys
 from typing import Any
 
@@ -26,7 +27,7 @@ class Heard(Observation):
 
 
 class Rooms(Environment):
-    """Three rooms of three doors each; a wrong door ends the game."""
+    """Three rooms of three doors each. The right color opens one, worth 1/3 as the only word and 1/6 among others."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
@@ -40,13 +41,14 @@ class Rooms(Environment):
         return f"You see a {doors[0]}, a {doors[1]} and a {doors[2]} door. A voice says: take the {self.right} one."
 
     def step(self, action: Said, timeout_s: float | None = None, **_: Any) -> Heard:
-        said = action.message.lower().strip(" .!\n").removeprefix("the ").removesuffix(" door").removesuffix(" one")
-        if said != self.right:
+        words = re.findall("[a-z]+", action.message.lower())
+        if {word for word in words if word in DOORS} != {self.right}:
             return Heard(message="The door is locked. The game is over.", reward=0.0, done=True)
         self.room += 1
+        reward = (1.0 if len(words) == 1 else 0.5) / ROOMS
         if self.room == ROOMS:
-            return Heard(message="You are out.", reward=1 / ROOMS, done=True)
-        return Heard(message=self.look(), reward=1 / ROOMS)
+            return Heard(message="You are out.", reward=reward, done=True)
+        return Heard(message=self.look(), reward=reward)
 
     @property
     def state(self) -> State:
@@ -59,4 +61,4 @@ def app() -> Any:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app(), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    uvicorn.run(app(), host="127.0.0.1", port=int(sys.argv[1]), log_level="critical")

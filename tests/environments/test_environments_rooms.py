@@ -72,7 +72,7 @@ class Listener(OpenEnvironment):
 
     async def step(self, text, tool_calls):
         right = self.heard.rsplit(" ", 2)[1]
-        answer = await super().step(f"The {right} door.", tool_calls)
+        answer = await super().step(f"{right}.", tool_calls)
         if not isinstance(answer, Done):
             self.heard = answer.messages
         return answer
