@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_vllm import FakeVLLM
 
-from lightning_rlhf import PPOModule, SamplingParams
+from lightning_rlhf import LearnedReward, PPOModule, SamplingParams
 from lightning_rlhf.engines import VLLMServer
 from lightning_rlhf.environments import Done, Environment, Reply
 from lightning_rlhf.rewards import EnvironmentReward, ZeroReward
@@ -366,3 +366,22 @@ def test_same_seed_gives_the_same_episodes(play):
         assert torch.equal(getattr(first, name), getattr(second, name))
     turns = [turns_of(*row) for row in rows_of(first)]
     assert any(len(t) > 1 and t[0] != t[1] for t in turns)
+
+
+def test_reward_model_reads_the_whole_episode(play, make_scorer, make_folder, toy_tokenizer):
+    """With the policy's tokenizer: the score at the last token, after all turns and replies."""
+    module, rollout = play(Echo, length=4)
+    folder = make_folder("llama", scorer=True)
+    reward = LearnedReward(folder)
+    reward.prepare(toy_tokenizer)
+    scores = reward(rollout, [{"prompt": "c d e"}] * SAMPLES + [{"prompt": "a"}] * SAMPLES)
+    head = make_scorer("llama").eval()
+    ends = []
+    for i, (ids, _) in enumerate(rows_of(rollout)):
+        if rollout.ended[i]:
+            ids = [*ids[:-1], toy_tokenizer.eos_token_id]  # as comparisons are taught to end
+        text = torch.tensor([PROMPTS[i // SAMPLES] + ids])
+        hidden = head.model(input_ids=text).last_hidden_state
+        ends.append(head.score(hidden)[0, -1, 0])
+    torch.testing.assert_close(scores, torch.stack(ends).detach(), rtol=0, atol=1e-5)
+    assert int(rollout.spans.max()) > 1
