@@ -109,7 +109,7 @@ def _section(title: str, drafts: Sequence[Draft], runs: Sequence[Run]) -> Sectio
     return Section(
         title=title,
         figures=[draw(figure) for figure in made if isinstance(figure, Figure)],
-        missing=[gap for gap in made if isinstance(gap, Missing)],
+        missing=[gap for gap in made if isinstance(gap, Missing) and gap.remedy],
     )
 
 

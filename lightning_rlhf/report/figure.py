@@ -178,7 +178,7 @@ class Missing:
 
     Attributes:
         title: of the figure.
-        remedy: the missing logs, in one sentence.
+        remedy: the missing logs, in one sentence; "" if the run has no such thing, and the page does not say it.
     """
 
     title: str

@@ -74,7 +74,7 @@ TURNS = Quantity(
     line=("objective/turns",),
     points=("eval/turns", "test/turns"),
     caption="Mean turns of the policy in an episode.",
-    remedy=f"needs objective/turns in {_LOG}",
+    remedy="",
 )
 FAILED = Quantity(
     name="failed",
@@ -84,7 +84,7 @@ FAILED = Quantity(
     points=("eval/failed", "test/failed"),
     span=(0.0, 1.0),
     caption="Nothing is learned from these episodes.",
-    remedy=f"needs objective/failed in {_LOG}",
+    remedy="",
 )
 ENDED = Quantity(
     name="ended",

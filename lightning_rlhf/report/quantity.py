@@ -27,7 +27,7 @@ class Quantity:
         title: of the figure.
         y: label, with the unit.
         caption: below the figure.
-        remedy: the missing logs, if nothing of it was logged.
+        remedy: the missing logs, if nothing of it was logged; "" leaves the figure out without a word.
         line: logged names, of which the first that a run has is drawn as a line.
         points: of another number, drawn as rings.
         labels: of line and points.
