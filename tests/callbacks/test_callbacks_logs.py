@@ -133,6 +133,16 @@ def test_lines_say_what_was_measured(fit, tmp_path, make_lm):
     assert module.outcome is not seen.outcomes[-1]  # the evaluation's by now
 
 
+def test_line_of_a_single_response_has_no_turns(fit, tmp_path):
+    fit(tmp_path)
+    before = ["iteration", "episode", "prompt", "response", "tokens"]
+    assert all(list(line)[:5] == before for line in read(tmp_path / "rollouts.jsonl"))
+    assert all(list(line)[-1] == "row" for line in read(tmp_path / "rollouts.jsonl"))
+    written = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert '"turns"' not in written
+    assert '"failed"' not in written
+
+
 def test_logs_predictions_and_failures_hold_the_text_that_the_reward_saw(
     make_lm, make_tokenizer, make_trainer, as_loader, left_padded, tmp_path, monkeypatch
 ):
