@@ -112,8 +112,7 @@ def wait_for_some(calls: Sequence[Call], *, patience: float) -> None:
         patience: s.
     """
     given_up = monotonic() + patience
-    while not all(call.is_over for call in calls):
-        waiting = [call for call in calls if not call.is_over]
+    while waiting := [call for call in calls if not call.is_over]:
         late = monotonic() >= given_up
         if late and len(waiting) < len(calls):
             return

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lightning_rlhf.environments import Done, Environment, Reply
 from lightning_rlhf.rewards import EnvironmentReward, ZeroReward
 from lightning_rlhf.rollout import Episodes
 from lightning_rlhf.rollout.episode_sampler import EpisodeError
+from lightning_rlhf.rollout.stage import Call, wait_for_some
 from lightning_rlhf.types import PromptBatch, Rollout
 
 PROMPTS = [[12, 13, 14], [10]]
@@ -358,6 +360,28 @@ def test_one_slow_environment_holds_back_nobody(play):
         spread[patience] = max(slept) - min(slept)
     assert spread[0.0] < 0.35 < spread[2.0]
     assert not rollout.failed.any()
+
+
+class Ends(Call):
+    """Is over from the second time on that it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(Future(), deadline=time.monotonic() + 60)
+        self.asked = 0
+
+    @property
+    def is_over(self) -> bool:
+        self.asked += 1
+        if self.asked == 2:
+            self.future.set_result(None)
+        return self.asked >= 2
+
+
+@pytest.mark.parametrize("patience", [0.0, 5.0])
+def test_calls_may_end_between_two_looks(patience):
+    calls = [Ends()]
+    wait_for_some(calls, patience=patience)
+    assert all(call.is_over for call in calls)
 
 
 def test_same_seed_gives_the_same_episodes(play):
