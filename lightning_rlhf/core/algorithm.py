@@ -20,7 +20,7 @@ from lightning_rlhf.core.kl import k2
 from lightning_rlhf.core.kl_term import KLInReward, ReferenceKL, penalized_rewards
 from lightning_rlhf.core.klpen import KLPen
 from lightning_rlhf.core.level import ActionLevel, GeometricLevel, GeometricTokenLevel, SequenceLevel
-from lightning_rlhf.core.masked import AllSum, at_least_one, local
+from lightning_rlhf.core.masked import AllSum, local, with_first_of_empty
 from lightning_rlhf.core.masks import LossMask
 from lightning_rlhf.core.mismatch import MismatchIS, TruncatedIS, check_levels
 from lightning_rlhf.core.per_reward import PerReward
@@ -204,7 +204,7 @@ class Algorithm(Adaptive):
             all_sum: sums a tensor over processes.
             objectives: what the scores before shaping are a weighted sum of, for `PerReward`.
         """
-        mask = self.level.mask(at_least_one(rollout.response_mask))
+        mask = self.level.mask(with_first_of_empty(rollout.response_mask))
         kl_ref = self.level.total(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
         charged = self.kl_term.in_reward(kl_ref)
         given = None if rollout.rewards is None else self.level.total(rollout.rewards, rollout.response_mask)

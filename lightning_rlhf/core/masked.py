@@ -16,10 +16,11 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
-def at_least_one(mask: Tensor) -> Tensor:
-    """Let the first entry count of a row in which none does, (B, R), bool.
+def with_first_of_empty(mask: Tensor) -> Tensor:
+    """Return a mask, (B, R), bool, in which the first entry counts of each row that had none.
 
-    An episode that failed before its first turn keeps its score by it, which the baselines of others read.
+    An estimator puts the score of a response on its last action: this gives one to an episode that failed before its
+    first turn, so that the baseline of its group still counts it.
     """
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     return mask | (first & ~mask.any(1, keepdim=True))

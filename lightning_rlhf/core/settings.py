@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import partial
+from inspect import ismethod
 from typing import Any, NamedTuple
 
 
@@ -25,8 +27,8 @@ def described(setting: Any) -> Any:
     """Describe a setting as plain values, with objects by class and identity.
 
     The plain values are numbers, texts, lists and dictionaries. The identity of an object is the result of its method
-    `identity`, or else the fields of a dataclass. An object with neither, such as a function, is known by its name
-    alone.
+    `identity`, or else the fields of a dataclass; that of a `functools.partial`, which a config makes of a factory, its
+    function and arguments; that of a method, its object. Anything else, such as a function, is known by its name alone.
     """
     if isinstance(setting, Enum):
         return described(setting.value)
@@ -46,7 +48,21 @@ def described(setting: Any) -> Any:
     if is_dataclass(setting) and not isinstance(setting, type):
         values = {field.name: described(getattr(setting, field.name, None)) for field in fields(setting)}
         return {"class": type(setting).__qualname__} | values
+    if isinstance(setting, partial):
+        return _described_call(setting)
+    if ismethod(setting):
+        return {"class": setting.__qualname__, "of": described(setting.__self__)}
     return getattr(setting, "__qualname__", type(setting).__qualname__)
+
+
+def _described_call(setting: partial[Any]) -> dict[str, Any]:
+    """Describe a function with some of its arguments; if jsonargparse made it, the class that it builds."""
+    parts = [setting.func, *setting.args]
+    while getattr(parts[0], "__module__", "").startswith("jsonargparse."):
+        parts.pop(0)
+    called, *arguments = map(described, parts)
+    values = described(setting.keywords)
+    return {"class": called} | ({"arguments": arguments} if arguments else {}) | values
 
 
 class Difference(NamedTuple):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
+from lightning_rlhf.text.characters import check_characters
 from lightning_rlhf.types import Row
 
 _KINDS = {
@@ -50,7 +51,7 @@ def parse_line(line: bytes, *, first: bool = False) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         raise ValueError(f"found a JSON {type(row).__name__}; each line needs one JSON object with named keys")
     if "\\ud" in text or "\\uD" in text:
-        _check_surrogates(row)
+        check_characters(json.dumps(row, ensure_ascii=False))
     return row
 
 
@@ -92,16 +93,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key `{twice}` occurs twice: which value is meant? Remove one")
     return row
-
-
-def _check_surrogates(row: dict[str, Any]) -> None:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"a text holds half of a surrogate pair, {error.object[error.start]!r}: it was cut inside a character; "
-            "remove it"
-        ) from error
 
 
 LONGEST_LINE = 2**26

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from lightning_rlhf.text.characters import check_characters
 from lightning_rlhf.types import Row
 
 Message: TypeAlias = dict[str, Any]
@@ -100,13 +101,11 @@ def as_reply(answer: Any) -> Reply | Done:
     """Return what `step` gave as a reply or an end.
 
     Raises:
-        TypeError: it is neither a text, messages, a `Reply` nor a `Done`.
+        TypeError: it is neither a text, messages, a `Reply` nor a `Done`; or the reward is no number.
         ValueError: the reward is not finite, or a text holds half of a surrogate pair.
     """
     reply = answer if isinstance(answer, Done | Reply) else Reply(answer)
-    reward = float(reply.reward)
-    if not math.isfinite(reward):
-        raise ValueError(f"an environment must give a finite reward: got {reward}")
+    reward = _as_reward(reply.reward)
     return Done(reward) if isinstance(reply, Done) else Reply(as_messages(reply.messages), reward)
 
 
@@ -118,9 +117,8 @@ def as_opening(given: Any) -> str | list[Message]:
         ValueError: a text holds half of a surrogate pair, which no tokenizer takes.
     """
     if given is None or isinstance(given, str):
-        text = given or ""
-        text.encode()
-        return text
+        check_characters(given or "")
+        return given or ""
     return as_messages(given)
 
 
@@ -140,5 +138,17 @@ def as_messages(given: Any) -> list[Message]:
             f"{type(given).__name__}: {str(given)[:80]}"
         )
     for message in messages:
-        message["content"].encode()
+        check_characters(message["content"])
     return messages
+
+
+def _as_reward(given: Any) -> float:
+    try:
+        reward = float(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"an environment must give a number as the reward: got {given!r}; for none leave it out, Done()"
+        ) from error
+    if not math.isfinite(reward):
+        raise ValueError(f"an environment must give a finite reward: got {reward}")
+    return reward

@@ -29,7 +29,9 @@ def rollout_of(played: Sequence[Episode], prompts: PromptBatch, *, pad: int, dty
         episode.check()
     groups = [played[i : i + samples] for i in range(0, len(played), samples)]
     own = [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)]
-    starts = [start for pair in zip(groups, own, strict=True) for start in [_opened(*pair)] for _ in range(samples)]
+    starts = [
+        start for pair in zip(groups, own, strict=True) for start in [_shared_opening(*pair)] for _ in range(samples)
+    ]
     before = max(starts)
     after = max(len(episode.context) - start for episode, start in zip(played, starts, strict=True))
     size = len(played), before + max(after, 1)
@@ -61,8 +63,10 @@ def rollout_of(played: Sequence[Episode], prompts: PromptBatch, *, pad: int, dty
     )
 
 
-def _opened(group: Sequence[Episode], prompt: list[int]) -> int:
-    """Give the episodes that ended before their first turn the opening of the others, and return its length.
+def _shared_opening(group: Sequence[Episode], prompt: list[int]) -> int:
+    """Return how many ids all openings of a prompt begin with, its prompt in the rollout.
+
+    An episode that failed before its first turn has no opening: it takes this one.
 
     Args:
         group: episodes of one prompt.

@@ -16,7 +16,7 @@ from lightning_rlhf.models.limits import check_length
 from lightning_rlhf.rewards.errors import scored_or_told
 from lightning_rlhf.rewards.reward import Reward, Scores
 from lightning_rlhf.rollout.collector import Collector
-from lightning_rlhf.rollout.scored import of_others
+from lightning_rlhf.rollout.scored import without_failed
 from lightning_rlhf.types import PromptBatch, Rollout
 
 STREAM = "reference"
@@ -116,7 +116,7 @@ class Responder:
         """
         with self.collector.clock.phase("reward"):
             scores = self.score_by(self.collector.reward, rollout, prompts, iteration=iteration)
-        raw = of_others(rollout, scores.total.detach().to(rollout.logprobs))
+        raw = without_failed(rollout, scores.total.detach().to(rollout.logprobs))
         shaped = (algorithm or self.algorithm).shaped(raw, lengths=rollout.lengths, ended=rollout.ended)
         return scores._replace(total=shaped, raw=raw)
 

@@ -78,10 +78,10 @@ class Group:
         return self.scores.total if self.scores.raw is None else self.scores.raw
 
 
-def of_others(rollout: Rollout, scores: Tensor) -> Tensor:
-    """Replace the score of an episode whose environment failed by the mean of the others of its group.
+def without_failed(rollout: Rollout, scores: Tensor) -> Tensor:
+    """Replace the scores of episodes whose environment failed, so that the baselines of the others do not move.
 
-    No baseline then moves for it. Where all of a group failed, the mean is that of this process's episodes.
+    Such a score becomes the mean of the others of its group, or of this process's episodes where all of a group failed.
 
     Args:
         rollout: B responses.

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_rlhf.folders.inspection import check_tokenizer, loading
 from lightning_rlhf.folders.location import local_folder
+from lightning_rlhf.text.characters import check_characters
 from lightning_rlhf.text.ends import end_tokens, turn_end
 from lightning_rlhf.text.messages import Message, Prompt, as_dialogue, extras
 from lightning_rlhf.text.template import ChatTemplate, doubled
@@ -231,13 +232,7 @@ class Encoder:
         return self._encode(text, special=special)[-1:].tolist() == [self.end]
 
     def _encode(self, text: str, *, special: bool) -> Tokens:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds half of a surrogate pair, {text[error.start]!r}, at character {error.start}: it was "
-                "cut inside a character; remove it"
-            ) from error
+        check_characters(text)
         return array("i", self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

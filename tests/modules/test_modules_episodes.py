@@ -23,7 +23,7 @@ from lightning_rlhf.engines import VLLMServer
 from lightning_rlhf.environments import Done, Environment, Reply
 from lightning_rlhf.rewards import EnvironmentReward, Scores
 from lightning_rlhf.rollout import Episodes
-from lightning_rlhf.rollout.scored import of_others
+from lightning_rlhf.rollout.scored import without_failed
 from lightning_rlhf.types import PromptBatch
 
 ENDS = list(range(10))
@@ -120,7 +120,7 @@ def test_baseline_is_that_of_the_episodes_that_did_not_fail(make_module, batch, 
     failed = torch.tensor([True, False, False] * 3)
     mask = rollout.response_mask & (torch.arange(9) != 3).unsqueeze(1)
     rollout = replace(rollout, failed=failed, response_mask=mask, rewards=torch.zeros_like(rollout.logprobs))
-    total = of_others(rollout, scores)
+    total = without_failed(rollout, scores)
     experience = module.credit(rollout, Scores(total, {}))
     others = experience.advantages[~failed].sum(1) / experience.action_mask[~failed].sum(1)
     whole = {"leave_one_out": [-2.25, 2.25], "grpo": [-1.5 / (1.5 + 1e-4), 1.5 / (1.5 + 1e-4)]}[algorithm]
@@ -134,9 +134,9 @@ def test_score_of_a_failed_episode_is_that_of_the_others_of_its_group(make_modul
     failed = torch.tensor([True, False, False, False, False, False, True, True, True])
     scores = torch.tensor([50.0, 2.0, 4.0, 1.0, 1.0, 7.0, 50.0, 50.0, 50.0])
     expected = torch.tensor([3.0, 2.0, 4.0, 1.0, 1.0, 7.0, 3.0, 3.0, 3.0])  # of the last group all failed: 15 / 5
-    assert torch.equal(of_others(replace(rollout, failed=failed), scores), expected)
-    assert torch.equal(of_others(replace(rollout, failed=~failed | failed), scores), torch.zeros(9))
-    assert of_others(replace(rollout, failed=None), scores) is scores
+    assert torch.equal(without_failed(replace(rollout, failed=failed), scores), expected)
+    assert torch.equal(without_failed(replace(rollout, failed=~failed | failed), scores), torch.zeros(9))
+    assert without_failed(replace(rollout, failed=None), scores) is scores
 
 
 def test_what_fails_does_not_count_in_an_evaluation(make_module, make_trainer, as_loader, batch):

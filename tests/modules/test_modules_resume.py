@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import shutil
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gathered import gathered
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 
 from lightning_rlhf.core import AdaptiveKL, Clip, ConstantSchedule, KLPen, LinearSchedule
@@ -348,6 +350,45 @@ def test_description_is_plain_and_says_what_it_is_of():
     assert (found["a"]["epsilon"], found["f"], found["x"]) == (0.1, "letters", [1, ["2"]])
     assert list(differences(found, found)) == []
     assert [str(x) for x in differences({"a": 1}, {"a": 1, "b": 2})] == ["b: 'nothing' before, 2 now"]
+
+
+class Lengths:
+    def __init__(self, most: int = 3) -> None:
+        self.most = most
+
+    def identity(self):
+        return {"most": self.most}
+
+    def score(self, texts):
+        return [min(len(text), self.most) for text in texts]
+
+
+def factory_of_config(init_args: dict) -> Callable[[], Lengths]:
+    """What the command line makes of a factory in YAML."""
+    parser = ArgumentParser()
+    parser.add_argument("--factory", type=Callable[[], Lengths])
+    config = parser.parse_object({"factory": {"class_path": f"{__name__}.Lengths", "init_args": init_args}})
+    return parser.instantiate(config).factory
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (partial(Lengths, most=2), partial(Lengths, most=9), ["f.most: 2 before, 9 now"]),
+        (partial(Lengths, 2), partial(Lengths, 9), ["f.arguments: [2] before, [9] now"]),
+        (partial(Lengths, most=2), partial(letters), ["f.class: 'Lengths' before, 'letters' now"]),
+        (partial(partial(Lengths, most=2)), partial(Lengths, most=2), []),
+        (Lengths(2).score, Lengths(9).score, ["f.of.most: 2 before, 9 now"]),
+    ],
+)
+def test_arguments_of_what_is_called_later_are_told_apart(before, now, said):
+    listed = [str(x) for x in differences(described({"f": before}), described({"f": now}))]
+    assert listed[: len(said) or None] == said
+
+
+def test_factory_of_a_config_is_described_as_that_of_python():
+    assert described(factory_of_config({"most": 2})) == described(partial(Lengths, most=2))
+    assert described(factory_of_config({"most": 2})) != described(factory_of_config({"most": 9}))
 
 
 @pytest.mark.parametrize(

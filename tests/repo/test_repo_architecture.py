@@ -22,7 +22,7 @@ BELOW = {  # what each room may import of the library beside itself
     "models": {"core", "folders", "text", "types"},
     "data": {"core", "text", "types"},
     "engines": {"core", "models", "types"},
-    "environments": {"core", "rewards", "types"},
+    "environments": {"core", "rewards", "text", "types"},
     "rewards": {"core", "folders", "models", "text", "types"},
     "distributed": {"core", "models"},
     "rollout": {"core", "distributed", "engines", "environments", "models", "rewards", "text", "types"},
