@@ -17,7 +17,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def with_first_of_empty(mask: Tensor) -> Tensor:
-    """Return a mask, (B, R), bool, in which the first entry counts of each row that had none.
+    """Make the first entry count in each row in which none does, (B, R) bool.
 
     An estimator puts the score of a response on its last action: this gives one to an episode that failed before its
     first turn, so that the baseline of its group still counts it.
