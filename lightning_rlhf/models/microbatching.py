@@ -8,13 +8,14 @@ from torch import Tensor
 from lightning_rlhf.types import Rollout
 
 
-def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list[Tensor]:
+def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None, packed: bool = False) -> list[Tensor]:
     """Group the rows of a rollout into pieces, longest first; responses to one prompt stay together if they fit.
 
     Args:
         rollout: B responses.
         rows: the most rows of a piece; None sets no limit.
-        tokens: the most tokens of a piece, padding included; a longer row is a piece of its own. None sets no limit.
+        tokens: the most tokens of a piece; a longer row is a piece of its own. None sets no limit.
+        packed: count real tokens, and each prompt once; otherwise padding counts too, and each row has its prompt.
 
     Returns:
         row numbers, int64, that together are 0 to B − 1.
@@ -24,15 +25,19 @@ def pieces_of(rollout: Rollout, *, rows: int | None, tokens: int | None) -> list
     for row, name in enumerate(group):
         longest[name] = max(longest.get(name, 0), prompt[row] + response[row])
     pieces: list[list[int]] = []
-    widths = 0, 0
+    widths = real = 0, 0
     for row in sorted(range(len(group)), key=lambda i: (-longest[group[i]], group[i])):
-        wider = max(widths[0], prompt[row]), max(widths[1], response[row])
+        own = prompt[row], response[row]
+        wider = max(widths[0], own[0]), max(widths[1], own[1])
         size = len(pieces[-1]) + 1 if pieces else 1
-        if not pieces or (rows and size > rows) or (tokens and size * sum(wider) > tokens):
+        again = bool(pieces) and group[pieces[-1][-1]] == group[row]
+        more = real[0] + (0 if again else own[0]), real[1] + own[1]
+        needed = sum(more) if packed else size * sum(wider)
+        if not pieces or (rows and size > rows) or (tokens and needed > tokens):
             pieces.append([])
-            wider = prompt[row], response[row]
+            wider = more = own
         pieces[-1].append(row)
-        widths = wider
+        widths, real = wider, more
     return [torch.tensor(piece, device=rollout.tokens.device) for piece in pieces]
 
 

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
-from lightning_rlhf.models.backbone import filled, positions
+from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.replica import Blueprint, whole
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import DType, ModelSource, scalar_head
@@ -52,6 +52,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.network: Any = network  # with the methods of transformers
         self.tokenizer = tokenizer
+        self.backbone = Backbone(network)
         self.blueprint: Blueprint | None = None
         """Structure of a sharded model; None for a full one."""
         scalar_head(self._bare())
@@ -70,12 +71,7 @@ class ScalarModel(nn.Module):
             tokens: (B, L), int64, padded on either side.
             mask: real tokens, (B, L), bool.
         """
-        bare = self._bare()
-        backbone = getattr(bare, bare.base_model_prefix)
-        hidden = backbone(
-            input_ids=filled(tokens, mask), attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-        ).last_hidden_state
-        return full_precision(bare.score(hidden)).squeeze(-1) + self.bias
+        return full_precision(self._bare().score(self.backbone.all_states(tokens, mask))).squeeze(-1) + self.bias
 
     def response_values(self, rollout: Rollout) -> Tensor:
         """Return V of the state before each response token, (B, R), in reward units."""

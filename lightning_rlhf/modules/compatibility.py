@@ -65,11 +65,7 @@ def check_compatible(module: Any, *, reference: object, value: object, value_lr:
             "starts: name a teacher, `reference.path`",
             stacklevel=3,
         )
-    if module.selection.selects and module.engine.overlaps:
-        raise ValueError(
-            "the engine's `overlap` draws the next prompts before this rollout's scores say which they are: set it to "
-            "false, or leave out `algorithm.dynamic_sampling` and `curriculum`"
-        )
+    _check_passes(module)
     _check_environment(module)
     for rule in algorithm.rules if module.environment is None else ():
         _warn_of_length(rule, generation.max_new_tokens)
@@ -80,6 +76,20 @@ def check_compatible(module: Any, *, reference: object, value: object, value_lr:
                 "epsilon=3e-4, epsilon_high=4e-4",
                 stacklevel=3,
             )
+
+
+def _check_passes(module: Any) -> None:
+    """Refuse ways of drawing or computing that exclude each other."""
+    if module.selection.selects and module.engine.overlaps:
+        raise ValueError(
+            "the engine's `overlap` draws the next prompts before this rollout's scores say which they are: set it to "
+            "false, or leave out `algorithm.dynamic_sampling` and `curriculum`"
+        )
+    if module.compile_networks and module.updates.packing:
+        raise ValueError(
+            "`compile` and `updates.packing` do not go together: the compiled blocks would be made anew for each "
+            "microbatch; leave one out"
+        )
 
 
 def _check_environment(module: Any) -> None:

@@ -98,6 +98,28 @@ def build_value(
     return ScalarModel(network, tokenizer)
 
 
+def set_passes(
+    policy: PolicyModel, reference: PolicyModel | None, value: ScalarModel | None, *, compiled: bool, packed: bool
+) -> None:
+    """Compile the blocks of policy and reference, and leave padding out of the passes of all networks.
+
+    Args:
+        policy: π.
+        reference: a network of its own; None if there is none.
+        value: V; None if there is none.
+        compiled: whether to compile.
+        packed: whether to leave padding out.
+
+    Raises:
+        ValueError: a network cannot be compiled, or its attention might mix sequences.
+    """
+    for model in filter(None, [policy, reference] if compiled else []):
+        model.compile_backbone()
+    backbones = [model.backbone for model in (policy, reference, value) if model is not None]
+    for backbone in backbones if packed else []:
+        backbone.pack()
+
+
 def _check_tokens(
     network: nn.Module, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, *, name: str
 ) -> None:

@@ -26,10 +26,9 @@ from lightning_rlhf.evaluation.mean_metrics import MeanMetrics
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType
-from lightning_rlhf.modules import optim, resume
+from lightning_rlhf.modules import networks, optim, resume
 from lightning_rlhf.modules.compatibility import check_compatible, check_further, further_prompts
 from lightning_rlhf.modules.evaluated import EvaluatedModule
-from lightning_rlhf.modules.networks import as_source, build_policy, build_reference, build_value, find_tokenizer
 from lightning_rlhf.modules.objective import Objective, pretraining_of
 from lightning_rlhf.modules.revival import CheckedRevival
 from lightning_rlhf.modules.training_signal import TrainingSignal
@@ -114,7 +113,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         check_arguments(PPOModule, locals())
         super().__init__()
         models = {"policy": policy, "reference": reference, "value": value}
-        self._sources: dict[str, Any] = {name: as_source(model) for name, model in models.items()}
+        self._sources: dict[str, Any] = {name: networks.as_source(model) for name, model in models.items()}
         algorithm = Algorithm() if algorithm is None else algorithm
         self.engine = LocalEngine() if engine is None else engine
         self.generation = generation.for_run(algorithm.advantage.needs_group)
@@ -126,14 +125,14 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         )
         self.environment, self.evaluation = environment, Evaluation(evaluations)
         self.selection = Selection(self.algorithm, curriculum, partial(further_prompts, self))
+        self.updates = updates
+        self.reference_dtype, self.compile_networks = reference_dtype, compile
         check_compatible(self, reference=reference, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
         )
         self.automatic_optimization = False
-        self.tokenizer = find_tokenizer(self._sources["policy"], tokenizer)
-        self.updates = updates
-        self.reference_dtype, self.compile_networks = reference_dtype, compile
+        self.tokenizer = networks.find_tokenizer(self._sources["policy"], tokenizer)
         self.optimizer = optim.picklable(optim.chosen_optimizer(optimizer, lr, default=1e-6, eps=1e-5))
         self.value_lr, self.schedule, self.curriculum = value_lr, schedule, curriculum
         self.iteration = self.episodes = 0
@@ -164,13 +163,14 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         optim.refuse_finder(self)
         strategies.check_rl_strategy(self, compiles=self.compile_networks, max_grad_norm=self.updates.max_grad_norm)
         policy, reference, value = self._sources.values()
-        self.policy = build_policy(policy, self.tokenizer)
+        self.policy = networks.build_policy(policy, self.tokenizer)
         self.reward.prepare(self.tokenizer)
         if self.algorithm.needs_value:
-            self.value = build_value(value, self.reward, policy, self.tokenizer)
-        frozen = build_reference(self.policy, reference, self.reference_dtype)
-        for model in filter(None, [self.policy, frozen.frozen] if self.compile_networks else []):
-            model.compile_backbone()
+            self.value = networks.build_value(value, self.reward, policy, self.tokenizer)
+        frozen = networks.build_reference(self.policy, reference, self.reference_dtype)
+        networks.set_passes(
+            self.policy, frozen.frozen, self.value, compiled=self.compile_networks, packed=self.updates.packing
+        )
         collector = Collector(
             self.policy,
             frozen,

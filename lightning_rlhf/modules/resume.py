@@ -17,7 +17,7 @@ from lightning_rlhf.core.settings import Difference, accept_differences, describ
 from lightning_rlhf.models.adapter import is_adapted, sampled
 from lightning_rlhf.rewards import Reward
 
-FREE = ("microbatch", "microbatch_tokens", "slots", "gradient_checkpointing")
+FREE = ("microbatch", "microbatch_tokens", "packing", "slots", "gradient_checkpointing")
 """Settings that change memory and speed, never the result."""
 MODELS = ("policy", "reference", "value", "reward", "model", "weights", "reference_dtype")
 """Settings that a resumed run must not change, because they decide its past."""

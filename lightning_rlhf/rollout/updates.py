@@ -36,8 +36,12 @@ class UpdateSchedule:
     """Responses, or pretraining texts, per forward and backward; None takes the whole minibatch. Changes memory, never
     the result."""
     microbatch_tokens: int | None = None
-    """Tokens per forward and backward, padding included, instead of `microbatch`: short sequences go through together.
-    A longer sequence goes alone."""
+    """Tokens per forward and backward, instead of `microbatch`: short sequences go through together. A longer sequence
+    goes alone. Padding counts, unless `packing` leaves it out."""
+    packing: bool = False
+    """Leave padding out of all passes of policy, reference and value network: the tokens of a microbatch stand in one
+    row, and attention alone tells sequences apart. Changes speed, the result only by rounding. A network that might mix
+    them is refused."""
     max_grad_norm: float | None = 1.0
     """Norm to which gradients are clipped; None does not clip."""
     old_logprobs: OldLogprobs | None = None
@@ -120,7 +124,8 @@ class UpdateSchedule:
             rollout: a minibatch, or what nothing is learned from.
             agree: how many pieces there must be.
         """
-        pieces = pieces_of(rollout, rows=self.microbatch, tokens=self.microbatch_tokens)
+        limits = {"rows": self.microbatch, "tokens": self.microbatch_tokens}
+        pieces = pieces_of(rollout, packed=self.packing, **limits)
         return at_least(pieces, agree(len(pieces)))
 
     def passes(

@@ -14,8 +14,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_rlhf.core import AdaptiveKL, BanditAdvantage, Clip, ConstantSchedule, LeaveOneOut, TokenLevel
 from lightning_rlhf.distributed.strategies import most_passes
 from lightning_rlhf.engines import SamplingParams
-from lightning_rlhf.models import ModelSource
+from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules.networks import set_passes
 from lightning_rlhf.rollout import RecomputedLogprobs, SamplerLogprobs, UpdateLogprobs, UpdateSchedule
 
 RAGGED = [[12, 13], [10], [14, 15, 16, 11], [17], [20, 21, 22], [23, 11], [10, 12], [33]]
@@ -109,6 +110,31 @@ def test_a_budget_of_tokens_changes_no_weight(make_ppo, weights, options):
     pieces, passes = weights(make_ppo(updates=UpdateSchedule(epochs=2, microbatch_tokens=25), optimizer=SGD, **options))
     assert torch.allclose(pieces, whole, rtol=0, atol=1e-10)
     assert sum(passes) > 4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("options", [RLOO, {"level": TokenLevel()}], ids=["groups", "tokens"])
+def test_packing_changes_no_weight(make_ppo, weights, kind, options):
+    trained = [
+        weights(make_ppo(kind, updates=UpdateSchedule(microbatch_tokens=25, packing=packing), optimizer=SGD, **options))
+        for packing in (False, True)
+    ]
+    (padded, passes), (packed, fewer) = trained
+    assert torch.allclose(packed, padded, rtol=0, atol=1e-10 if kind == "gpt2" else 1e-6)  # RMSNorm is float32
+    assert len(fewer) < len(passes)
+
+
+def test_all_networks_pack(make_lm, make_scorer):
+    policy, reference, value = PolicyModel(make_lm()), PolicyModel(make_lm()), ScalarModel(make_scorer())
+    set_passes(policy, None, None, compiled=False, packed=False)
+    assert not policy.backbone.packs
+    set_passes(policy, reference, value, compiled=False, packed=True)
+    assert [model.backbone.packs for model in (policy, reference, value)] == [True] * 3
+
+
+def test_packing_of_compiled_blocks_is_refused(make_ppo):
+    with pytest.raises(ValueError, match="`compile` and `updates.packing` do not go together"):
+        make_ppo(updates=UpdateSchedule(packing=True), compile=True)
 
 
 def test_pass_more_is_counted_and_changes_no_weight(make_ppo, weights, monkeypatch):

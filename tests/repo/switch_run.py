@@ -133,6 +133,14 @@ def _rl(bench: Bench) -> Table:
         fitted(module)
         return sizes
 
+    def tokens_per_pass(module: PPOModule) -> list[int]:
+        module.configure_model()
+        sizes: list[int] = []
+        table = module.policy.network.get_input_embeddings()
+        table.register_forward_hook(lambda _, __, states: sizes.append(states.shape[:-1].numel()))
+        fitted(module)
+        return sizes
+
     def rows_per_token(module: PPOModule) -> list[int]:
         module.configure_model()
         sizes: list[int] = []
@@ -276,6 +284,7 @@ def _rl(bench: Bench) -> Table:
             minibatch=to(2),
             microbatch=to(2, by=updates(sequences_per_pass)),  # it changes memory, never the result
             microbatch_tokens=to(20, by=updates(sequences_per_pass)),
+            packing=to(True, by=updates(tokens_per_pass)),
             max_grad_norm=to(0.01),
             old_logprobs=to(
                 RecomputedLogprobs(), by=updates(sequences_per_pass)
