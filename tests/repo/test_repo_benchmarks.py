@@ -96,6 +96,17 @@ def test_rollouts_have_geometric_lengths_on_both_sides(bench, forking_python, tm
 
 @pytest.mark.slow
 @needs_vader
+def test_packed_microbatches_compute_real_tokens_and_the_same_gradient(run, tmp_path):
+    run("packing", tmp_path)
+    padded, packed = rows(tmp_path / "packing.csv")
+    assert [row["side"] for row in (padded, packed)] == ["padded", "packed"]
+    # of the prompts all tokens and of the responses all but the last one, which predicts nothing
+    assert int(packed["real"]) - 8 <= int(packed["tokens"]) <= int(packed["real"]) < int(padded["tokens"])
+    assert float(packed["grad_norm"]) == pytest.approx(float(padded["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.slow
+@needs_vader
 def test_scaling_writes_a_row_for_a_point(run, tmp_path):
     run("scaling", tmp_path, "--responses", "8", "--lengths", "--k")
     (row,) = rows(tmp_path / "scaling.csv")
