@@ -139,7 +139,10 @@ FAILURES = {
         broken=lambda: usual(generation=SamplingParams(max_new_tokens=4, samples_per_prompt=8)),
         guards={
             "MissingEOSPenalty": lambda: {"algorithm": GRPO(beta=0.0, shaping=MissingEOSPenalty(penalty=1.0))},
-            "max_new_tokens": lambda: {"generation": SamplingParams(max_new_tokens=28, samples_per_prompt=8)},
+            "longer_too": lambda: {
+                "algorithm": GRPO(beta=0.0, shaping=MissingEOSPenalty(penalty=1.0)),
+                "generation": SamplingParams(max_new_tokens=28, samples_per_prompt=8),
+            },
         },
     ),
     "flat_groups": Failure(

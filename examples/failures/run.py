@@ -131,7 +131,9 @@ def row_of(name: str, guard: str, ending: Ending) -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FAILURES)}; none for all")
-    names = parser.parse_args().names or list(FAILURES)
+    parser.add_argument("--seed", type=int, default=0, help="of networks, prompts and sampling")
+    given = parser.parse_args()
+    names = given.names or list(FAILURES)
     unknown = [name for name in names if name not in FAILURES]
     if unknown:
         parser.error(f"there is no failure {unknown[0]}: take one of {', '.join(FAILURES)}")
@@ -139,7 +141,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "lightning_rlhf", "transformers"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    endings = {(name, guard): train(name, guard) for name in names for guard in FAILURES[name].runs}
+    endings = {(name, guard): train(name, guard, seed=given.seed) for name in names for guard in FAILURES[name].runs}
     write(endings)
 
 
