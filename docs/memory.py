@@ -28,15 +28,18 @@ SHAPES = {
 """Hidden units, those of the MLP, layers, heads, key-value heads, vocabulary, head tied to the embedding."""
 PROMPT = RESPONSE = 512
 SLOTS, MICROBATCH = 64, 4096
-CARDS = (24, 40, 80)
+CARDS = (24, 48, 80)
 ROOM = 0.9
 """Share of a card that a run may plan with; the rest is for the process and for fragments."""
+NF4 = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits of a weight: 4, and its share of an 8-bit scale for 64 of them, and of a scale of 256 such scales."""
 RUNS = {
     "full": {},
     "full, reward model": {"learned": True},
     "full, reward model, value network": {"learned": True, "value": True},
     "LoRA": {"lora": True},
     "LoRA, reward model": {"lora": True, "learned": True},
+    "QLoRA": {"lora": True, "bits": NF4},
 }
 
 
@@ -70,6 +73,15 @@ def policy_of(config: Qwen2Config, *, lora: bool) -> nn.Module:
         return get_peft_model(network, LoraConfig(r=16, target_modules="all-linear")) if lora else network
 
 
+def rounded(network: nn.Module, bits: float) -> nn.Module:
+    """Replace the weights under an adapter by as many bytes as they take when each has `bits`."""
+    for layer in [module for module in network.modules() if hasattr(module, "lora_A")]:
+        size = int(layer.base_layer.weight.numel() * bits / 8)
+        packed = torch.empty(size, dtype=torch.uint8, device="meta")
+        layer.base_layer.weight = nn.Parameter(packed, requires_grad=False)
+    return network
+
+
 def scorer_of(config: Qwen2Config, dtype: torch.dtype) -> nn.Module:
     """Build a network with one scalar per token, of the policy's size."""
     with torch.device("meta"):
@@ -89,11 +101,14 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 @cache
-def parts_of(size: str, *, lora: bool = False, learned: bool = False, value: bool = False) -> dict[str, float]:
+def parts_of(
+    size: str, *, lora: bool = False, learned: bool = False, value: bool = False, bits: float | None = None
+) -> dict[str, float]:
     """GiB of each part, as `Preflight` estimates them, and of attention's cache, which it leaves out."""
     config = config_of(size)
+    policy = policy_of(config, lora=lora)
     module = PPOModule(
-        policy_of(config, lora=lora),
+        policy if bits is None else rounded(policy, bits),
         ModuleReward(scorer_of(config, torch.bfloat16)) if learned else length,
         generation=SamplingParams(max_new_tokens=RESPONSE, slots=SLOTS),
         updates=UpdateSchedule(microbatch_tokens=MICROBATCH),
@@ -103,7 +118,7 @@ def parts_of(size: str, *, lora: bool = False, learned: bool = False, value: boo
     module.value = ScalarModel(value_of(config)) if value else None
     trainer = Trainer(accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False)
     trainer.datamodule = Sizes()
-    parts = memory_estimate(trainer, module)
+    parts = memory_estimate(trainer, module) | ({} if bits is None else {"sampling copy": 0.0})
     pairs = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     kept = 2 * config.num_hidden_layers * pairs * torch.bfloat16.itemsize * SLOTS * (PROMPT + RESPONSE)
     return parts | {"attention's cache": kept / 2**30}

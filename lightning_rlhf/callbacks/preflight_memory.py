@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_rlhf.callbacks.ema import EMA
 from lightning_rlhf.callbacks.gradient_norms import GradientNorms
+from lightning_rlhf.models.quantization import is_quantized
 
 MOMENTS = 2
 """Tensors that Adam keeps of each trained parameter, as large as it."""
@@ -52,7 +53,9 @@ def memory_estimate(trainer: Trainer, module: Any) -> dict[str, float]:
             computed = policy.computing_dtype(module.device.type)
             dtype = collector.engine.copy_dtype(policy, collector.generation, module.device.type)
         weight = next(policy.parameters()).element_size()
-        if dtype is not None and (dtype.itemsize != weight or module.device.type == "cpu"):  # which packs them
+        if (
+            dtype is not None and not is_quantized(policy) and (dtype.itemsize != weight or module.device.type == "cpu")
+        ):  # which packs them
             sizes["sampling copy"] = _bytes(policy) * dtype.itemsize // weight
         if computed.itemsize != weight:
             sizes["autocast copies"] = trained * computed.itemsize // weight

@@ -14,6 +14,7 @@ SHORT = {"--run": "--trainer.default_root_dir"}
 CLASSES = ("--model", "--data")
 """Flags that are read before the configs too, so that a config may hold arguments of the class that they name."""
 METHOD = "--model.algorithm"
+OPTIMIZER = ".optimizer"
 
 
 def expanded(words: Sequence[str]) -> list[str]:
@@ -35,10 +36,19 @@ def expanded(words: Sequence[str]) -> list[str]:
         else:
             long = SHORT.get(flag, flag)
             classes += [f"{flag}={value}"] if flag in CLASSES else []
-            others += [long] if value is None else [*_cleared(long, value), f"{long}={value}"]
+            others += [long] if value is None else [*_cleared(long, value), f"{long}={_of_torch(long, value)}"]
     _refuse_files(others)
     _refuse_parts_of_adapters(others)
     return [*words[:start], *classes, *configs, *others]
+
+
+def _of_torch(flag: str, value: str) -> str:
+    """Return the dotted path of torch's optimizer of a name that other packages use too."""
+    if not flag.endswith(OPTIMIZER):
+        return value
+    import torch  # slow, and only for this
+
+    return f"torch.optim.{value}" if isinstance(getattr(torch.optim, value, None), type) else value
 
 
 def _refuse_files(words: Sequence[str]) -> None:
@@ -75,7 +85,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in (*CONFIG, *SHORT, *CLASSES, METHOD):
+        if flag not in (*CONFIG, *SHORT, *CLASSES, METHOD) and not flag.endswith(OPTIMIZER):
             yield word, None
         elif equals:
             yield flag, value

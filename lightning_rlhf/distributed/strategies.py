@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.models import PolicyModel, ScalarModel
 from lightning_rlhf.models.meta import expect_shards, expect_whole, settle
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.sharding import partition
 
 
@@ -103,10 +104,16 @@ def shard_networks(module: LightningModule, networks: Iterable[nn.Module | None]
     Call it at the end of `configure_model`. Networks of other kinds stay whole on each process.
 
     Raises:
-        ValueError: the strategy asks for tensor parallelism.
+        ValueError: the strategy asks for tensor parallelism, or a network is quantized.
     """
     zero, mesh = stage_3_of(module), module.device_mesh
     sharded = [network for network in networks if isinstance(network, PolicyModel | ScalarModel)]
+    strategy = strategy_of(module)
+    if isinstance(strategy, SHARDING) and any(is_quantized(network) for network in sharded):
+        raise ValueError(
+            f"{type(strategy).__name__} cuts or converts weights, and quantized ones cannot be: take the strategy ddp, "
+            "under which each process holds them all, or leave `quantization` out"
+        )
     if zero is not None:
         for network in sharded:
             network.keep_shards(partition(network, zero.config or {}))
@@ -139,6 +146,7 @@ def most_passes(module: LightningModule, count: int) -> int:
     return Ranks(module).largest(count)
 
 
+SHARDING = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 SHARD_BY_FSDP2 = "shard with ModelParallelStrategy (configs/strategy/fsdp2.yaml)"
 
 

@@ -15,6 +15,7 @@ from lightning_rlhf.engines.hf_generate import generate
 from lightning_rlhf.engines.response_buffer import Sampled
 from lightning_rlhf.models.cache import why_no_cache
 from lightning_rlhf.models.policy import PolicyModel
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.sampling_copy import make_actor
 from lightning_rlhf.types import PromptBatch
 
@@ -76,7 +77,19 @@ class LocalEngine(Engine):
             return sampled._replace(versions=torch.full_like(sampled.tokens, self.version))
 
     def copy_dtype(self, policy: PolicyModel, params: SamplingParams, device: str) -> torch.dtype:
-        """Return the dtype of the sampling weights: the setting, or else the training dtype."""
+        """Return the dtype of the sampling weights: the setting, or else the training dtype.
+
+        Raises:
+            ValueError: the weights are quantized, and the setting asks for another than theirs.
+        """
+        if is_quantized(policy.network):
+            own = next(policy.parameters()).dtype
+            if params.dtype is not None and getattr(torch, params.dtype) != own:
+                raise ValueError(
+                    f"`generation.dtype`={params.dtype}: a quantized policy samples from its own weights, in {own}: "
+                    "leave it out, or set `policy.dtype`"
+                )
+            return own
         return policy.computing_dtype(device) if params.dtype is None else getattr(torch, params.dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.folders.inspection import check_adapter, loading
 from lightning_rlhf.folders.location import local_folder
+from lightning_rlhf.models.quantization import in_full_precision, is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def bare_base(network: Any) -> nn.Module:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Copy the network with its adapter folded into the weights.
+    """Copy the network with its adapter folded into the weights, those of a quantized one before they were rounded.
 
     Raises:
         ValueError: it has no adapter, or one that adds tokens or layers.
@@ -112,7 +113,7 @@ def merged(network: nn.Module) -> nn.Module:
         raise ValueError("`merge_adapter` was asked for, but the model has no adapter: leave it out")
     if not hasattr(network, "merge_and_unload"):
         raise ValueError("`merge_adapter` was asked for, but the adapter is no change of weights: leave it out")
-    return fold(copy.deepcopy(network))
+    return fold(in_full_precision(network) if is_quantized(network) else copy.deepcopy(network))
 
 
 def fold(network: Any) -> nn.Module:

@@ -109,6 +109,8 @@ def _why_whole(source: ModelSource) -> str | None:
     """Return why a source needs all weights at once."""
     if source.gguf_file is not None:
         return "GGUF weights are dequantized"
+    if source.quantization is not None:
+        return "weights are rounded as they are read"
     if source.peft is not None or holds_adapter(source.path):
         return "an adapter is put on whole weights"
     return "code of the model's own may expect whole weights" if source.trust_remote_code else None

@@ -22,6 +22,7 @@ from lightning_rlhf.models.adapter import adapter_off, is_adapted, merged
 from lightning_rlhf.models.backbone import Backbone, filled, positions
 from lightning_rlhf.models.cache import bare
 from lightning_rlhf.models.head import is_linear
+from lightning_rlhf.models.quantization import is_quantized, keep_adapter_only
 from lightning_rlhf.models.replica import Blueprint, whole
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import DType
@@ -45,6 +46,8 @@ class PolicyModel(nn.Module):
         self.network: Any = network  # with the methods of transformers
         self.tokenizer = tokenizer
         self.backbone = Backbone(network)
+        if is_quantized(network):
+            keep_adapter_only(self)
         self.blueprint: Blueprint | None = None
         """Structure of a sharded policy; None for a full one."""
         self._linear_head: bool | None = None  # found out by the first forward
@@ -138,7 +141,12 @@ class PolicyModel(nn.Module):
         """Compile every block with `torch.compile`; sampling uses an uncompiled copy.
 
         Because blocks are alike, the compiler works once for all of them, instead of minutes for the whole.
+
+        Raises:
+            ValueError: the network is quantized.
         """
+        if is_quantized(self.network):
+            raise ValueError("`compile` and `quantization` do not go together: leave one out")
         self.backbone.compile()
 
     def _head(self, tokens: Tensor) -> nn.Linear | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.models.adapter import bare_base, fold, is_adapted, is_off
 from lightning_rlhf.models.limits import rows_of
+from lightning_rlhf.models.quantization import is_quantized, shared
 from lightning_rlhf.models.replica import Blueprint, twin, whole_tensor
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ WORTH_PACKING = 8
 def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint: Blueprint | None = None) -> nn.Module:
     """Copy the network in eval mode and `dtype`; on a CPU the linear maps of an unsharded one are packed.
 
-    An adapter is folded in, or left out where it is off.
+    An adapter is folded in, or left out where it is off. A quantized network samples from its own weights beside its
+    adapter, in the dtype in which it computes.
 
     Weights that need no change are shared with the network, which stays as it is. Buffers keep their precision: rotary
     frequencies must not be rounded. The weights of a sharded network are gathered, so that all processes must call this
@@ -35,6 +37,8 @@ def make_actor(network: nn.Module, dtype: torch.dtype, *, passes: int, blueprint
         passes: forward passes to come; packing is worth its while only for some.
         blueprint: of a sharded network.
     """
+    if is_quantized(network):
+        return shared(network).eval()
     actor = _unpacked(network, dtype, blueprint)
     if blueprint is not None:
         return actor

@@ -17,6 +17,7 @@ from lightning_rlhf.core.logprobs import full_precision
 from lightning_rlhf.folders.atomic import write_folder
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.backbone import Backbone
+from lightning_rlhf.models.quantization import is_quantized, keep_adapter_only
 from lightning_rlhf.models.replica import Blueprint, whole
 from lightning_rlhf.models.sharding import shard
 from lightning_rlhf.models.source import DType, ModelSource, scalar_head
@@ -53,6 +54,8 @@ class ScalarModel(nn.Module):
         self.network: Any = network  # with the methods of transformers
         self.tokenizer = tokenizer
         self.backbone = Backbone(network)
+        if is_quantized(network):
+            keep_adapter_only(self)
         self.blueprint: Blueprint | None = None
         """Structure of a sharded model; None for a full one."""
         scalar_head(self._bare())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from lightning_rlhf.folders.inspection import check_tokenizer, check_weights, ho
 from lightning_rlhf.folders.location import local_folder
 from lightning_rlhf.models.adapter import base_of, holds_adapter, holds_reward_adapter, merged_adapter, with_adapter
 from lightning_rlhf.models.cache import bare
+from lightning_rlhf.models.quantization import Quantization, quantized_by, settle
 from lightning_rlhf.models.stored_weights import check_shapes, check_unexpected
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,9 @@ class ModelSource:
     gradient_checkpointing: bool = False
     """Keep one activation per block and compute the others again in the backward pass: less memory, a third more time.
     Sampling keeps its cache."""
+    quantization: Quantization | None = None
+    """Hold the frozen weights of linear maps under an adapter in 4 bits (`nf4`, QLoRA) or 8 (`int8`); `dtype` is that
+    of the computation. Needs `peft` and the package bitsandbytes."""
     peft: Any | None = None
     """A `peft.PeftConfig` such as `peft.LoraConfig`: only the adapter is trained."""
     trust_remote_code: bool = False
@@ -55,11 +60,26 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", expanduser(self.path))  # `~` is the home directory
+        if self.quantization is not None:
+            self._check_quantization()
         if self.attention is not None and "/" in self.attention and not self.trust_remote_code:
             raise ValueError(
                 f"`attention` names code of a hub, {self.attention!r}: use `sdpa`, `eager` or `flash_attention_2`, or "
                 "set `trust_remote_code` if you have read that code"
             )
+
+    def _check_quantization(self) -> None:
+        reason = None
+        if self.quantization not in get_args(Quantization):
+            reason = f"there are only {' and '.join(get_args(Quantization))}"
+        elif self.peft is None:
+            reason = "only an adapter can be trained on them: set `peft`, such as peft.LoraConfig"
+        elif self.gguf_file is not None:
+            reason = "those of a GGUF file are rounded already: give a folder of safetensors"
+        elif self.dtype == "float64":
+            reason = "nothing computes with them in float64: set `dtype` to bfloat16"
+        if reason is not None:
+            raise ValueError(f"`quantization`={self.quantization} rounds the weights, and {reason}")
 
     def identity(self) -> dict[str, Any]:
         """Describe what decides the network: a local folder's content, or else its path."""
@@ -99,11 +119,14 @@ class ModelSource:
         Raises:
             ValueError: there is no such folder or file, or it holds no such model.
         """
+        self._check_unfolded()
         if holds_adapter(self.path):
             network = merged_adapter(self._base().causal_lm(), self.path, task="CAUSAL_LM")
         else:
             network, missing = self._load(AutoModelForCausalLM)
             self._check_whole(missing)
+        if self.quantization is not None:
+            settle(network, partial(ModelSource.causal_lm, self._in_full()))
         return self._finished(network, task="CAUSAL_LM")
 
     def scorer(self, *, new_head: bool) -> nn.Module:
@@ -115,8 +138,11 @@ class ModelSource:
         Raises:
             ValueError: there is no such folder or file, or the head is missing and must not be drawn.
         """
+        self._check_unfolded()
         if not holds_adapter(self.path):
             network: Any = self._whole_scorer(new_head=new_head)
+            if self.quantization is not None:
+                settle(network, partial(ModelSource.scorer, self._in_full(), new_head=True))
         elif holds_reward_adapter(self.path):
             network = merged_adapter(self._base().scorer(new_head=True), self.path, task="SEQ_CLS")
             network.config.demonstration_bias = self._bias()
@@ -125,6 +151,17 @@ class ModelSource:
         else:
             raise ValueError(_NO_HEAD.format(self.path))
         return self._finished(network, task="SEQ_CLS")
+
+    def _check_unfolded(self) -> None:
+        """Raise if the weights would be quantized after an adapter was folded into them."""
+        if self.quantization is not None and holds_adapter(self.path):
+            raise ValueError(
+                f"`quantization`={self.quantization}: {self.path} holds an adapter without its model: write the two "
+                "together first, by `save_pretrained(..., merge_adapter=True)`"
+            )
+
+    def _in_full(self) -> ModelSource:
+        return replace(self, peft=None, quantization=None)
 
     def _finished(self, network: nn.Module, *, task: str) -> nn.Module:
         """Add the adapter and remove dropout; sets train mode for gradient checkpointing, which needs it."""
@@ -175,6 +212,8 @@ class ModelSource:
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
+        if self.quantization is not None:
+            options |= quantized_by(self.quantization, options["dtype"])
         return options | ({"use_safetensors": True} if self.gguf_file is None else {"gguf_file": self.gguf_file})
 
     def _check_whole(self, missing: list[str]) -> None:

@@ -12,6 +12,7 @@ from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
 from lightning_rlhf.models.adapter import is_adapted
 from lightning_rlhf.models.limits import check_rows, check_same
 from lightning_rlhf.models.meta import unread
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.source import DType, recomputing, without_dropout
 from lightning_rlhf.rewards import LearnedReward, Reward
@@ -39,9 +40,14 @@ def build_policy(model: ModelSource | nn.Module, tokenizer: PreTrainedTokenizerB
     """Build the policy network π_θ.
 
     Raises:
-        ValueError: a token of the tokenizer has no embedding.
+        ValueError: a token of the tokenizer has no embedding, or a built policy is quantized and has no adapter.
     """
     network = unread(model).causal_lm() if isinstance(model, ModelSource) else without_dropout(model)
+    if is_quantized(network) and not is_adapted(network):
+        raise ValueError(
+            "the policy's weights are quantized, so that only an adapter can be trained on them, and it has none: give "
+            "ModelSource(path=..., quantization=..., peft=...), or put one on by peft.get_peft_model"
+        )
     check_rows(network, tokenizer, name="policy")
     return PolicyModel(network, tokenizer)
 

@@ -16,6 +16,7 @@ from lightning_rlhf.distributed.ranks import Ranks
 from lightning_rlhf.engines.engine import Engine
 from lightning_rlhf.engines.generation import SamplingParams
 from lightning_rlhf.models import PolicyModel, ScalarModel
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.rewards.reward import Reward
 from lightning_rlhf.rollout.clock import Clock
@@ -198,7 +199,7 @@ class Collector:
 
     def _situation(self, *, one_step: bool, epochs: int) -> Situation:
         samples_in, trains_in = self._dtypes()
-        same = samples_in == trains_in and not self.engine.is_external
+        same = samples_in == trains_in and not (self.engine.is_external or is_quantized(self.policy.network))
         full = same and trains_in in (torch.float32, torch.float64)
         return Situation(
             full_precision=full, one_step=one_step, epochs=epochs, ahead=epochs > 0 and self.engine.overlaps

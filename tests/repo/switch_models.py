@@ -45,6 +45,7 @@ def table(bench: Bench) -> Table:
             dtype=to("bfloat16", by=dtypes),
             attention=to("eager", by=kernel),
             gradient_checkpointing=to(True, by=passes_of_a_block),
+            quantization=to("nf4", peft=lora, by=dtypes),
             peft=to(lora, by=trained),
             trust_remote_code=to(True, by=class_of_own_code),
         ),

@@ -137,7 +137,7 @@ def test_memory_of_the_smallest_model_is_counted_by_hand() -> None:
         494_032_768 * (16 + 2 + 2) + activations, rel=1e-3
     )
     assert memory["card_of"](21.6) == "24 GB"
-    assert memory["card_of"](21.7) == "40 GB"
+    assert memory["card_of"](21.7) == "48 GB"
     assert memory["card_of"](72.1) == "several"
 
 
@@ -176,4 +176,5 @@ def test_every_method_with_a_config_has_numbers_to_start_from() -> None:
         "dpo",
         "kto",
         "evaluate",
+        "qlora",
     }  # ppo but for KLPEN

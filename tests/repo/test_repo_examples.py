@@ -217,6 +217,16 @@ def test_human_rankings_train_a_reward_model(tiny: Any, workplace: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_qlora_trains_an_adapter_on_weights_of_four_bits(ppo: Arguments, workplace: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    arguments = ppo(trainer__precision="bf16-mixed", trainer__limit_train_batches=1)
+    module = main(["fit", *arguments[:2], "--config", "qlora", *arguments[2:]]).model
+    weights = {type(p).__name__ for name, p in module.policy.named_parameters() if "base_layer" in name}
+    assert weights == {"Params4bit"}
+    assert all("lora_" in name for name, p in module.policy.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
 def test_lora_trains_the_adapter_alone(ppo: Arguments, workplace: Path) -> None:
     """As on a GPU but for the device: bfloat16, checkpointing, the reference being the adapter off."""
     pytest.importorskip("peft")

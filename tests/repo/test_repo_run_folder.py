@@ -126,3 +126,14 @@ def test_callbacks_in_python_write_below_the_trainers_folder(tmp_path: Path, mon
     places = {path.relative_to("runs/mine").parts[0] for path in Path("runs/mine").rglob("*")}
     assert places >= {"model", "checkpoints", "nonfinite", "responses.jsonl", "version_0"}
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_name_of_an_optimizer_is_torch_s_whatever_else_is_imported() -> None:
+    """bitsandbytes, which PEFT imports, has classes of the same names."""
+    words = ["fit", "--model.optimizer=SGD", "--model.optimizer.lr=1", "--model.optimizer", "my_project.SGD"]
+    assert expanded(words) == [
+        "fit",
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=1",
+        "--model.optimizer=my_project.SGD",
+    ]

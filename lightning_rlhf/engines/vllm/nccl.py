@@ -15,6 +15,7 @@ from lightning_rlhf.engines.vllm.client import Client
 from lightning_rlhf.engines.vllm.sync import Sent, WeightSync
 from lightning_rlhf.models.adapter import is_adapted, merged
 from lightning_rlhf.models.policy import PolicyModel
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.replica import whole_tensor
 from lightning_rlhf.models.source import DType
 
@@ -49,12 +50,13 @@ class NCCL(WeightSync):
         """Broadcast every weight.
 
         Raises:
-            ValueError: the policy is an adapter on a sharded model, which cannot be folded in.
+            ValueError: the policy is an adapter on a sharded or quantized model, which cannot be folded in.
         """
         network = policy.network
         if is_adapted(network):
-            if policy.blueprint is not None:
-                raise ValueError("NCCL cannot fold an adapter into a sharded model: take SharedFolder()")
+            if policy.blueprint is not None or is_quantized(network):
+                kind = "quantized" if policy.blueprint is None else "sharded"
+                raise ValueError(f"NCCL cannot fold an adapter into a {kind} model: take SharedFolder()")
             network = merged(network)
         if self._source is None:
             self._source, self._servers = Weights(), Servers()
