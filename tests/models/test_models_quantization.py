@@ -10,15 +10,19 @@ from functools import partial
 import pytest
 import torch
 from gathered import gathered
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.distributed import strategies
 from lightning_rlhf.engines import SamplingParams
 from lightning_rlhf.models import ModelSource, PolicyModel, ScalarModel
+from lightning_rlhf.models.adapter import merged
 from lightning_rlhf.models.quantization import is_quantized, shared
-from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.networks import build_policy
+from lightning_rlhf.types import ComparisonBatch
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = ["nf4", "int8"]
@@ -327,3 +331,88 @@ print(len(kernels.asked), sys.modules["kernels"] is kernels, "bitsandbytes" in s
             pytest.skip("bitsandbytes asks for no kernel on this CPU")
     else:
         assert said == ["0", "True", "True"]
+
+
+def test_checkpoint_of_another_quantization_is_refused(make_ppo, fit, tmp_path):
+    fit(make_ppo("nf4"), 1).save_checkpoint(tmp_path / "x.ckpt")
+    for kind in ("int8", None):
+        with pytest.raises(ValueError, match="policy.quantization: 'nf4' before"):
+            fit(make_ppo(kind), 2, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_only_frozen_weights_may_be_absent_from_a_checkpoint(source):
+    policy = PolicyModel(source(quantization="nf4").causal_lm())
+    state = policy.state_dict()
+    policy.load_state_dict(state)
+    state.pop(next(iter(state)))
+    with pytest.raises(RuntimeError, match="Missing key.*lora_"):
+        policy.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        policy.load_state_dict(policy.state_dict() | {"network.other": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reward_model_is_exported_with_its_head(source, kind, tmp_path):
+    model = ScalarModel(source(quantization=kind).scorer(new_head=True))
+    moved(model.network)
+    model.bias = 0.5
+    model.save_pretrained(tmp_path / "whole", merge_adapter=True)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.randint(3, 36, (2, 5), generator=torch.Generator().manual_seed(0))
+    scores = []
+    for name in ("whole", "adapter"):
+        assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
+        loaded = ScalarModel(ModelSource(path=str(tmp_path / name)).scorer(new_head=False)).eval()
+        assert loaded.bias == 0.5
+        scores.append(loaded(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+    assert torch.allclose(*scores, rtol=0, atol=1e-5)
+    head = model._bare().score.modules_to_save["default"].weight
+    assert torch.equal(ModelSource(path=str(tmp_path / "whole")).scorer(new_head=False).score.weight, head)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_stages_train_the_adapter_alone(source, kind, make_trainer, as_loader, right_padded):
+    tokens = torch.tensor([[[12, 13, 20, 0], [12, 13, 21, 0]], [[10, 30, 0, 0], [10, 31, 32, 0]]])
+    mask = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]).bool()
+    ranked = ComparisonBatch(tokens, mask, torch.tensor([[0, 1], [1, 0]]), torch.full((2, 2), torch.nan))
+    texts = right_padded([[12, 13, 20, 21, 0], [10, 11, 0]])
+    for stage, batch in ((SFTModule, texts), (RewardModule, ranked)):
+        module = stage(source(quantization=kind), lr=0.05)
+        module.configure_model()
+        start = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+        make_trainer(precision="32-true").fit(module, as_loader([batch] * 3))
+        trained = {name for name, weight in module.named_parameters() if not torch.equal(weight, start[name])}
+        assert trained == {name for name, weight in module.named_parameters() if weight.requires_grad}
+        assert any("score" in name for name in trained) == (stage is RewardModule)
+
+
+def test_low_precision_trains_too(make_trainer, as_loader, left_padded, make_ppo, source):
+    module = make_ppo("nf4", policy=source(quantization="nf4", dtype="bfloat16"))
+    make_trainer(precision="bf16-mixed").fit(module, as_loader([{"prompts": left_padded(PROMPTS)}] * 2))
+    assert module.iteration == 2
+    assert next(iter(layers(module.policy.network).values())).base_layer.compute_dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_strategies_that_cut_weights_are_refused(source, monkeypatch, strategy):
+    monkeypatch.setattr(strategies, "stage_3_of", lambda module: None)
+    monkeypatch.setattr(strategies, "strategy_of", lambda module: object.__new__(strategy))
+    with pytest.raises(ValueError, match=f"{strategy.__name__} cuts or converts weights.*take the strategy ddp"):
+        SFTModule(source(quantization="nf4")).configure_model()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_that_are_stored_transposed_are_quantized_too(make_lm, tmp_path, kind):
+    """GPT-2's `Conv1D`."""
+    PolicyModel(make_lm("gpt2", width=64)).save_pretrained(tmp_path / "gpt2")
+    given = partial(ModelSource, path=str(tmp_path / "gpt2"), peft=lora(fan_in_fan_out=True))
+    network, dense = given(quantization=kind).causal_lm(), given().causal_lm()
+    moved(network)
+    dense.load_state_dict({n: w for n, w in network.state_dict().items() if "lora_" in n}, strict=False)
+    assert len(layers(network)) == 8
+    assert is_quantized(network)
+    tokens = torch.randint(3, 36, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, rounded_to = dense.eval()(tokens).logits, network.eval()(tokens).logits
+        assert torch.allclose(merged(network).eval()(tokens).logits, expected, rtol=0, atol=1e-4)
+    assert 1e-4 < apart(rounded_to, expected) < (0.3 if kind == "nf4" else 0.03)
