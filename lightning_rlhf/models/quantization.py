@@ -156,8 +156,9 @@ def keep_adapter_only(module: nn.Module) -> None:
 
 
 def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    trained = {f"{prefix}{name}" for name, weight in module.named_parameters() if weight.requires_grad}
-    for name in [name for name in state if name.startswith(f"{prefix}network.") and name not in trained]:
+    kept = {f"{prefix}{name}" for name, weight in module.named_parameters() if weight.requires_grad}
+    kept |= {f"{prefix}{name}" for name, _ in module.named_buffers()}
+    for name in [name for name in state if name.startswith(f"{prefix}network.") and name not in kept]:
         del state[name]
 
 

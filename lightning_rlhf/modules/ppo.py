@@ -125,8 +125,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
         )
         self.environment, self.evaluation = environment, Evaluation(evaluations)
         self.selection = Selection(self.algorithm, curriculum, partial(further_prompts, self))
-        self.updates = updates
-        self.reference_dtype, self.compile_networks = reference_dtype, compile
+        self.updates, self.reference_dtype, self.compile_networks = updates, reference_dtype, compile
         check_compatible(self, reference=reference, value=value, value_lr=value_lr)
         resume.keep_hyperparameters(
             self, tokenizer=tokenizer, lr=lr, value_lr=value_lr, reference_dtype=reference_dtype
@@ -296,6 +295,7 @@ class PPOModule(CheckedRevival, EvaluatedModule):  # type: ignore[misc]
             metrics += measured
         with self.clock.phase("optimizer"):
             optimizer.step()
+            optimizer.zero_grad()  # or the gradients would take memory until the next rollout is drawn and scored
         return metrics + MeanMetrics.of({"policy/grad_norm": strategies.gradient_norm(self, self._grad_norm)})
 
     def log_iteration(self, means: dict[str, float], *, episodes: int, seconds: float) -> None:

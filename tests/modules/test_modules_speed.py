@@ -137,6 +137,13 @@ def test_packing_of_compiled_blocks_is_refused(make_ppo):
         make_ppo(updates=UpdateSchedule(packing=True), compile=True)
 
 
+def test_no_gradient_outlives_its_step(make_ppo, weights):
+    """The next rollout is drawn and scored without them."""
+    module = make_ppo(updates=UpdateSchedule(minibatch=4))
+    weights(module)
+    assert all(weight.grad is None for weight in module.parameters())
+
+
 def test_pass_more_is_counted_and_changes_no_weight(make_ppo, weights, monkeypatch):
     """As where another process of a sharded model needs it: one more in each of two epochs of two rollouts."""
     options = {"updates": UpdateSchedule(epochs=2, microbatch_tokens=25), "optimizer": SGD, "level": TokenLevel()}
