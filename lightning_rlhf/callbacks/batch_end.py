@@ -37,8 +37,7 @@ def finish(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     loop = trainer.fit_loop
     epoch = loop.epoch_loop
-    if state["row"]:
-        _log(trainer, state["row"], state["step"])
+    log_row(trainer, state)
     if not epoch.restarted_on_train_batch_end:
         return
     validate = state["validation"] and _validation_is_due(trainer)
@@ -65,7 +64,8 @@ def _validation_is_due(trainer: Trainer) -> bool:
     return not timed and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
-def _log(trainer: Trainer, row: dict[str, Any], step: int) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics=row, step=step)
+def log_row(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Give the loggers the row of a batch, as far as there is one; `state` was returned by `following`."""
+    for logger in trainer.loggers if state["row"] else ():
+        logger.log_metrics(metrics=state["row"], step=state["step"])
         logger.save()

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_rlhf.callbacks.batch_end import following, log_row
 from lightning_rlhf.callbacks.kl_action import GuardAction, StopTraining
 
 
@@ -43,8 +44,16 @@ class KLGuard(Callback):
             measured = float(trainer.callback_metrics[name])
             if budget is not None and not measured <= budget:  # NaN is over every budget
                 why = f"rollout {pl_module.iteration - 1}: {name} is {measured:.4g}, over its budget of {budget:.4g}"
-                return self.action.act(trainer, pl_module, why)
+                return self._act(trainer, pl_module, why)
         return self.action.keep()
+
+    def _act(self, trainer: Trainer, pl_module: Any, why: str) -> None:
+        """Act, and give the loggers the rollout's numbers if that ends the run; otherwise Lightning does later."""
+        try:
+            self.action.act(trainer, pl_module, why)
+        except RuntimeError:
+            log_row(trainer, following(trainer))
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """State of the action."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import signal
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from gathered import gathered
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf.callbacks import EMA, KLGuard, NonFiniteGuard, RaiseKL, RollBack, RunCheckpoint, StopTraining
 from lightning_rlhf.core import AdaptiveKL, ConstantSchedule, FixedKL
@@ -46,7 +48,7 @@ def fit(make_lm, make_trainer, as_loader, left_padded, toy_tokenizer, token_rewa
     """Rollouts of a policy with callbacks; the module."""
     monkeypatch.chdir(tmp_path)
 
-    def run(count=4, callbacks=(), *, lr=0.01, reward=None, ckpt_path=None, epochs=1, **options):
+    def run(count=4, callbacks=(), *, lr=0.01, reward=None, ckpt_path=None, epochs=1, logger=False, **options):
         usual = {
             "generation": SamplingParams(max_new_tokens=4),
             "updates": UpdateSchedule(minibatch=2),
@@ -55,7 +57,9 @@ def fit(make_lm, make_trainer, as_loader, left_padded, toy_tokenizer, token_rewa
         usual |= {"optimizer": partial(torch.optim.Adam, lr=lr), "tokenizer": toy_tokenizer}
         module = PPOModule(make_lm().double(), reward or token_reward(), **gathered(**usual | options))
         saves = any(isinstance(callback, RunCheckpoint) for callback in callbacks)
-        trainer = make_trainer(callbacks=list(callbacks), enable_checkpointing=saves, max_epochs=epochs)
+        trainer = make_trainer(
+            callbacks=list(callbacks), enable_checkpointing=saves, max_epochs=epochs, logger=logger, log_every_n_steps=1
+        )
         trainer.fit(module, as_loader([{"prompts": left_padded(RAGGED)}] * count), ckpt_path=ckpt_path)
         return module
 
@@ -83,6 +87,17 @@ def test_stop_comes_before_the_checkpoint(fit, tmp_path):
     with pytest.raises(RuntimeError, match=r"rollout 2: objective/kl is .*, over its budget of .*raise the KL coef"):
         fit(callbacks=[KLGuard(kl=budget, action=StopTraining()), RunCheckpoint(str(tmp_path / "kept"))], lr=0.1)
     assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["rlhf"]["iteration"] == 2
+
+
+@pytest.mark.parametrize("action", [StopTraining(), RollBack(limit=1)])
+def test_rollout_that_ends_the_run_is_in_the_log(fit, tmp_path, action):
+    guard = KLGuard(length=0.5, action=action)
+    with pytest.raises(RuntimeError, match="over its budget of 0.5"):
+        fit(callbacks=[guard], logger=CSVLogger(tmp_path, name=None))
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        lengths = [float(row["objective/response_length"]) for row in csv.DictReader(file)]
+    assert len(lengths) == (1 if isinstance(action, StopTraining) else 2)
+    assert lengths[-1] > 0.5
 
 
 def test_length_has_a_budget_of_its_own(fit):
