@@ -44,7 +44,9 @@ from lightning_rlhf.core import (
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATE = CONFIGS / "evaluate.yaml"
 """Trains nothing."""
-STAGES = sorted(set(CONFIGS.glob("*.yaml")) - {EVALUATE})
+LAYER = CONFIGS / "qlora.yaml"
+"""Goes behind a stage; `test_repo_examples.py` runs it."""
+STAGES = sorted(set(CONFIGS.glob("*.yaml")) - {EVALUATE, LAYER})
 WITHOUT_RL = {"sft", "reward", "dpo", "kto"}
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 
